@@ -1,0 +1,286 @@
+"""Every setting of a run: frozen dataclasses, the preset table, YAML files and `section.key=value` overrides.
+
+A value comes from (later wins): the defaults below, the preset, the YAML file, the overrides on the command line. Unknown
+keys, values of the wrong type and values out of range raise InputError with one sentence that names the nearest valid choice.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+
+class InputError(Exception):
+    """Bad input from the user: the command line prints its one sentence and exits with code 2."""
+
+
+# name: width, depth, heads, hidden (SwiGLU), patch. hidden = 8/3·width rounded to a multiple of 128, so that parameters and
+# FLOPs match DiT's published 33/130/458/675 M; base/2 is the published base model; nano/4 is for the built-in digits.
+PRESETS = {
+    #           width  depth  heads  hidden  patch
+    "XL/2": dict(width=1152, depth=28, heads=18, hidden=3072, patch_size=2),
+    "L/2":  dict(width=1024, depth=24, heads=16, hidden=2688, patch_size=2),
+    "B/2":  dict(width=768,  depth=12, heads=12, hidden=2048, patch_size=2),
+    "S/2":  dict(width=384,  depth=12, heads=6,  hidden=1024, patch_size=2),
+    "nano/4": dict(width=128, depth=6, heads=2,  hidden=384,  patch_size=4),
+    "test/4": dict(width=64,  depth=2, heads=2,  hidden=128,  patch_size=4),
+    "base/2": dict(width=1088, depth=17, heads=17, hidden=4352, patch_size=2, class_width=2048, positions="rope_1d",
+                   time_embedding="base", zero_init_gates=False),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    preset: str = "nano/4"  # a row of the table above; the keys below that are given replace its values
+    width: int = 128
+    depth: int = 6
+    heads: int = 2
+    hidden: int = 384  # SwiGLU's inner width
+    patch_size: int = 4
+    in_channels: int = 1  # channels of what the model sees: pixels 1 or 3, SD-VAE latents 4
+    input_size: int = 32  # rows = columns of what the model sees: 256-px images are 32 in SD-VAE latents
+    num_classes: int = 10
+    class_width: int | None = None  # width of the class vector before it is mapped to `width`; none: a table of `width`
+    positions: str = "rope_2d"  # absolute | rope_1d | rope_2d
+    qk_norm: str = "head"  # head | none | full_width (only to load old checkpoints)
+    time_embedding: str = "sinusoidal"  # sinusoidal | base (the published base model's)
+    zero_init_gates: bool = True  # adaLN-Zero: every block starts as the identity
+    modulation_groups: int | None = None  # Linears that make the modulation of all blocks; none: one for 4 blocks
+
+    def __post_init__(self) -> None:
+        for key in ("width", "depth", "heads", "hidden", "patch_size", "in_channels", "input_size", "num_classes"):
+            _at_least("model", self, key, 1)
+        _one_of("model", self, "preset", tuple(PRESETS))
+        _one_of("model", self, "positions", ("absolute", "rope_1d", "rope_2d"))
+        _one_of("model", self, "qk_norm", ("head", "none", "full_width"))
+        _one_of("model", self, "time_embedding", ("sinusoidal", "base"))
+        if self.class_width is not None:
+            _at_least("model", self, "class_width", 1)
+        if self.modulation_groups is not None and not 1 <= self.modulation_groups <= self.depth:
+            raise InputError(f"model.modulation_groups={self.modulation_groups} must be between 1 and model.depth={self.depth}")
+        if self.width % self.heads or (self.width // self.heads) % 2 or self.width // self.heads > 256:
+            raise InputError(f"model.heads={self.heads} must divide model.width={self.width} into an even head dim of at most 256")
+        if self.positions == "rope_2d" and (self.width // self.heads) % 4:
+            raise InputError(
+                f"model.positions=rope_2d needs a head dim divisible by 4, but {self.width}/{self.heads} = "
+                f"{self.width // self.heads}: change model.heads or use rope_1d"
+            )
+        if self.positions == "absolute" and self.width % 4:
+            raise InputError(f"model.positions=absolute needs a width divisible by 4, but model.width={self.width}")
+        if self.input_size % self.patch_size:
+            raise InputError(f"model.patch_size={self.patch_size} must divide model.input_size={self.input_size}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "mnist5k"  # the built-in digits
+    image_size: int = 32  # pixels, square
+    autoencoder: str = "pixels"  # pixels | a local folder or hub id of a diffusers AutoencoderKL
+    flip: bool = False  # mirror each image with probability 1/2 (never for digits)
+
+    def __post_init__(self) -> None:
+        _at_least("data", self, "image_size", 1)
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    logit_mean: float = 0.0  # t = sigmoid(normal(mean, std)), SD3, arXiv:2403.03206, equation 19
+    logit_std: float = 1.0
+    label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance
+
+    def __post_init__(self) -> None:
+        _at_least("flow", self, "logit_std", 0)
+        if not 0 <= self.label_dropout <= 1:
+            raise InputError(f"flow.label_dropout={self.label_dropout} must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    name: str = "digits"  # the run's folder is <out>/<name>
+    out: str = "runs"
+    resume: str = "auto"  # auto: continue this run if it has a checkpoint | never | the folder of a checkpoint
+    seed: int = 0
+    total_steps: int = 600
+    batch_size: int = 32  # images a device and micro-step
+    accumulation: int = 1  # micro-steps a step
+    precision: str = "bf16"  # bf16 (fp32 masters) | fp32
+    compile: str = "auto"  # auto: on CUDA | on | off
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    schedule: str = "constant"  # constant | cosine (to zero at total_steps), after the warm-up
+    warmup_steps: int = 1000
+    clip: float = 1.0  # gradient norm; 0: no clipping
+    ema_decay: float = 0.9999
+    ema_every: int = 1  # steps between EMA updates
+    log_steps: int = 50  # steps a log line; its loss is the mean over them
+    save_steps: int = 5000  # steps between checkpoints; the last step is always saved
+    keep_checkpoints: int = 2
+    sample_steps: int = 5000  # steps between grids of EMA samples; 0: none
+    wandb: str = "disabled"  # disabled | offline | online
+    wandb_project: str = "fastdit"
+
+    def __post_init__(self) -> None:
+        for key in (
+            "total_steps",
+            "batch_size",
+            "accumulation",
+            "ema_every",
+            "log_steps",
+            "save_steps",
+            "keep_checkpoints",
+        ):
+            _at_least("train", self, key, 1)
+        for key in ("seed", "lr", "eps", "weight_decay", "warmup_steps", "clip", "sample_steps"):
+            _at_least("train", self, key, 0)
+        _one_of("train", self, "precision", ("bf16", "fp32"))
+        _one_of("train", self, "compile", ("auto", "on", "off"))
+        _one_of("train", self, "schedule", ("constant", "cosine"))
+        _one_of("train", self, "wandb", ("disabled", "offline", "online"))
+        for key in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, key) < 1:
+                raise InputError(f"train.{key}={getattr(self, key)} must be at least 0 and below 1")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise InputError(f"train.name={self.name!r} must be a plain folder name without '/' or a leading '.'")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    steps: int = 30
+    solver: str = "heun"  # euler | heun
+    guidance: float = 1.5  # w of (1+w)·v(class) − w·v(null); papers' scale s = 1+w
+
+    def __post_init__(self) -> None:
+        _at_least("sample", self, "steps", 1)
+        _at_least("sample", self, "guidance", 0)
+        _one_of("sample", self, "solver", ("euler", "heun"))
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    stage: int = 2  # ZeRO stage 1 | 2 | 3
+    bucket: int = 50_000_000  # elements of a reduce or gather bucket
+
+    def __post_init__(self) -> None:
+        _one_of("zero", self, "stage", (1, 2, 3))
+        _at_least("zero", self, "bucket", 1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. Sections: model, data, flow, train, sample, zero."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML that `load` reads back to the same config."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _at_least(section: str, config: object, key: str, limit: float) -> None:
+    value = getattr(config, key)
+    if not value >= limit:  # NaN fails too
+        raise InputError(f"{section}.{key}={value} must be at least {limit}")
+
+
+def _one_of(section: str, config: object, key: str, choices: tuple) -> None:
+    value = getattr(config, key)
+    if value not in choices:
+        raise InputError(f"{section}.{key}={value} is unknown: {_nearest(str(value), [str(c) for c in choices])}")
+
+
+def _nearest(name: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(name, choices, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"
+
+
+def _convert(key: str, value: object, hint: object) -> object:
+    """`value` (from YAML) as the type `hint` of the field `key`, or InputError."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and types.NoneType in allowed:
+        return None
+    kind = allowed[0]
+    if kind is float and isinstance(value, str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 as a string; other strings are reported below
+            value = float(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is str and type(value) in (int, float):
+        value = str(value)
+    if type(value) is not kind:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+        raise InputError(f"{key}={value!r} must be {wanted}")
+    return value
+
+
+def from_dict(values: dict) -> Config:
+    """A Config from nested dicts, every key checked. Raises InputError."""
+    sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    given: dict[str, dict] = {}
+    for section, entries in values.items():
+        if section not in sections:
+            raise InputError(f"config section {section!r} is unknown: {_nearest(str(section), list(sections))}")
+        if not isinstance(entries, dict):
+            raise InputError(f"config section {section!r} holds {entries!r}, but it must hold keys with values")
+        hints = typing.get_type_hints(sections[section])
+        for key, value in entries.items():
+            if key not in hints:
+                names = [f"{section}.{name}" for name in hints]
+                raise InputError(f"config key {section}.{key} is unknown: {_nearest(f'{section}.{key}', names)}")
+            given.setdefault(section, {})[key] = _convert(f"{section}.{key}", value, hints[key])
+    model = given.setdefault("model", {})
+    name = model.get("preset", ModelConfig.preset)
+    if name not in PRESETS:
+        raise InputError(f"model.preset={name} is unknown: {_nearest(name, list(PRESETS))}")
+    given["model"] = {**PRESETS[name], **model}
+    return Config(**{section: sections[section](**entries) for section, entries in given.items()})
+
+
+def parse(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """The config of a YAML file (or the defaults) with `section.key=value` overrides. Raises InputError."""
+    values: dict = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except OSError as error:
+            raise InputError(f"config file {path} cannot be read: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise InputError(f"config file {path} must hold sections ({', '.join(Config.__dataclass_fields__)})")
+    for override in overrides or []:
+        name, equals, text = override.partition("=")
+        section, dot, key = name.partition(".")
+        if not equals or not dot:
+            raise InputError(f"override {override!r} must have the form section.key=value")
+        if not isinstance(values.setdefault(section, {}), dict):
+            raise InputError(f"config section {section!r} holds {values[section]!r}, but it must hold keys with values")
+        try:
+            values[section][key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"the value of override {override!r} is not valid YAML") from error
+    return from_dict(values)
+
+
+def load_json(path: str | Path) -> Config:
+    """The config that a run or a checkpoint saved. Raises InputError."""
+    try:
+        return from_dict(json.loads(Path(path).read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"saved config {path} cannot be read: {error}") from error

@@ -1,0 +1,241 @@
+"""The diffusion transformer: patches in, velocity out, adaLN-Zero modulation (DiT, arXiv:2212.09748), written on fastdit.kernels.
+
+Shapes: B batch, C/h/w channels, rows and columns of the latent, p patch, T = (h/p)·(w/p) tokens in row-major order, H width,
+N heads, D = H/N head dim, F SwiGLU hidden, L blocks. All widths come from ModelConfig; no block holds a Python scalar that
+differs between layers, because each would cost a recompile.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdit import kernels
+from fastdit.attention import attention
+from fastdit.config import ModelConfig
+
+ROPE_THETA = 10_000.0
+QK_EPS = torch.finfo(torch.float32).eps  # the base model's, 1.19e-7
+TIME_FEATURES = 256  # sinusoids of the timestep before its MLP, as in DiT
+
+
+def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, Tensor] | None:
+    """cos and sin, fp32 [T,D/2], for half-split rotation; None for absolute positions.
+
+    rope_1d rotates by the token index (arXiv:2104.09864); rope_2d gives the first half of the frequencies to the row and the
+    second to the column, counted in tokens. Computed in fp64 on the CPU: the angles reach T, where fp32 powers lose digits.
+    """
+    side = config.input_size // config.patch_size
+    pairs = config.width // config.heads // 2
+    if config.positions == "absolute":
+        return None
+    if config.positions == "rope_1d":
+        frequencies = ROPE_THETA ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+        angles = torch.arange(side * side, dtype=torch.float64)[:, None] * frequencies
+    else:
+        frequencies = ROPE_THETA ** -(torch.arange(pairs // 2, dtype=torch.float64) / (pairs // 2))
+        line = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+        rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+        angles = torch.cat((rows, columns), dim=-1).flatten(0, 1)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def sincos_positions(side: int, width: int) -> Tensor:
+    """2-D sine-cosine table, fp32 [side², width]: half of the width for the row, half for the column (DiT's start value)."""
+    frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    line = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    line = torch.cat((line.sin(), line.cos()), dim=-1)
+    rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+    return torch.cat((rows, columns), dim=-1).flatten(0, 1).float()
+
+
+class TimeEmbedding(nn.Module):
+    """t in (0,1], fp32 [B] -> [B,H]. Features are fp32 whatever the parameters' dtype: bf16 would merge neighbouring times."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.base = config.time_embedding == "base"
+        H = config.width
+        if self.base:
+            self.map = nn.Linear(H, H, bias=False)
+        else:
+            self.map = nn.Sequential(nn.Linear(TIME_FEATURES, H), nn.SiLU(), nn.Linear(H, H))
+        self.register_buffer("frequencies", self.make_frequencies(), persistent=False)
+
+    def make_frequencies(self) -> Tensor:
+        """fp32: the sinusoids' frequencies of DiT for t·1000, or the base model's table 10000^(2i/H), which grows with i.
+
+        The base table must come from fp32 `pow` on the CPU: arguments reach 1e8, where any other rounding is another model.
+        """
+        if self.base:
+            H = self.map.in_features
+            return torch.tensor(10_000, device="cpu") ** (2 * torch.arange(H, device="cpu") / H)
+        half = TIME_FEATURES // 2
+        return 1000 * torch.exp(-torch.log(torch.tensor(10_000.0)) * torch.arange(half) / half)
+
+    def features(self, t: Tensor) -> Tensor:
+        """fp32 [B,H] (base) or [B,TIME_FEATURES]."""
+        angles = t.float()[:, None] * self.frequencies
+        if not self.base:
+            return torch.cat((angles.cos(), angles.sin()), dim=-1)
+        angles = angles.double()
+        return torch.stack((angles[:, 0::2].sin(), angles[:, 1::2].cos()), dim=-1).flatten(1).float()
+
+    def forward(self, t: Tensor) -> Tensor:
+        first = self.map if self.base else self.map[0]
+        return self.map(self.features(t).to(first.weight.dtype))
+
+
+class ClassEmbedding(nn.Module):
+    """Class ids int64 [B] -> [B,H]; id num_classes is the null class of classifier-free guidance."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.table = nn.Embedding(config.num_classes + 1, config.class_width or config.width)
+        self.map = nn.Linear(config.class_width, config.width) if config.class_width else nn.Identity()
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.map(self.table(labels))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        H, D = config.width, config.width // config.heads
+        self.heads, self.full_width = config.heads, config.qk_norm == "full_width"
+        self.qkv = nn.Linear(H, 3 * H, bias=False)
+        self.out = nn.Linear(H, H, bias=False)
+        size = {"head": D, "full_width": H, "none": None}[config.qk_norm]
+        self.q_weight = nn.Parameter(torch.ones(size)) if size else None
+        self.k_weight = nn.Parameter(torch.ones(size)) if size else None
+
+    def forward(self, y: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        qkv, q_weight, k_weight = self.qkv(y), self.q_weight, self.k_weight
+        if self.full_width:  # the oldest base checkpoints: RMSNorm before the split into heads, with eps = H
+            q, k, v = qkv.chunk(3, dim=-1)
+            H = q.shape[-1]
+            qkv = torch.cat((F.rms_norm(q, (H,), q_weight, H), F.rms_norm(k, (H,), k_weight, H), v), dim=-1)
+            q_weight = k_weight = None
+        q, k, v = kernels.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, self.heads, QK_EPS)
+        return self.out(attention(q, k, v))
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, 2 * config.hidden)  # (value | gate)
+        self.down = nn.Linear(config.hidden, config.width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.down(kernels.swiglu(self.up(y)))
+
+
+class Block(nn.Module):
+    """Both halves of a DiT block. The norm before a half is fused with the residual add of the half before it, so a block
+    takes its first input normed (y) and returns the next block's y: it is given that block's first shift and scale."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.mlp = Mlp(config)
+
+    def forward(
+        self, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], cos: Tensor | None, sin: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x (residual stream), y (its modulated norm) [B,T,H]; modulation: gate, shift, scale, gate, shift, scale, each [B,H]."""
+        gate1, shift2, scale2, gate2, next_shift, next_scale = modulation
+        x, y = kernels.gated_residual_modulate(x, self.attention(y, cos, sin), gate1, shift2, scale2)
+        return kernels.gated_residual_modulate(x, self.mlp(y), gate2, next_shift, next_scale)
+
+
+class DiT(nn.Module):
+    """Class-conditional velocity model v(x_t, t, class)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        H, L, p = config.width, config.depth, config.patch_size
+        side = config.input_size // p
+        self.patch_embedding = nn.Linear(config.in_channels * p * p, H)
+        self.time_embedding = TimeEmbedding(config)
+        self.class_embedding = ClassEmbedding(config)
+        # Learned, so that it lives in the checkpoint and survives a cast with its fp32 master.
+        self.positions = nn.Parameter(torch.empty(side * side, H)) if config.positions == "absolute" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(L))
+        # All modulations from few large Linears: order a block: shift, scale, gate of attention, then of the MLP.
+        groups = config.modulation_groups or -(-L // 4)
+        sizes = [L // groups + (i < L % groups) for i in range(groups)]
+        self.modulation = nn.ModuleList(nn.Linear(H, 6 * n * H) for n in sizes)
+        self.final_modulation = nn.Linear(H, 2 * H)
+        self.output = nn.Linear(H, config.in_channels * p * p)
+        tables = rope_tables(config)
+        self.register_buffer("cos", tables and tables[0], persistent=False)
+        self.register_buffer("sin", tables and tables[1], persistent=False)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Xavier-uniform Linears with zero bias, N(0, 0.02) class table, and adaLN-Zero's zeros (DiT, section 3.2) when
+        zero_init_gates is set; without it, PyTorch's own initialisation, as in the base model."""
+        if self.positions is not None:
+            nn.init.zeros_(self.positions).add_(sincos_positions(int(len(self.positions) ** 0.5), self.config.width))
+        if not self.config.zero_init_gates:
+            return
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.class_embedding.table.weight, std=0.02)
+        for linear in (*self.modulation, self.final_modulation, self.output):
+            nn.init.zeros_(linear.weight)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Casts and moves keep the tables in fp32: .bfloat16() on the module must not round angles or frequencies."""
+        super()._apply(fn, recurse)
+        device = self.output.weight.device
+        if self.cos is not None:
+            self.cos, self.sin = rope_tables(self.config, device)
+        self.time_embedding.frequencies = self.time_embedding.make_frequencies().to(device)
+        return self
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def modulations(self, t: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """The 6·L+2 modulation vectors, each [B,H], in the order of use. `unbind` once: slicing would cost a zero-fill and an
+        add of the whole tensor for each vector in the backward pass."""
+        y = self.time_embedding(t)
+        if labels is not None:
+            y = y + self.class_embedding(labels)
+        if self.config.time_embedding == "sinusoidal":  # the base model has no SiLU here
+            y = F.silu(y)
+        vectors: list[Tensor] = []
+        for linear in (*self.modulation, self.final_modulation):
+            vectors.extend(linear(y).unflatten(-1, (-1, self.config.width)).unbind(1))
+        return vectors
+
+    def patchify(self, x: Tensor) -> Tensor:
+        """[B,C,h,w] -> [B,T,C·p·p], each token (channel, row, column) of its patch."""
+        p = self.config.patch_size
+        return x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """The inverse of `patchify`."""
+        p, side = self.config.patch_size, self.config.input_size // self.config.patch_size
+        x = tokens.unflatten(2, (-1, p, p)).unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5)
+        return x.flatten(4).flatten(2, 3)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """Velocity at (x, t).
+
+        x [B,C,h,w] of any float dtype; t fp32 [B] in (0,1], 1 is noise; labels int64 [B] in 0..num_classes, the last is the
+        null class, or None: no class input at all. Returns v [B,C,h,w] in the dtype of the parameters.
+        """
+        x = self.patch_embedding(self.patchify(x.to(self.output.weight.dtype)))
+        if self.positions is not None:
+            x = x + self.positions
+        modulation = self.modulations(t, labels)
+        y = kernels.modulate(x, modulation[0], modulation[1])
+        for i, block in enumerate(self.blocks):
+            x, y = block(x, y, tuple(modulation[6 * i + 2 : 6 * i + 8]), self.cos, self.sin)
+        return self.unpatchify(self.output(y))

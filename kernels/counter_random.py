@@ -1,0 +1,93 @@
+"""counter_normal, counter_uniform: random numbers that depend on their name alone, not on batch, rank, order or device.
+
+Philox-4x32-10 (Salmon et al., SC 2011, doi:10.1145/2063384.2063405) with key = the 64 bits of `seed` and counter =
+(block, stream, low and high half of the row's id). A block of four words serves the elements 4·block .. 4·block + 3 of the row.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .dispatch import backend_in_use
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a·m for 0 <= a, m < 2^32 in int64, by 16-bit halves of m so that nothing overflows."""
+    low, high = a * (m & 0xFFFF), a * (m >> 16)
+    middle = high + (low >> 16)  # < 2^49
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox-4x32. counter: four int64 tensors, key: two ints, all in [0, 2^32). Returns four words alike."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _words(seed: int, stream: int, ids: Tensor, numel: int) -> Tensor:
+    """The random words of each row in order: int64 [B, 4·ceil(numel/4)] in [0, 2^32)."""
+    block = torch.arange((numel + 3) // 4, device=ids.device)
+    counter = torch.broadcast_tensors(block, block.new_full((), stream), (ids & _MASK)[:, None], ((ids >> 32) & _MASK)[:, None])
+    return torch.stack(philox(counter, (seed & _MASK, (seed >> 32) & _MASK)), dim=-1).flatten(1)
+
+
+def _unit(words: Tensor) -> Tensor:
+    """The top 24 bits of each word as fp32 in [0, 1): every value is exact."""
+    return (words >> 8).float() * 2.0**-24
+
+
+def counter_uniform_reference(seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`counter_uniform` in plain PyTorch."""
+    numel = math.prod(shape)
+    return _unit(_words(seed, stream, ids, numel))[:, :numel].reshape(-1, *shape)
+
+
+def counter_normal_reference(seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`counter_normal` in plain PyTorch."""
+    numel = math.prod(shape)
+    u1, u2 = _unit(_words(seed, stream, ids, numel)).unflatten(-1, (-1, 2)).unbind(-1)
+    radius = (-2 * (u1 + 2.0**-24).log()).sqrt()  # u1 + 2^-24 is in (0, 1], exact: the log is finite
+    angle = (2 * math.pi) * u2
+    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+    return pairs.flatten(1)[:, :numel].reshape(-1, *shape)
+
+
+def _check(op: str, seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) -> None:
+    if not 0 <= seed < 2**64 or not 0 <= stream < 2**32:
+        raise ValueError(f"{op}: seed {seed} must be in [0, 2^64) and stream {stream} in [0, 2^32)")
+    if ids.dtype != torch.int64 or ids.ndim != 1:
+        raise ValueError(f"{op}: ids has dtype {ids.dtype} and shape {list(ids.shape)}, but int64 [batch] is needed")
+    if math.prod(shape) > 2**34:
+        raise ValueError(f"{op}: a row of shape {list(shape)} has more than 2^34 elements, where the counter would wrap")
+    backend_in_use(ids.device)
+
+
+def counter_uniform(seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uniform numbers in [0, 1), 24 bits each: fp32 [B, *shape] on the device of ids.
+
+    seed in [0, 2^64); stream in [0, 2^32) separates uses; ids int64 [B]. Element e of row i depends on
+    (seed, stream, ids[i], e) alone. Raises ValueError for values outside these ranges.
+    """
+    _check("counter_uniform", seed, stream, ids, shape)
+    return counter_uniform_reference(seed, stream, ids, shape)
+
+
+def counter_normal(seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers by Box-Muller (at most 5.77 in magnitude): fp32 [B, *shape] on the device of ids.
+
+    Words 2j and 2j+1 of a row give its elements 2j (cosine) and 2j+1 (sine). Arguments, dependence and errors as
+    `counter_uniform`; the words are equal on every device, the values to rounding of log, sqrt, cos and sin.
+    """
+    _check("counter_normal", seed, stream, ids, shape)
+    return counter_normal_reference(seed, stream, ids, shape)

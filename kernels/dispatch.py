@@ -1,0 +1,81 @@
+"""Which implementation of an op runs, and the checks that every op makes before it runs one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "cpp", "reference")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# A plain global, not a ContextVar: a compiled function guards on it and re-specialises when it changes.
+_setting = os.environ.get("FASTDIT_KERNELS", "auto")
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"kernel backend {name!r} is unknown: choose one of {', '.join(BACKENDS)}")
+
+
+_check_name(_setting)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Set the process-wide backend inside a `with` block: "auto" | "triton" | "cpp" | "reference".
+
+    The environment variable FASTDIT_KERNELS sets the default. Raises ValueError for an unknown name.
+    """
+    global _setting
+    _check_name(name)
+    before, _setting = _setting, name
+    try:
+        yield
+    finally:
+        _setting = before
+
+
+def backend_in_use(device: torch.device) -> str:
+    """The backend that ops run on tensors of `device`. Raises RuntimeError when the one asked for has no kernels there."""
+    if _setting in ("auto", "reference"):
+        return "reference"
+    raise RuntimeError(f"kernel backend {_setting!r} has no kernels for {device.type} here: use 'auto' or 'reference'")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of an op's maths: fp32, or fp64 when it is given fp64 (references only)."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_float(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are floating point and lie on one device."""
+    first = next(t for t in tensors.values() if t is not None)
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if t.dtype not in FLOATS:
+            raise ValueError(f"{op}: {name} has dtype {t.dtype}, but it must be a floating-point tensor")
+        if t.device != first.device:
+            raise ValueError(f"{op}: {name} is on {t.device}, but the first input is on {first.device}: move it there")
+
+
+def check_shape(op: str, name: str, t: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise ValueError unless `t` has exactly the expected shape."""
+    if t.shape != expected:
+        raise ValueError(f"{op}: {name} has shape {list(t.shape)}, but {list(expected)} is needed here")
+
+
+def check_tokens(op: str, name: str, x: Tensor) -> tuple[int, int, int]:
+    """Raise ValueError unless `x` is [B,T,H]; return (B, T, H)."""
+    if x.ndim != 3:
+        raise ValueError(f"{op}: {name} has shape {list(x.shape)}, but [batch, tokens, width] is needed")
+    return tuple(x.shape)
+
+
+def check_no_grad(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError when a tensor that the op does not differentiate requires grad."""
+    for name, t in tensors.items():
+        if t is not None and t.requires_grad:
+            raise ValueError(f"{op}: {name} requires grad, but the op does not differentiate it: pass {name}.detach()")
