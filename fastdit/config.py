@@ -188,6 +188,9 @@ class Config:
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load` reads back to the same config."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)

@@ -176,7 +176,8 @@ class DiT(nn.Module):
         """Xavier-uniform Linears with zero bias, N(0, 0.02) class table, and adaLN-Zero's zeros (DiT, section 3.2) when
         zero_init_gates is set; without it, PyTorch's own initialisation, as in the base model."""
         if self.positions is not None:
-            nn.init.zeros_(self.positions).add_(sincos_positions(int(len(self.positions) ** 0.5), self.config.width))
+            with torch.no_grad():
+                self.positions.copy_(sincos_positions(int(len(self.positions) ** 0.5), self.config.width))
         if not self.config.zero_init_gates:
             return
         for module in self.modules():

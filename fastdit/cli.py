@@ -1,0 +1,121 @@
+"""The command line: fastdit train | sample | info. Bad input ends with one sentence and exit code 2."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from fastdit.config import Config, InputError, parse
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    # `fastdit train key=value` without a file: the first positional is an override then
+    words = list(arguments.settings)
+    path = words.pop(0) if words and "=" not in words[0] else None
+    if arguments.resume is not None:
+        words.append(f"train.resume={arguments.resume}")
+    config = parse(path, words)
+    if arguments.dry_run:
+        print(config.to_yaml(), end="")
+        return
+    from fastdit import engine
+    from fastdit.train import train
+
+    run = train(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"run: {run} (metrics.jsonl, samples/, checkpoints/)")
+    engine.stop()
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from fastdit.sample import run
+
+    overrides = {key: getattr(arguments, key) for key in ("steps", "solver", "guidance") if getattr(arguments, key) is not None}
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    run(
+        Path(arguments.checkpoint), arguments.classes, arguments.per_class, overrides, arguments.seed, arguments.weights, dtype,
+        Path(arguments.out), Path(arguments.npz) if arguments.npz else None,
+    )  # fmt: skip
+    print(f"picture: {arguments.out} (one row a class)")
+
+
+def _info(_: argparse.Namespace) -> None:
+    import torch
+
+    from fastdit import kernels
+    from fastdit.engine import deepspeed_config
+    from fastdit.telemetry import device_name, versions
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, version in versions().items():
+        print(f"{name:20} {version}")
+    print(f"{'device':20} {device_name(device)}")
+    print(f"{'C++ extension':20} not built")
+    zero = deepspeed_config(Config(), 1)["zero_optimization"]
+    overlap = "with" if zero["overlap_comm"] else "without"
+    print(f"{'default ZeRO':20} stage {zero['stage']} {overlap} overlap, buckets of {zero['reduce_bucket_size']:,} elements")
+    print(f"\nkernel backend on {device.type}:")
+    for op in kernels.OPS:
+        print(f"  {op:26} {kernels.backend_in_use(device)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastdit", description="Train and sample flow-matching diffusion transformers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train, or continue, a run",
+        description="Train a run, or continue it where it stopped. Works alone, under `deepspeed --module` and under torchrun.",
+        epilog="example: fastdit train launch/quickstart.yaml train.total_steps=1000 model.depth=8",
+    )
+    train.add_argument(
+        "settings", nargs="*", metavar="CONFIG.yaml | section.key=value", help="a YAML file first (optional), then overrides"
+    )
+    train.add_argument(
+        "--resume", metavar="auto|never|DIR", help="the same as train.resume=…; default auto: continue if there is a checkpoint"
+    )
+    train.add_argument("--dry-run", action="store_true", help="print the resolved config as YAML and stop")
+    train.set_defaults(run=_train)
+
+    sample = commands.add_parser(
+        "sample", help="draw images from a checkpoint", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    sample.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a run's folder (its newest checkpoint) or a checkpoint's"
+    )
+    sample.add_argument("--class", dest="classes", default="all", metavar="IDS", help="class ids such as 3 or 207,360, or all")
+    sample.add_argument("--per-class", type=int, default=1, metavar="N", help="images a class")
+    sample.add_argument("--steps", type=int, metavar="N", help="solver steps (default: the run's)")
+    sample.add_argument("--solver", choices=("euler", "heun"), help="heun calls the model twice a step (default: the run's)")
+    sample.add_argument(
+        "--guidance", type=float, metavar="W", help="v = (1+W)·v(class) - W·v(null); papers' scale is 1+W (default: the run's)"
+    )
+    sample.add_argument("--seed", type=int, default=0, help="of the starting noise")
+    sample.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged weights or those of the last step")
+    sample.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model's weights and activations")
+    sample.add_argument("--out", default="samples.png", metavar="PNG", help="the grid, one row a class")
+    sample.add_argument("--npz", metavar="NPZ", help="also write arr_0 (images uint8 [n,S,S,C]) and arr_1 (class ids)")
+    sample.set_defaults(run=_sample)
+
+    info = commands.add_parser("info", help="versions, device, and which backend each op uses")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = _parser().parse_args(words)
+    try:
+        arguments.run(arguments)
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":  # one sentence, not one a rank
+            print(f"fastdit: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

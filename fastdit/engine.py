@@ -1,0 +1,143 @@
+"""The only file that knows DeepSpeed: distributed start, the ZeRO engine, and who owns which fp32 master weights."""
+
+import os
+import socket
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastdit.config import Config
+
+CONTROL_TIMEOUT = timedelta(minutes=60)  # rank 0 may hash and write for long while the others wait
+
+
+class World(NamedTuple):
+    """This process among all: `control` is a gloo group for flags, objects and barriers around I/O; the default group
+    carries tensors on `device` only."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+
+class Fragment(NamedTuple):
+    """A piece of a parameter whose fp32 master this rank owns: elements start .. start + master.numel() of the flat parameter."""
+
+    name: str
+    start: int
+    master: Tensor
+
+
+def _free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def start() -> World:
+    """Join the processes that the launcher started (deepspeed, torchrun), or be the only one.
+
+    On a CPU, DeepSpeed would compile its shared-memory collectives here: 70 s, and a lock file that makes later runs hang
+    when it is killed. They are switched off; gloo does the work.
+    """
+    alone = "RANK" not in os.environ
+    if alone:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    cuda = torch.cuda.is_available()
+    if cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if not cuda:
+        getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict:
+    """The DeepSpeed configuration of a run."""
+    train, zero = config.train, config.zero
+    return {
+        "train_batch_size": train.batch_size * train.accumulation * world_size,
+        "train_micro_batch_size_per_gpu": train.batch_size,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.clip,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": zero.stage,
+            "overlap_comm": True,  # off by default below stage 3
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": zero.bucket,
+            "allgather_bucket_size": zero.bucket,
+        },
+        "zero_allow_untested_optimizer": True,  # torch's fused AdamW
+        "timers": {"throughput": {"enabled": False}},  # it would synchronise the device twice a micro-step
+        "wall_clock_breakdown": False,
+        "steps_per_print": 1 << 60,
+    }
+
+
+def learning_rate_factor(config: Config, step: int) -> float:
+    """Linear warm-up to 1 over warmup_steps, then constant, or half a cosine down to 0 at total_steps. `step` counts from 0."""
+    train = config.train
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return 1.0
+    progress = (step - train.warmup_steps) / max(1, train.total_steps - train.warmup_steps)
+    return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(progress, 1.0), dtype=torch.float64)).item())
+
+
+def initialize(model: nn.Module, config: Config, world: World):
+    """The DeepSpeed engine of a model: ZeRO, fused AdamW on fp32 masters, schedule. Compiles the blocks first if asked."""
+    import deepspeed
+
+    train = config.train
+    if train.compile == "on" or (train.compile == "auto" and world.device.type == "cuda"):
+        for block in model.blocks:
+            block.compile(dynamic=False, fullgraph=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), train.lr, (train.beta1, train.beta2), train.eps, train.weight_decay, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config, world.size)
+    )
+    return engine
+
+
+def fragments(engine, world: World) -> list[Fragment]:
+    """The fp32 masters that this rank owns, as live 1-D views, in the order of the model's parameters.
+
+    ZeRO 1 and 2 keep a private `_hp_mapping` on each parameter (None: not on this rank); ZeRO 3 cuts every parameter evenly.
+    """
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    found = []
+    for name, parameter in engine.module.named_parameters():
+        if hasattr(parameter, "ds_numel"):
+            master = safe_get_local_fp32_param(parameter)
+            start = world.rank * master.numel()
+            found.append(Fragment(name, start, master[: max(0, parameter.ds_numel - start)]))
+        elif parameter._hp_mapping is not None:
+            mapping = parameter._hp_mapping
+            found.append(Fragment(name, mapping.lp_fragment_address.start, mapping.hp_fragment))
+    return [fragment for fragment in found if fragment.master.numel()]

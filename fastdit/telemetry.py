@@ -1,0 +1,119 @@
+"""What a run says of itself: progress bar, JSON lines, wandb, versions. Rank 0 speaks, the others stay silent."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fastdit.checkpoint import flush, write_atomically
+from fastdit.config import Config, InputError
+from fastdit.engine import World
+
+PACKAGES = ("torch", "triton", "deepspeed", "diffusers", "nvidia-dali-cuda130", "wandb", "flash-attn")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of fastdit and of what it stands on; "missing" where a package is not installed."""
+    from fastdit import __version__
+
+    found = {"fastdit": __version__, "python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+class Log:
+    """The log of a run: `<run>/metrics.jsonl`, the progress bar, wandb."""
+
+    def __init__(self, run: Path, config: Config, world: World, start_step: int, wandb_id: str | None) -> None:
+        """start_step: steps done before; later lines of metrics.jsonl, of a run that was killed, are cut. wandb_id: of the
+        run to continue. Raises InputError when wandb is asked for and missing."""
+        self.speaks, self.batch = world.rank == 0, config.train.batch_size * config.train.accumulation * world.size
+        self.wandb, self.wandb_id = None, wandb_id
+        if not self.speaks:
+            return
+        self.path = run / "metrics.jsonl"
+        kept = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        write_atomically(self.path, "".join(line for line in kept if json.loads(line)["step"] <= start_step))
+        if config.train.wandb != "disabled":
+            try:
+                import wandb
+            except ImportError as error:
+                raise InputError(f"train.wandb={config.train.wandb} needs wandb: pip install wandb") from error
+            self.wandb = wandb.init(
+                project=config.train.wandb_project, name=config.train.name, config=config.to_dict(), dir=run,
+                mode=config.train.wandb, id=wandb_id, resume="allow",
+            )  # fmt: skip
+            self.wandb_id = self.wandb.id
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=config.train.total_steps, initial=start_step, unit="step", dynamic_ncols=terminal,
+            mininterval=0.5 if terminal else 20,
+        )  # fmt: skip
+        self.time, self.step = time.perf_counter(), start_step
+
+    def advance(self) -> None:
+        """Count a step; never waits for the device."""
+        if self.speaks:
+            self.bar.update()
+
+    def write(self, step: int, **values: float) -> None:
+        """One line after `step` steps: the values, and images/s by the wall clock since the last line."""
+        if not self.speaks:
+            return
+        now = time.perf_counter()
+        rate = (step - self.step) * self.batch / (now - self.time)
+        self.time, self.step = now, step
+        line = {"step": step, **values, "images_per_s": round(rate, 2), "time": round(time.time(), 3)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.wandb:
+            self.wandb.log({key: value for key, value in line.items() if key != "step"}, step=step)
+        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s")
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave what happens inside (a checkpoint, a grid of samples) out of images/s."""
+        start = time.perf_counter()
+        yield
+        if self.speaks:
+            self.time += time.perf_counter() - start
+
+    def picture(self, step: int, path: Path) -> None:
+        """Send a PNG to wandb."""
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({"samples": wandb.Image(str(path))}, step=step)
+
+    def say(self, text: str) -> None:
+        """Print a line beside the bar."""
+        if self.speaks:
+            self.bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if not self.speaks:
+            return
+        flush(self.path)
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()

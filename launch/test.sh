@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The tests: the fast tier, or with --all also those marked slow. Other arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+launch/install.sh
+bin=$(cd "${VENV:-.venv}/bin" && pwd)
+tier=(-m "not slow")
+[ "${1:-}" = --all ] && { tier=(); shift; }
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+PATH="$bin:$PATH" exec "$bin/python" -m pytest "${tier[@]}" "$@"
