@@ -71,7 +71,7 @@ def find(path: Path) -> Path | None:
     return next((folder for folder in folders if is_whole(folder)), None)
 
 
-def save(folder: Path, engine, ema: ShardedEma, config: Config, state: dict, loss_sum: Tensor, keep: int, world: World) -> None:
+def save(folder: Path, engine, ema: ShardedEma, config: Config, state: dict, loss_sum: Tensor, world: World) -> None:
     """Write the checkpoint of state["step"] below `folder` (<run>/checkpoints). All ranks must call it."""
     final = folder / folder_name(state["step"])
     temporary = folder / f".tmp-{final.name}"
@@ -97,7 +97,7 @@ def save(folder: Path, engine, ema: ShardedEma, config: Config, state: dict, los
         shutil.rmtree(final, ignore_errors=True)  # only a folder that is not whole can be in the way
         temporary.rename(final)
         flush(folder)
-        for old in sorted(folder.glob("step_*"))[:-keep]:
+        for old in sorted(folder.glob("step_*"))[: -config.train.keep_checkpoints]:
             shutil.rmtree(old)
     dist.barrier(world.control)
 

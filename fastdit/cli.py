@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="of the starting noise")
     sample.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged weights or those of the last step")
     sample.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model's weights and activations")
-    sample.add_argument("--out", default="samples.png", metavar="PNG", help="the grid, one row a class")
+    sample.add_argument("--out", default="samples.png", metavar="PNG", help="the grid: a row a class, its first 10 images")
     sample.add_argument("--npz", metavar="NPZ", help="also write arr_0 (images uint8 [n,S,S,C]) and arr_1 (class ids)")
     sample.set_defaults(run=_sample)
 

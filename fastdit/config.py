@@ -28,8 +28,8 @@ PRESETS = {
     "L/2":  dict(width=1024, depth=24, heads=16, hidden=2688, patch_size=2),
     "B/2":  dict(width=768,  depth=12, heads=12, hidden=2048, patch_size=2),
     "S/2":  dict(width=384,  depth=12, heads=6,  hidden=1024, patch_size=2),
-    "nano/4": dict(width=128, depth=6, heads=2,  hidden=384,  patch_size=4),
-    "test/4": dict(width=64,  depth=2, heads=2,  hidden=128,  patch_size=4),
+    "nano/4": dict(width=128, depth=6, heads=2,  hidden=384,  patch_size=4, positions="absolute"),
+    "test/4": dict(width=64,  depth=2, heads=2,  hidden=128,  patch_size=4, positions="absolute"),
     "base/2": dict(width=1088, depth=17, heads=17, hidden=4352, patch_size=2, class_width=2048, positions="rope_1d",
                    time_embedding="base", zero_init_gates=False),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """The only file that knows DeepSpeed: distributed start, the ZeRO engine, and who owns which fp32 master weights."""
 
+import math
 import os
 import socket
 from datetime import timedelta
@@ -103,7 +104,7 @@ def learning_rate_factor(config: Config, step: int) -> float:
     if train.schedule == "constant":
         return 1.0
     progress = (step - train.warmup_steps) / max(1, train.total_steps - train.warmup_steps)
-    return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(progress, 1.0), dtype=torch.float64)).item())
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def initialize(model: nn.Module, config: Config, world: World):

@@ -16,6 +16,9 @@ from fastdit.config import ModelConfig
 ROPE_THETA = 10_000.0
 QK_EPS = torch.finfo(torch.float32).eps  # the base model's, 1.19e-7
 TIME_FEATURES = 256  # sinusoids of the timestep before its MLP, as in DiT
+# Largest frequency of the timestep's sinusoids, in radians per unit of t. DiT's 1000 makes neighbouring times look unrelated: on
+# the built-in digits 600 steps gave 51 % recognised digits with it and 99.5 % with 30 (guidance 4, all else equal).
+TIME_FREQUENCY = 30.0
 
 
 def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, Tensor] | None:
@@ -62,7 +65,7 @@ class TimeEmbedding(nn.Module):
         self.register_buffer("frequencies", self.make_frequencies(), persistent=False)
 
     def make_frequencies(self) -> Tensor:
-        """fp32: the sinusoids' frequencies of DiT for t·1000, or the base model's table 10000^(2i/H), which grows with i.
+        """fp32: geometric from TIME_FREQUENCY down to 1/10,000 of it, or the base model's table 10000^(2i/H), which grows with i.
 
         The base table must come from fp32 `pow` on the CPU: arguments reach 1e8, where any other rounding is another model.
         """
@@ -70,7 +73,7 @@ class TimeEmbedding(nn.Module):
             H = self.map.in_features
             return torch.tensor(10_000, device="cpu") ** (2 * torch.arange(H, device="cpu") / H)
         half = TIME_FEATURES // 2
-        return 1000 * torch.exp(-torch.log(torch.tensor(10_000.0)) * torch.arange(half) / half)
+        return TIME_FREQUENCY * 10_000.0 ** -(torch.arange(half, device="cpu") / half)
 
     def features(self, t: Tensor) -> Tensor:
         """fp32 [B,H] (base) or [B,TIME_FEATURES]."""

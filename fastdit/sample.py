@@ -16,6 +16,7 @@ from fastdit.engine import World
 from fastdit.flow import Stream
 
 BATCH = 100  # images a batch; twice that with guidance
+SHOWN = 10  # images a class in the grid of `fastdit sample`, at most
 
 
 @torch.no_grad()
@@ -115,8 +116,9 @@ def run(
     out: Path,
     npz: Path | None,
 ) -> Config:
-    """What `fastdit sample` does: a grid PNG with one row a class, and optionally an npz (arr_0 images uint8 NHWC, arr_1
-    labels int64). overrides: SampleConfig values given by the user. Raises InputError for bad input, before any work."""
+    """What `fastdit sample` does: a grid PNG with one row a class (its first SHOWN images), and optionally an npz (arr_0 images
+    uint8 NHWC, arr_1 labels int64). overrides: SampleConfig values given by the user. Raises InputError for bad input, before
+    any work."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if per_class < 1:
         raise InputError(f"--per-class {per_class} must be at least 1")
@@ -141,7 +143,10 @@ def run(
             config.model.num_classes,
             bar.update,
         )
-    save_picture(grid(images, per_class), out)
+    shown = min(per_class, SHOWN)
+    save_picture(
+        grid(images.reshape(len(chosen), per_class, *images.shape[1:])[:, :shown].reshape(-1, *images.shape[1:]), shown), out
+    )
     if npz is not None:
         temporary = npz.with_name(f".tmp-{npz.name}")
         with temporary.open("wb") as file:

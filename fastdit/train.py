@@ -124,6 +124,7 @@ def _loop(config: Config, world, loader, codec, deepspeed_engine, ema, loss_sum,
             noise = kernels.counter_normal(settings.seed, flow.Stream.POSTERIOR, ids, latent_shape) if codec.needs_noise else None
             x0 = codec.encode(images, noise)
             loss = flow.losses(deepspeed_engine, config.flow, config.model.num_classes, x0, labels, settings.seed, ids).mean()
+            lr = deepspeed_engine.get_lr()[0]  # of this step: engine.step moves the schedule on
             deepspeed_engine.backward(loss)
             deepspeed_engine.step()
             loss_sum += loss.detach()
@@ -133,7 +134,7 @@ def _loop(config: Config, world, loader, codec, deepspeed_engine, ema, loss_sum,
         log.advance()
         last = done == settings.total_steps
         if done % settings.log_steps == 0 or last:
-            _write_log_line(config, world, deepspeed_engine, loss_sum, log, done, loader.steps_per_epoch)
+            _write_log_line(config, world, deepspeed_engine, loss_sum, log, done, epoch=done / loader.steps_per_epoch, lr=lr)
         with log.pause():
             if preview and (done % settings.sample_steps == 0 or last):
                 picture = run / "samples" / f"{checkpoint.folder_name(done)}.png"
@@ -141,12 +142,10 @@ def _loop(config: Config, world, loader, codec, deepspeed_engine, ema, loss_sum,
                 log.picture(done, picture)
             if done % settings.save_steps == 0 or last:
                 state = {"step": done, "wandb_id": log.wandb_id, "versions": versions()}
-                checkpoint.save(
-                    run / "checkpoints", deepspeed_engine, ema, config, state, loss_sum, settings.keep_checkpoints, world
-                )
+                checkpoint.save(run / "checkpoints", deepspeed_engine, ema, config, state, loss_sum, world)
 
 
-def _write_log_line(config: Config, world, deepspeed_engine, loss_sum, log: Log, done: int, steps_per_epoch: int) -> None:
+def _write_log_line(config: Config, world, deepspeed_engine, loss_sum, log: Log, done: int, epoch: float, lr: float) -> None:
     """Read the device's loss sum, write the line, start the next sum. Raises FloatingPointError when the loss is not finite."""
     settings = config.train
     dist.all_reduce(loss_sum)
@@ -154,7 +153,7 @@ def _write_log_line(config: Config, world, deepspeed_engine, loss_sum, log: Log,
     loss = loss_sum.item() / (steps * settings.accumulation * world.size)
     loss_sum.zero_()
     norm = float(deepspeed_engine.get_global_grad_norm())
-    log.write(done, epoch=round(done / steps_per_epoch, 4), loss=loss, lr=deepspeed_engine.get_lr()[0], grad_norm=norm)
+    log.write(done, epoch=round(epoch, 4), loss=loss, lr=lr, grad_norm=norm)
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"the mean loss of steps {done - steps + 1} to {done} is {loss}: the last good checkpoint stays in "

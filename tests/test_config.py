@@ -1,0 +1,93 @@
+"""Config: every wrong key, type and value is one sentence that names what is right; what is printed reads back the same."""
+
+import json
+
+import pytest
+import yaml
+
+from fastdit import config
+from fastdit.config import PRESETS, InputError, from_dict, load_json, parse
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.preset=S/3", ["S/3", "did you mean 'S/2'"]),
+        ("modle.width=64", ["modle", "did you mean 'model'"]),
+        ("train.batchsize=4", ["train.batchsize", "did you mean 'train.batch_size'"]),
+        ("train.batch_size=four", ["train.batch_size='four'", "a whole number"]),
+        ("train.batch_size=4.5", ["train.batch_size=4.5", "a whole number"]),
+        ("train.batch_size=true", ["train.batch_size=True", "a whole number"]),
+        ("train.batch_size=0", ["train.batch_size=0", "at least 1"]),
+        ("train.lr=fast", ["train.lr='fast'", "a number"]),
+        ("train.lr=.nan", ["train.lr=nan", "at least 0"]),
+        ("data.flip=maybe", ["data.flip='maybe'", "true or false"]),
+        ("train.ema_decay=1", ["train.ema_decay=1.0", "below 1"]),
+        ("train.name=a/b", ["train.name='a/b'", "plain folder name"]),
+        ("sample.solver=hune", ["sample.solver=hune", "did you mean 'heun'"]),
+        ("zero.stage=4", ["zero.stage=4", "1, 2, 3"]),
+        ("model.heads=3", ["model.heads=3", "model.width=128"]),
+        ("model.patch_size=5", ["model.patch_size=5", "model.input_size=32"]),
+        ("model.modulation_groups=9", ["model.modulation_groups=9", "model.depth=6"]),
+        ("flow.label_dropout=2", ["flow.label_dropout=2.0", "between 0 and 1"]),
+        ("width=3", ["width=3", "section.key=value"]),
+        ("model.width", ["model.width", "section.key=value"]),
+        ("model.width=[", ["not valid YAML"]),
+    ],
+)
+def test_wrong_override_is_one_sentence(override, words):
+    with pytest.raises(InputError) as error:
+        parse(None, [override])
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "model: 3", "model: {width: 64", "train: {lr: [1]}"])
+def test_wrong_file(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as error:
+        parse(file)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"none\.yaml cannot be read: No such file"):
+        parse(tmp_path / "none.yaml")
+
+
+def test_later_wins(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: {preset: S/2, depth: 3}\ntrain: {lr: 1e-3}\n")
+    c = parse(file, ["model.depth=5", "train.clip=2"])
+    assert (c.model.width, c.model.depth, c.train.lr, c.train.clip) == (384, 5, 1e-3, 2.0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_printed_config_reads_back(tmp_path, preset):
+    c = parse(None, [f"model.preset={preset}", "model.in_channels=4", "data.flip=true"])
+    assert from_dict(yaml.safe_load(c.to_yaml())) == c
+    (tmp_path / "c.json").write_text(c.to_json())
+    assert load_json(tmp_path / "c.json") == c
+
+
+def test_config_is_frozen():
+    with pytest.raises(AttributeError):
+        from_dict({}).train.lr = 3
+
+
+def test_load_json_of_garbage(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"model": {"wdith": 3}}))
+    with pytest.raises(InputError, match=r"model\.width"):
+        load_json(tmp_path / "c.json")
+    (tmp_path / "c.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_json(tmp_path / "c.json")
+
+
+def test_published_hidden_rule():
+    for name in ("S/2", "B/2", "L/2", "XL/2"):
+        row = config.PRESETS[name]
+        assert row["hidden"] == max(128, round(row["width"] * 8 / 3 / 128) * 128)
+        assert row["width"] == 64 * row["heads"]

@@ -1,0 +1,230 @@
+"""The model: shapes, published sizes, adaLN-Zero, positions, dtypes, and what it must not do to a compiler or a GPU."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from fastdit import kernels
+from fastdit.attention import MATMUL_MAX_TOKENS, attention
+from fastdit.config import PRESETS, from_dict
+from fastdit.model import DiT, TimeEmbedding, rope_tables, sincos_positions
+
+spec = importlib.util.spec_from_file_location("hot_loop", Path(__file__).with_name("hot_loop.py"))
+hot_loop = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hot_loop)
+
+
+def config(**model):
+    return from_dict({"model": {"preset": "test/4", **model}}).model
+
+
+def randomised(**model):
+    """A model whose every parameter matters: nothing is left at zero."""
+    torch.manual_seed(0)
+    m = DiT(config(**model))
+    with torch.no_grad():
+        for p in m.parameters():
+            p.copy_(torch.randn_like(p) * (0.5 / math.sqrt(p.shape[-1])) + (1 if p.ndim == 1 and "weight" in str(p) else 0))
+    return m
+
+
+def inputs(m, batch=3):
+    c = m.config
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, c.in_channels, c.input_size, c.input_size, generator=g)
+    return x, torch.rand(batch, generator=g), torch.randint(0, c.num_classes + 1, (batch,), generator=g)
+
+
+VARIANTS = [
+    {"positions": "absolute"},
+    {"positions": "rope_1d", "qk_norm": "none"},
+    {"positions": "rope_2d", "class_width": 24, "modulation_groups": 2},
+    {"positions": "absolute", "qk_norm": "full_width", "time_embedding": "base", "zero_init_gates": False},
+    {"positions": "rope_1d", "time_embedding": "base", "in_channels": 4, "patch_size": 2, "input_size": 16},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_shapes_and_that_every_parameter_gets_a_gradient(variant):
+    m = randomised(**variant)
+    x, t, labels = inputs(m)
+    v = m(x, t, labels)
+    assert v.shape == x.shape and v.dtype == torch.float32
+    v.square().mean().backward()
+    for name, p in m.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+        assert p.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_samples_of_a_batch_do_not_mix(variant):
+    m = randomised(**variant).double()
+    x, t, labels = inputs(m)
+    together = m(x, t, labels)
+    for i in range(3):
+        alone = m(x[i : i + 1], t[i : i + 1], labels[i : i + 1])
+        torch.testing.assert_close(alone, together[i : i + 1], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("S/2", 33), ("B/2", 130), ("L/2", 458), ("XL/2", 675), ("base/2", 452)])
+def test_published_sizes(preset, millions):
+    with torch.device("meta"):
+        m = DiT(config(preset=preset, in_channels=4, num_classes=1000))
+    assert m.num_parameters / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_adaln_zero_starts_as_the_zero_velocity_with_identity_blocks():
+    m = DiT(config())
+    x, t, labels = inputs(m)
+    assert m(x, t, labels).abs().max() == 0
+    stream = m.patch_embedding(m.patchify(x)) + m.positions
+    zeros = torch.zeros(3, 64)
+    y = kernels.modulate(stream, zeros, zeros)
+    out, _ = m.blocks[0](stream, y, tuple(m.modulations(t, labels)[2:8]), None, None)
+    assert torch.equal(out, stream)
+
+
+def test_without_zero_init_the_start_is_not_zero():
+    torch.manual_seed(0)
+    m = DiT(config(zero_init_gates=False))
+    assert m(*inputs(m)).abs().max() > 0.01
+
+
+def test_patches_are_channel_row_column_in_row_major_order():
+    m = DiT(config(in_channels=2, patch_size=4, input_size=8))
+    x = torch.arange(2 * 8 * 8.0).view(1, 2, 8, 8)
+    tokens = m.patchify(x)
+    for token in range(4):
+        r, c = token // 2 * 4, token % 2 * 4
+        assert torch.equal(tokens[0, token], x[0, :, r : r + 4, c : c + 4].flatten())
+    assert torch.equal(m.unpatchify(tokens), x)
+
+
+def test_rope_1d_is_the_published_formula():
+    cos, sin = rope_tables(config(positions="rope_1d"))
+    D, T = 32, 64
+    for position in (0, 1, 63):
+        for j in (0, 5, 15):
+            angle = position * 10_000 ** (-2 * j / D)
+            assert cos[position, j].item() == pytest.approx(math.cos(angle), abs=1e-6)
+            assert sin[position, j].item() == pytest.approx(math.sin(angle), abs=1e-6)
+    assert cos.shape == (T, D // 2) and cos.dtype == torch.float32
+
+
+def test_rope_2d_depends_on_the_offset_in_rows_and_columns_alone():
+    cos, sin = (t.double() for t in rope_tables(config(positions="rope_2d")))
+    q, k = torch.randn(2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def rotate(x, position):
+        a, b = x.chunk(2)
+        c, s = cos[position], sin[position]
+        return torch.cat((a * c - b * s, b * c + a * s))
+
+    def score(row1, column1, row2, column2):
+        return (rotate(q, row1 * 8 + column1) @ rotate(k, row2 * 8 + column2)).item()
+
+    assert score(1, 2, 3, 7) == pytest.approx(score(2, 0, 4, 5), abs=1e-6)
+    assert score(1, 2, 3, 7) != pytest.approx(score(1, 2, 7, 3), abs=1e-2)  # rows and columns are told apart
+
+
+def test_sincos_table_tells_all_places_apart():
+    table = sincos_positions(8, 64)
+    assert torch.cdist(table, table).fill_diagonal_(1).min() > 0.1
+
+
+def test_base_time_features_are_the_published_formula():
+    embedding = TimeEmbedding(config(width=16, time_embedding="base"))
+    t = torch.linspace(1, 1 / 7, 7)
+    got = embedding.features(t)
+    table = torch.tensor(10_000) ** (2 * torch.arange(16) / 16)
+    for b in range(7):
+        for i in range(16):
+            angle = (t[b] * table[i]).double()
+            expected = torch.sin(angle) if i % 2 == 0 else torch.cos(angle)
+            assert got[b, i].item() == pytest.approx(expected.item(), abs=1e-7)
+
+
+def test_tables_stay_fp32_under_casts_and_are_not_in_the_checkpoint():
+    m = DiT(config(positions="rope_2d"))
+    before = m.cos.clone(), m.time_embedding.frequencies.clone()
+    m.bfloat16()
+    assert m.cos.dtype == m.sin.dtype == m.time_embedding.frequencies.dtype == torch.float32
+    assert torch.equal(m.cos, before[0]) and torch.equal(m.time_embedding.frequencies, before[1])
+    assert not any("cos" in key or "frequencies" in key for key in m.state_dict())
+
+
+def test_bf16_features_of_close_times_differ():
+    m = DiT(config()).bfloat16()
+    a, b = m.time_embedding.features(torch.tensor([0.5, 0.501]))
+    assert (a - b).abs().max() > 0.01
+
+
+def test_no_labels_means_no_class_input():
+    m = randomised()
+    x, t, labels = inputs(m)
+    with torch.no_grad():
+        m.class_embedding.table.weight.zero_()
+    torch.testing.assert_close(m(x, t, None), m(x, t, labels))
+
+
+def test_full_width_norm_is_the_old_base_formula():
+    m = randomised(qk_norm="full_width", positions="absolute")
+    a = m.blocks[0].attention
+    y = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    q, k, v = a.qkv(y).chunk(3, dim=-1)
+    q = q / (q.square().mean(-1, keepdim=True) + 64.0).sqrt() * a.q_weight
+    k = k / (k.square().mean(-1, keepdim=True) + 64.0).sqrt() * a.k_weight
+    heads = [x.view(2, 64, 2, 32).transpose(1, 2) for x in (q, k, v)]
+    expected = a.out(torch.softmax(heads[0] @ heads[1].transpose(-1, -2) / 32**0.5, -1).matmul(heads[2]).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(a(y, None, None), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [7, 64, MATMUL_MAX_TOKENS + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_both_sides_of_the_switch(tokens, dtype):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, tokens, 16, generator=g).to(dtype) for _ in range(3))
+    truth = torch.softmax(q.double() @ k.double().transpose(-1, -2) / 4, -1) @ v.double()
+    got = attention(q, k, v)
+    assert got.shape == (2, tokens, 48) and got.dtype == dtype
+    # values average over tokens: an ulp of each factor, the weights' own rounding, and the store
+    bound = 4 * torch.finfo(dtype).eps * v.abs().max().item()
+    assert (got.double() - truth.transpose(1, 2).flatten(2)).abs().max() < bound
+
+
+def test_modulation_backward_never_slices_the_large_tensor():
+    m = randomised(depth=8)
+    guard = hot_loop.HotLoopGuard(columns=6 * 4 * 64)
+    with guard:
+        m(*inputs(m)).sum().backward()
+    assert guard.large_slices == []
+    assert guard.counts["aten.unbind"] >= 3  # two groups and the final norm
+
+
+def test_one_graph_serves_all_blocks_in_training_and_sampling():
+    """28 blocks that are compiled one by one must share their graphs: more than eight would silently run eager."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    m = DiT(config(depth=28, width=16, heads=1, hidden=16, input_size=8, patch_size=4))
+    for block in m.blocks:
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        m(*inputs(m)).sum().backward()
+        m(*inputs(m)).sum().backward()
+        # one graph for all but the last block, whose next norm comes from the final modulation: other strides
+        assert counters["stats"]["unique_graphs"] == 2
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            m(*inputs(m)).sum().backward()
+        with torch.no_grad():
+            m(*inputs(m, batch=5))
+    assert counters["stats"]["unique_graphs"] <= 4
+    assert not counters["graph_break"]
+
+
+def test_preset_table_is_whole():
+    assert {"S/2", "B/2", "L/2", "XL/2", "base/2"} <= set(PRESETS)
