@@ -18,13 +18,11 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         print(config.to_yaml(), end="")
         return
-    from fastdit import engine
     from fastdit.train import train
 
     run = train(config)
     if os.environ.get("RANK", "0") == "0":
         print(f"run: {run} (metrics.jsonl, samples/, checkpoints/)")
-    engine.stop()
 
 
 def _sample(arguments: argparse.Namespace) -> None:

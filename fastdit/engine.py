@@ -1,5 +1,6 @@
 """The only file that knows DeepSpeed: distributed start, the ZeRO engine, and who owns which fp32 master weights."""
 
+import atexit
 import math
 import os
 import socket
@@ -61,14 +62,9 @@ def start() -> World:
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        atexit.register(dist.destroy_process_group)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return World(dist.get_rank(), dist.get_world_size(), device, control)
-
-
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict:
@@ -119,9 +115,13 @@ def initialize(model: nn.Module, config: Config, world: World):
         model.parameters(), train.lr, (train.beta1, train.beta2), train.eps, train.weight_decay, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
+    weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config, world.size)
     )
+    # DeepSpeed makes its masters from the bf16 parameters: give them back what that rounded away
+    for fragment in fragments(engine, world):
+        fragment.master.copy_(weights[fragment.name].flatten()[fragment.start : fragment.start + fragment.master.numel()])
     return engine
 
 
@@ -137,8 +137,8 @@ def fragments(engine, world: World) -> list[Fragment]:
         if hasattr(parameter, "ds_numel"):
             master = safe_get_local_fp32_param(parameter)
             start = world.rank * master.numel()
-            found.append(Fragment(name, start, master[: max(0, parameter.ds_numel - start)]))
+            found.append(Fragment(name, start, master.detach()[: max(0, parameter.ds_numel - start)]))
         elif parameter._hp_mapping is not None:
             mapping = parameter._hp_mapping
-            found.append(Fragment(name, mapping.lp_fragment_address.start, mapping.hp_fragment))
+            found.append(Fragment(name, mapping.lp_fragment_address.start, mapping.hp_fragment.detach()))
     return [fragment for fragment in found if fragment.master.numel()]

@@ -1,5 +1,6 @@
 """From a model to pictures: samples of given classes, on one rank or shared by all, and the grid they are shown in."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,10 +98,8 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
 
 def check_writable(path: Path) -> None:
     """Raise InputError unless a file can be written at `path`."""
-    probe = path.with_name(f".tmp-{path.name}")
     try:
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}: choose another place") from error
 

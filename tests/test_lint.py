@@ -1,0 +1,84 @@
+"""What would stall or corrupt a GPU and no CPU run would show: forbidden by name in the code that the hot loop runs."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HOT = ["train.py", "engine.py", "flow.py", "samplers.py", "ema.py", "model.py", "attention.py"]
+FILES = [ROOT / "fastdit" / name for name in HOT] + sorted((ROOT / "kernels").glob("*.py"))
+
+METHODS = {"item", "cpu", "tolist", "numpy", "cuda"}  # read or move device data on the host's time
+CALLS = {"torch.tensor", "torch.as_tensor", "torch.cuda.synchronize", "time.time", "float", "print"}
+
+# (file, function): what it may do, and why
+ALLOWED = {
+    ("train.py", "_write_log_line"): {"item", "float"},  # once in log_steps
+    ("train.py", "train"): {"print"},  # a finished run says so and ends
+    ("engine.py", "initialize"): {"cpu"},  # once, before the first step
+    ("model.py", "make_frequencies"): {"torch.tensor"},  # at construction
+}
+
+
+def dotted(node):
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def offences(source):
+    """(function, offence, line) of every forbidden call in a module's source."""
+    tree = ast.parse(source)
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+    def function(node):
+        while node in parents:
+            node = parents[node]
+            if isinstance(node, ast.FunctionDef):
+                return node.name
+        return ""
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "weight":
+            yield function(node), "indexed weight", node.lineno  # its backward is atomic or sorts: use F.embedding
+        if not isinstance(node, ast.Call):
+            continue
+        name = dotted(node.func)
+        if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+            yield function(node), node.func.attr, node.lineno
+        elif name in CALLS:
+            yield function(node), name, node.lineno
+        elif name.startswith("tl.atomic"):
+            yield function(node), name, node.lineno  # the order of the sum would differ from run to run
+        elif name == "tl.program_id":
+            outer = parents[node]
+            if not (isinstance(outer, ast.Attribute) and outer.attr == "to"):
+                yield function(node), "tl.program_id without .to(tl.int64)", node.lineno  # offsets pass 2^31
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_hot_code_neither_waits_nor_races(file):
+    found = [o for o in offences(file.read_text()) if o[1] not in ALLOWED.get((file.name, o[0]), ())]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x.item()",
+        "x.cpu()",
+        "torch.tensor([1])",
+        "float(x)",
+        "table.weight[i]",
+        "tl.atomic_add(p, x)",
+        "i = tl.program_id(0)",
+        "time.time()",
+    ],
+)
+def test_the_lint_sees(line):
+    assert len(list(offences(f"def f():\n    {line}\n"))) == 1
+
+
+def test_the_lint_lets_pass():
+    assert not list(offences("def f():\n    i = tl.program_id(0).to(tl.int64)\n    F.embedding(i, table.weight)\n"))

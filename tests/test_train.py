@@ -1,0 +1,208 @@
+"""Training on one rank, in this process: logs, checkpoints, pictures, latents of an autoencoder, and every kind of bad input."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdit import autoencoder, checkpoint, cli
+from fastdit.config import InputError, parse
+from fastdit.train import train
+
+TINY = [
+    "model.preset=test/4", "train.batch_size=4", "train.warmup_steps=1", "train.lr=1e-3", "train.log_steps=2", "train.save_steps=2",
+    "train.sample_steps=4", "sample.steps=2", "sample.solver=euler",
+]  # fmt: skip
+
+
+def settings(out, *overrides):
+    return [*TINY, f"train.out={out}", "train.name=r", *overrides]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of four steps, with wandb offline."""
+    out = tmp_path_factory.mktemp("runs")
+    os.environ["WANDB_SILENT"] = "true"
+    train(parse(None, settings(out, "train.total_steps=4", "train.keep_checkpoints=1", "train.wandb=offline")))
+    return out / "r"
+
+
+def snapshot(folder):
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_leaves_what_it_should(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "time"}
+    assert lines[0]["lr"] == 1e-3 and 0.5 < lines[0]["loss"] < 5 and lines[0]["grad_norm"] > 0
+    assert [p.name for p in (trained / "checkpoints").glob("step_*")] == ["step_00000004"]
+    assert not list(trained.rglob(".tmp*"))
+    assert Image.open(trained / "samples/step_00000004.png").size == (8 * 34 + 2, 10 * 34 + 2)
+    assert json.loads((trained / "config.json").read_text())["model"]["width"] == 64
+    assert list((trained / "wandb").glob("offline-run-*/*.wandb"))
+    state = json.loads((trained / "checkpoints/step_00000004/state.json").read_text())
+    assert state["wandb_id"] and state["versions"]["torch"] == torch.__version__
+
+
+def test_a_finished_run_has_nothing_to_do(trained, capsys):
+    before = snapshot(trained)
+    assert cli.main(["train", *settings(trained.parent, "train.total_steps=4")]) == 0
+    assert "already trained to step 4" in capsys.readouterr().out
+    assert snapshot(trained) == before
+
+
+def test_log_lines_after_the_checkpoint_are_cut(trained, tmp_path):
+    config = parse(None, settings(tmp_path, "train.total_steps=3"))
+    train(config)
+    log = tmp_path / "r/metrics.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": 4, "loss": 9}) + "\n")
+    train(parse(None, settings(tmp_path, "train.total_steps=4")))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4] and lines[-1]["loss"] != 9
+
+
+def test_samples_from_the_command_line(trained, tmp_path):
+    words = ["sample", "--checkpoint", str(trained), "--class", "3,7", "--per-class", "12", "--out", str(tmp_path / "g.png")]
+    assert cli.main([*words, "--npz", str(tmp_path / "s.npz")]) == 0
+    assert Image.open(tmp_path / "g.png").size == (10 * 34 + 2, 2 * 34 + 2)
+    arrays = np.load(tmp_path / "s.npz")
+    assert arrays["arr_0"].shape == (24, 32, 32, 1) and arrays["arr_0"].dtype == np.uint8
+    assert arrays["arr_1"].tolist() == [3] * 12 + [7] * 12
+    first = arrays["arr_0"]
+    assert cli.main([*words, "--npz", str(tmp_path / "t.npz"), "--weights", "raw"]) == 0
+    assert (np.load(tmp_path / "t.npz")["arr_0"] != first).any()
+    assert cli.main([*words, "--npz", str(tmp_path / "u.npz")]) == 0
+    assert np.array_equal(np.load(tmp_path / "u.npz")["arr_0"], first)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g.png", "s.npz", "t.npz", "u.npz"]
+
+
+@pytest.fixture(scope="module")
+def tiny_autoencoder(tmp_path_factory):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    AutoencoderKL(block_out_channels=[4, 8], norm_num_groups=4, latent_channels=4, scaling_factor=0.5, **blocks).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_autoencoder_is_a_posterior_sample_times_the_scaling_factor(tiny_autoencoder):
+    codec = autoencoder.KL(str(tiny_autoencoder), 32, torch.device("cpu"))
+    assert (codec.channels, codec.size) == (4, 16)
+    images = torch.rand(2, 1, 32, 32) * 2 - 1
+    noise = torch.randn(2, 4, 16, 16)
+    with torch.no_grad():
+        posterior = codec.vae.encode(images.repeat(1, 3, 1, 1)).latent_dist
+        torch.testing.assert_close(codec.encode(images, noise), 0.5 * (posterior.mean + posterior.std * noise))
+        z = codec.encode(images, noise)
+        torch.testing.assert_close(codec.decode(z), codec.vae.decode(z / 0.5).sample.clamp(-1, 1))
+
+
+def test_training_on_latents(tiny_autoencoder, tmp_path):
+    latents = [f"data.autoencoder={tiny_autoencoder}", "model.in_channels=4", "model.input_size=16", "train.total_steps=2"]
+    run = train(parse(None, settings(tmp_path, *latents)))
+    assert Image.open(run / "samples/step_00000002.png").mode == "RGB"
+    assert cli.main(["sample", "--checkpoint", str(run), "--class", "1", "--out", str(tmp_path / "g.png")]) == 0
+
+
+def complains(capsys, words, *expected):
+    assert cli.main(words) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("fastdit: ") and all(e in message for e in expected), message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.preset=XXL/2"], ["XXL/2"]),
+        (["data.source=imagenet.tar"], ["imagenet.tar", "mnist5k"]),
+        (["train.resume=nowhere"], ["train.resume=nowhere"]),
+        (["model.num_classes=3"], ["model.num_classes=3"]),
+        (["data.autoencoder=./nowhere"], ["./nowhere", "AutoencoderKL"]),
+        (["model.in_channels=4"], ["model.in_channels=1"]),
+        (["train.batch_size=9999"], ["9999"]),
+    ],
+)
+def test_bad_training_input_leaves_nothing_behind(tmp_path, capsys, overrides, expected):
+    complains(capsys, ["train", *settings(tmp_path / "out", *overrides)], *expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    complains(capsys, ["train", *settings(tmp_path / "file" / "out")], "cannot be made", "train.out")
+    complains(capsys, ["train", *settings("/proc/nowhere")], "/proc/nowhere", "train.out")
+
+
+def test_checkpoint_of_another_architecture(trained, tmp_path, capsys):
+    before = snapshot(trained)
+    complains(capsys, ["train", *settings(trained.parent, "train.total_steps=9", "model.depth=3")], "depth=2", "model.depth=3")
+    resume = f"train.resume={trained}"
+    complains(
+        capsys,
+        ["train", *settings(tmp_path / "out", resume, "model.width=32", "train.total_steps=9")],
+        "width=64",
+        "model.width=32",
+    )
+    complains(capsys, ["train", *settings(trained.parent, "train.resume=never")], "overwrite")
+    assert snapshot(trained) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--class", "10"], ["--class 10", "0 to 9"]),
+        (["--class", "-1"], ["--class -1"]),
+        (["--class", "cat"], ["'cat'"]),
+        (["--per-class", "0"], ["--per-class 0"]),
+        (["--steps", "0"], ["sample.steps=0"]),
+        (["--guidance", "nan"], ["sample.guidance=nan"]),
+        (["--checkpoint", "nowhere"], ["nowhere"]),
+        (["--out", "/proc/nowhere/g.png"], ["/proc/nowhere/g.png", "cannot be written"]),
+    ],
+)
+def test_bad_sampling_input_leaves_nothing_behind(trained, tmp_path, monkeypatch, capsys, words, expected):
+    monkeypatch.chdir(tmp_path)
+    complains(capsys, ["sample", "--checkpoint", str(trained), *words], *expected)
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_that_are_not_whole_do_not_count(trained, tmp_path):
+    folder = tmp_path / "r/checkpoints/step_00000004"
+    folder.parent.mkdir(parents=True)
+    os.system(f"cp -r {trained}/checkpoints/step_00000004 {folder}")
+    assert checkpoint.find(tmp_path / "r") == checkpoint.find(folder) == folder
+    weights = folder / "weights_rank_0000.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert checkpoint.find(tmp_path / "r") is None and checkpoint.find(folder) is None
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        checkpoint.load_model(tmp_path / "r", "ema", torch.device("cpu"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"steps 1 to 2 is (nan|inf)"):
+        train(parse(None, settings(tmp_path, "train.total_steps=4", "train.lr=1e30", "train.clip=0", "train.precision=fp32")))
+    assert checkpoint.find(tmp_path / "r") is None
+
+
+def test_dry_run_prints_a_config_that_reads_back(tmp_path, capsys):
+    assert cli.main(["train", "--dry-run", *settings(tmp_path)]) == 0
+    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
+    assert parse(tmp_path / "c.yaml") == parse(None, settings(tmp_path))
+    assert not (tmp_path / "r").exists()
+
+
+def test_info_names_the_backend_of_every_op(capsys):
+    from fastdit import kernels
+
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert all(op in out for op in kernels.OPS) and torch.__version__ in out
