@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 
 # The documented parameters of the base model's script: each needs a key of ours.
 BASE_PARAMETERS = """
-    totalSteps batchSize inCh num_classes patch_size num_blocks dim c_dim hidden_scale num_heads device wandb_name log_steps p_uncond
-    lr use_lr_scheduler ema_update_freq ema_decay warmup_steps positional_encoding numSaveSteps saveDir loadModel
+    totalSteps batchSize inCh num_classes patch_size num_blocks dim c_dim hidden_scale num_heads device wandb_name log_steps
+    p_uncond lr use_lr_scheduler ema_update_freq ema_decay warmup_steps positional_encoding numSaveSteps saveDir loadModel
 """
 
 
