@@ -112,6 +112,12 @@ def main(words: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # one sentence, not one a rank
             print(f"fastdit: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"fastdit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fastdit: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -76,6 +76,12 @@ class ModelConfig:
         if self.input_size % self.patch_size:
             raise InputError(f"model.patch_size={self.patch_size} must divide model.input_size={self.input_size}")
 
+    @property
+    def group_sizes(self) -> list[int]:
+        """Blocks that each modulation Linear serves, in order."""
+        groups = self.modulation_groups or -(-self.depth // 4)
+        return [self.depth // groups + (i < self.depth % groups) for i in range(groups)]
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -4,6 +4,7 @@ import atexit
 import math
 import os
 import socket
+import warnings
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -58,6 +59,8 @@ def start() -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has deprecated
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not cuda:
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     if not dist.is_initialized():

@@ -165,9 +165,7 @@ class DiT(nn.Module):
         self.positions = nn.Parameter(torch.empty(side * side, H)) if config.positions == "absolute" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(L))
         # All modulations from few large Linears: order a block: shift, scale, gate of attention, then of the MLP.
-        groups = config.modulation_groups or -(-L // 4)
-        sizes = [L // groups + (i < L % groups) for i in range(groups)]
-        self.modulation = nn.ModuleList(nn.Linear(H, 6 * n * H) for n in sizes)
+        self.modulation = nn.ModuleList(nn.Linear(H, 6 * blocks * H) for blocks in config.group_sizes)
         self.final_modulation = nn.Linear(H, 2 * H)
         self.output = nn.Linear(H, config.in_channels * p * p)
         tables = rope_tables(config)

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastdit import autoencoder, checkpoint, kernels, samplers
 from fastdit.config import Config, InputError, SampleConfig
 from fastdit.engine import World
 from fastdit.flow import Stream
+from fastdit.telemetry import progress_bar
 
 BATCH = 100  # images a batch; twice that with guidance
 SHOWN = 10  # images a class in the grid of `fastdit sample`, at most
@@ -121,17 +121,18 @@ def run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if per_class < 1:
         raise InputError(f"--per-class {per_class} must be at least 1")
+    if not 0 <= seed < 2**64:
+        raise InputError(f"--seed {seed} must be at least 0 and below 2^64")
     model, config, _ = checkpoint.load_model(path, weights, device)
     sampling = SampleConfig(**{**config.to_dict()["sample"], **overrides})
     chosen = parse_classes(classes, config.model.num_classes)
     for target in (out, npz):
         if target is not None:
             check_writable(target)
-    channels = 1 if config.data.source == "mnist5k" else 3
-    codec = autoencoder.load(config.data, config.model, channels, device)
+    codec = autoencoder.load(config.data, config.model, config.model.in_channels, device)
     labels = torch.tensor(chosen, device=device).repeat_interleave(per_class)
     batches = -(-len(labels) // BATCH)
-    with tqdm(total=batches * sampling.steps, unit="step", desc=f"{len(labels)} images") as bar:
+    with progress_bar(batches * sampling.steps, description=f"{len(labels)} images") as bar:
         images = generate(
             model.to(dtype),
             codec,

@@ -38,7 +38,17 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{model}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' * (threads > 1)}"
+
+
+def progress_bar(total: int, initial: int = 0, description: str | None = None) -> tqdm:
+    """A bar over solver or training steps; where stderr is no terminal, a line every 20 s at most."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total, initial=initial, desc=description, unit="step", dynamic_ncols=terminal, mininterval=0.5 if terminal else 20,
+        maxinterval=10 if terminal else 60,
+    )  # fmt: skip
 
 
 class Log:
@@ -64,11 +74,7 @@ class Log:
                 mode=config.train.wandb, id=wandb_id, resume="allow",
             )  # fmt: skip
             self.wandb_id = self.wandb.id
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=config.train.total_steps, initial=start_step, unit="step", dynamic_ncols=terminal,
-            mininterval=0.5 if terminal else 20,
-        )  # fmt: skip
+        self.bar = progress_bar(config.train.total_steps, start_step)
         self.time, self.step = time.perf_counter(), start_step
 
     def advance(self) -> None:
@@ -88,7 +94,7 @@ class Log:
             file.write(json.dumps(line) + "\n")
         if self.wandb:
             self.wandb.log({key: value for key, value in line.items() if key != "step"}, step=step)
-        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s")
+        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
 
     @contextmanager
     def pause(self) -> Iterator[None]:

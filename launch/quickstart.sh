@@ -19,7 +19,7 @@ else
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS=$((cores / ranks))
 fi
 run=runs/quickstart
-deepspeed --no_local_rank --num_gpus "$ranks" --module fastdit.cli train launch/quickstart.yaml train.batch_size=$((global_batch / ranks))
+deepspeed -q --no_local_rank --num_gpus "$ranks" --module fastdit.cli train launch/quickstart.yaml train.batch_size=$((global_batch / ranks))
 unset OMP_NUM_THREADS
 fastdit sample --checkpoint "$run" --per-class 20 --dtype bf16 --out "$run/grid.png" --npz "$run/samples.npz"
 python -m fastdit.digits "$run/samples.npz"

@@ -163,6 +163,7 @@ def test_checkpoint_of_another_architecture(trained, tmp_path, capsys):
         (["--class", "-1"], ["--class -1"]),
         (["--class", "cat"], ["'cat'"]),
         (["--per-class", "0"], ["--per-class 0"]),
+        (["--seed", "-1"], ["--seed -1"]),
         (["--steps", "0"], ["sample.steps=0"]),
         (["--guidance", "nan"], ["sample.guidance=nan"]),
         (["--checkpoint", "nowhere"], ["nowhere"]),
