@@ -31,7 +31,7 @@ class KL:
         from diffusers import AutoencoderKL
 
         try:
-            vae = AutoencoderKL.from_pretrained(source)
+            vae = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
         except (OSError, ValueError) as error:
             first = str(error).strip().split("\n")[0]
             raise InputError(f"data.autoencoder={source} is neither 'pixels' nor a diffusers AutoencoderKL: {first}") from error

@@ -71,6 +71,32 @@ def find(path: Path) -> Path | None:
     return next((folder for folder in folders if is_whole(folder)), None)
 
 
+def _commit(temporary: Path, final: Path) -> None:
+    """Make a written and flushed folder count: manifest, rename."""
+    sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+    write_atomically(temporary / MANIFEST, json.dumps({"files": sizes}, indent=1))
+    shutil.rmtree(final, ignore_errors=True)  # only a folder that is not whole can be in the way
+    temporary.rename(final)
+    flush(final.parent)
+
+
+def save_weights(folder: Path, weights: dict[str, Tensor], config: Config, step: int, origin: str) -> Path:
+    """Write fp32 weights that were trained elsewhere as a checkpoint below `folder`: to sample from, not to continue."""
+    final = folder / folder_name(step)
+    temporary = folder / f".tmp-{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(
+        {f"ema/{name}@0": tensor.flatten().float().contiguous() for name, tensor in weights.items()}, temporary / _shard_file(0)
+    )
+    (temporary / "config.json").write_text(config.to_json())
+    (temporary / "state.json").write_text(json.dumps({"step": step, "ranks": 1, "origin": origin}, indent=1))
+    for file in temporary.iterdir():
+        flush(file)
+    _commit(temporary, final)
+    return final
+
+
 def save(folder: Path, engine, ema: ShardedEma, config: Config, state: dict, loss_sum: Tensor, world: World) -> None:
     """Write the checkpoint of state["step"] below `folder` (<run>/checkpoints). All ranks must call it."""
     final = folder / folder_name(state["step"])
@@ -92,11 +118,7 @@ def save(folder: Path, engine, ema: ShardedEma, config: Config, state: dict, los
         flush(file)
     dist.barrier(world.control)
     if world.rank == 0:
-        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-        write_atomically(temporary / MANIFEST, json.dumps({"files": sizes}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)  # only a folder that is not whole can be in the way
-        temporary.rename(final)
-        flush(folder)
+        _commit(temporary, final)
         for old in sorted(folder.glob("step_*"))[: -config.train.keep_checkpoints]:
             shutil.rmtree(old)
     dist.barrier(world.control)
@@ -116,6 +138,8 @@ def check(folder: Path, config: Config, world: World) -> dict:
     """The state.json of a checkpoint that this run can continue from. Raises InputError when it cannot."""
     _check_same_model(folder, load_json(folder / "config.json").model, config.model)
     state = json.loads((folder / "state.json").read_text())
+    if "origin" in state:
+        raise InputError(f"checkpoint {folder} was imported from {state['origin']}: it can be sampled from, not continued")
     if state["ranks"] != world.size:
         raise InputError(
             f"checkpoint {folder} was written by {state['ranks']} ranks, but this run has {world.size}: start it with "
@@ -150,6 +174,10 @@ def load_model(path: Path, weights: str, device: torch.device) -> tuple[DiT, Con
     for rank in range(state["ranks"]):
         file = load_file(folder / _shard_file(rank))
         shards |= {key.removeprefix(prefix): t for key, t in file.items() if key.startswith(prefix)}
+    if not shards:
+        raise InputError(
+            f"checkpoint {folder} holds no {weights} weights: it was imported with its averaged ones, use --weights ema"
+        )
     model = DiT(config.model)
     model.load_state_dict(merge(shards, {name: p.shape for name, p in model.named_parameters()}))
     return model.to(device).eval(), config, state

@@ -1,4 +1,4 @@
-"""The command line: fastdit train | sample | info. Bad input ends with one sentence and exit code 2."""
+"""The command line: fastdit train | sample | import-base | info. Bad input ends with one sentence and exit code 2."""
 
 import argparse
 import os
@@ -37,6 +37,13 @@ def _sample(arguments: argparse.Namespace) -> None:
         Path(arguments.out), Path(arguments.npz) if arguments.npz else None,
     )  # fmt: skip
     print(f"picture: {arguments.out} (one row a class)")
+
+
+def _import_base(arguments: argparse.Namespace) -> None:
+    from fastdit.base_checkpoint import import_run
+
+    parameters = Path(arguments.params) if arguments.params else None
+    print(f"checkpoint: {import_run(Path(arguments.pickle), parameters, Path(arguments.out))}")
 
 
 def _info(_: argparse.Namespace) -> None:
@@ -97,6 +104,18 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", default="samples.png", metavar="PNG", help="the grid: a row a class, its first 10 images")
     sample.add_argument("--npz", metavar="NPZ", help="also write arr_0 (images uint8 [n,S,S,C]) and arr_1 (class ids)")
     sample.set_defaults(run=_sample)
+
+    base = commands.add_parser(
+        "import-base",
+        help="convert a checkpoint of the published base model",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    base.add_argument("pickle", metavar="model_Ns.pkl", help="the base model's weights; code in it is refused, never run")
+    base.add_argument("--params", metavar="JSON", help="its parameters (default: model_params_Ns.json beside it)")
+    base.add_argument(
+        "--out", required=True, metavar="DIR", help="the run's folder to make; `fastdit sample --checkpoint DIR` draws from it"
+    )
+    base.set_defaults(run=_import_base)
 
     info = commands.add_parser("info", help="versions, device, and which backend each op uses")
     info.set_defaults(run=_info)

@@ -1,0 +1,173 @@
+"""Checkpoints of the published base model: read, checked and converted into this model's layout. Same function, fast layout.
+
+A base checkpoint is two files, model_Ns.pkl (a state_dict) and model_params_Ns.json. H width, D head dim, C channels, p patch.
+"""
+
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastdit import checkpoint
+from fastdit.config import Config, DataConfig, InputError, ModelConfig
+from fastdit.model import DiT
+
+POSITION_TABLE_SIDE = 256  # the base model crops its position table from the centre of 256 x 256
+PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"  # what the base model was trained on, for checkpoints that do not carry it
+POSITIONS = {"absolute": "absolute", "RoPE": "rope_1d"}
+
+
+def model_config(parameters: dict, input_size: int) -> ModelConfig:
+    """The ModelConfig of model_params_Ns.json. Raises KeyError for a missing parameter, InputError for a value out of range."""
+    return ModelConfig(
+        preset="base/2",
+        width=parameters["dim"],
+        depth=parameters["num_blocks"],
+        heads=parameters["num_heads"],
+        hidden=int(parameters["dim"] * parameters["hidden_scale"]),
+        patch_size=parameters["patch_size"],
+        in_channels=parameters["inCh"],
+        input_size=input_size,
+        num_classes=parameters["num_classes"],
+        class_width=parameters["c_dim"],
+        positions=POSITIONS[parameters["positional_encoding"]],
+        qk_norm="full_width" if parameters.get("legacy_norm", False) else "head",
+        time_embedding="base",
+        zero_init_gates=False,
+    )
+
+
+def half_split(rows: Tensor, heads: int) -> Tensor:
+    """Reorder the first dimension, `heads` heads of D, from interleaved rotary pairs (2j, 2j+1) to half-split (j, j + D/2)."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def convert(base: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The state_dict of a DiT from that of a base model (without its VAE.* part).
+
+    The two linear maps of the base model's patch embedding become one, and its position table goes through the second, both
+    multiplied in fp64. Null class rows of the base model are zero vectors. Raises KeyError for a missing tensor.
+    """
+    rope = config.positions != "absolute"
+    embed = base["patch_emb.weight"].double()
+    out = {
+        "patch_embedding.weight": (embed @ base["pos_enc.proj.weight"].double().flatten(1)).float(),
+        "patch_embedding.bias": base["patch_emb.bias"],
+        "time_embedding.map.weight": base["t_emb2.weight"],
+        "class_embedding.table.weight": torch.cat((base["c_emb.weight"].T, base["c_emb.weight"].new_zeros(1, config.class_width))),
+        "class_embedding.map.weight": base["cond_MLP.weight"],
+        "class_embedding.map.bias": base["cond_MLP.bias"],
+        "output.weight": base["out_proj.weight"],
+        "output.bias": base["out_proj.bias"],
+    }
+    if not rope:
+        side = config.input_size // config.patch_size
+        first = (POSITION_TABLE_SIDE - side) // 2
+        table = base["pos_enc.pos_embed"].view(POSITION_TABLE_SIDE, POSITION_TABLE_SIDE, -1)
+        crop = table[first : first + side, first : first + side].flatten(0, 1)
+        out["positions"] = (crop.double() @ embed.T).float()
+    for i in range(config.depth):
+        source, target = f"blocks.{i}.", f"blocks.{i}."
+        q, k = base[source + "attn.query_proj.weight"], base[source + "attn.key_proj.weight"]
+        norms = [base[source + f"attn.{name}_norm.weight"] for name in "qk"]
+        if rope:
+            q, k = half_split(q, config.heads), half_split(k, config.heads)
+            norms = [half_split(norm, config.heads if config.qk_norm == "full_width" else 1) for norm in norms]
+        out[target + "attention.qkv.weight"] = torch.cat((q, k, base[source + "attn.value_proj.weight"]))
+        out[target + "attention.q_weight"], out[target + "attention.k_weight"] = norms
+        out[target + "attention.out.weight"] = base[source + "attn.out_proj.weight"]
+        for ours, theirs in (("up", "lin_up"), ("down", "lin_down")):
+            for part in ("weight", "bias"):
+                out[target + f"mlp.{ours}.{part}"] = base[source + f"MLP.{theirs}.{part}"]
+    return out | _modulations(base, config)
+
+
+def _modulations(base: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The base model's six small Linears a block, packed into the groups of DiT.modulation."""
+    vectors = ("norm1.c_shift", "norm1.c_scale", "scale1", "norm2.c_shift", "norm2.c_scale", "scale2")
+    out, first = {}, 0
+    for group, blocks in enumerate(config.group_sizes):
+        for part in ("weight", "bias"):
+            names = [f"blocks.{i}.{v}.{part}" for i in range(first, first + blocks) for v in vectors]
+            out[f"modulation.{group}.{part}"] = torch.cat([base[name] for name in names])
+        first += blocks
+    for part in ("weight", "bias"):
+        out[f"final_modulation.{part}"] = torch.cat([base[f"out_norm.{v}.{part}"] for v in ("c_shift", "c_scale")])
+    return out
+
+
+def load(file: Path, parameters_file: Path, input_size: int = 32) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Tensor]]:
+    """The config, the converted state_dict and the autoencoder's state_dict (empty if it carries none) of a base checkpoint.
+
+    Code in the pickle is never run.
+
+    Raises InputError when a file is missing, damaged, holds code, or does not hold the model that the JSON describes.
+    """
+    try:
+        parameters = json.loads(parameters_file.read_text())
+        config = model_config(parameters, input_size)
+    except OSError as error:
+        raise InputError(f"base checkpoint parameters {parameters_file} cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{parameters_file} is not a base model's parameter file: {error!r}") from error
+    try:
+        base = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise InputError(f"base checkpoint {file} cannot be read: {error.strerror}") from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise InputError(f"{file} is not a state_dict of tensors alone, or is damaged: it was not loaded") from error
+    try:
+        weights = convert(base, config)
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"{file} does not hold the model that {parameters_file.name} describes: {error}") from error
+    return config, weights, {key.removeprefix("VAE."): t for key, t in base.items() if key.startswith("VAE.")}
+
+
+def import_run(file: Path, parameters_file: Path | None, out: Path) -> Path:
+    """What `fastdit import-base` does: write a base checkpoint as the run `out`, with its autoencoder as out/autoencoder.
+
+    parameters_file: by default the model_params_Ns.json beside model_Ns.pkl. Returns the checkpoint's folder. Raises
+    InputError for bad files or when `out` holds checkpoints already, before anything is written.
+    """
+    if parameters_file is None:
+        parameters_file = file.with_name(file.stem.replace("model_", "model_params_", 1) + ".json")
+    if checkpoint.find(out):
+        raise InputError(f"--out {out} holds checkpoints already: choose another folder")
+    model, weights, vae_weights = load(file, parameters_file)
+    vae = _autoencoder(vae_weights, file) if vae_weights else None
+    data = DataConfig(
+        source=str(file), image_size=8 * model.input_size, autoencoder=str(out / "autoencoder") if vae else PUBLISHED_VAE
+    )
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in DiT(model).named_parameters()}
+    wrong = [name for name in expected if expected[name] != weights[name].shape]
+    if wrong:
+        raise InputError(f"{file} does not hold the model that {parameters_file.name} describes: {wrong[0]} has another shape")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if vae:
+            vae.save_pretrained(out / "autoencoder")
+        step = json.loads(parameters_file.read_text()).get("start_step", 0)
+        return checkpoint.save_weights(out / "checkpoints", weights, Config(model=model, data=data), step, file.name)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written: {error.strerror}: choose another place") from error
+
+
+def _autoencoder(weights: dict[str, Tensor], file: Path):
+    """The SD-VAE whose weights a base checkpoint carries. Raises InputError when they are another autoencoder's."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, scaling_factor=0.18215, sample_size=256,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
+    try:
+        vae.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise InputError(
+            f"the VAE.* weights in {file} are not those of sd-vae-ft-ema: {str(error).splitlines()[1].strip()}"
+        ) from error
+    return vae
