@@ -85,31 +85,37 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="print the resolved config as YAML and stop")
     train.set_defaults(run=_train)
 
-    sample = commands.add_parser(
-        "sample", help="draw images from a checkpoint", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    sample = commands.add_parser("sample", help="draw images from a checkpoint")
     sample.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a run's folder (its newest checkpoint) or a checkpoint's"
     )
-    sample.add_argument("--class", dest="classes", default="all", metavar="IDS", help="class ids such as 3 or 207,360, or all")
-    sample.add_argument("--per-class", type=int, default=1, metavar="N", help="images a class")
+    sample.add_argument(
+        "--class",
+        dest="classes",
+        default="all",
+        metavar="IDS",
+        help="class ids such as 3 or 207,360, or all (default: %(default)s)",
+    )
+    sample.add_argument("--per-class", type=int, default=1, metavar="N", help="images a class (default: %(default)s)")
     sample.add_argument("--steps", type=int, metavar="N", help="solver steps (default: the run's)")
     sample.add_argument("--solver", choices=("euler", "heun"), help="heun calls the model twice a step (default: the run's)")
     sample.add_argument(
         "--guidance", type=float, metavar="W", help="v = (1+W)·v(class) - W·v(null); papers' scale is 1+W (default: the run's)"
     )
-    sample.add_argument("--seed", type=int, default=0, help="of the starting noise")
-    sample.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged weights or those of the last step")
-    sample.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model's weights and activations")
-    sample.add_argument("--out", default="samples.png", metavar="PNG", help="the grid: a row a class, its first 10 images")
+    sample.add_argument("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
+    sample.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="averaged weights or those of the last step (default: %(default)s)"
+    )
+    sample.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model's weights and activations (default: %(default)s)"
+    )
+    sample.add_argument(
+        "--out", default="samples.png", metavar="PNG", help="the grid: a row a class, its first 10 images (default: %(default)s)"
+    )
     sample.add_argument("--npz", metavar="NPZ", help="also write arr_0 (images uint8 [n,S,S,C]) and arr_1 (class ids)")
     sample.set_defaults(run=_sample)
 
-    base = commands.add_parser(
-        "import-base",
-        help="convert a checkpoint of the published base model",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    base = commands.add_parser("import-base", help="convert a checkpoint of the published base model")
     base.add_argument("pickle", metavar="model_Ns.pkl", help="the base model's weights; code in it is refused, never run")
     base.add_argument("--params", metavar="JSON", help="its parameters (default: model_params_Ns.json beside it)")
     base.add_argument(

@@ -60,11 +60,8 @@ def test_commands_of_the_readme_parse():
             parse(ROOT / files[0] if files else None, [w for w in arguments.settings if "=" in w])
 
 
-def test_run_configs_are_valid():
-    configs = list((ROOT / "launch").glob("*.yaml"))
-    assert configs
-    for file in configs:
-        parse(file)
+def test_quickstart_spells_out_the_defaults():
+    assert parse(ROOT / "launch/quickstart.yaml") == parse(None, ["train.name=quickstart"])
 
 
 def test_every_documented_parameter_of_the_base_script_has_a_key():
