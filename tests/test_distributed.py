@@ -50,11 +50,16 @@ def losses(out):
         pytest.param(2, "fp32", marks=pytest.mark.slow),
     ],
 )
-def test_engine_on_two_ranks(stage, precision):
-    """EMA equal to a plain fp32 one, dtypes after initialize, overlap on, no synchronisation: see rank_worker.py. By torchrun."""
+def test_engine_on_two_ranks(stage, precision, tmp_path, monkeypatch):
+    """EMA equal to a plain fp32 one, dtypes after initialize, overlap on, no synchronisation: see rank_worker.py. By torchrun.
+
+    And DeepSpeed compiles nothing at start: its build folder is not even made.
+    """
+    monkeypatch.setitem(ENVIRONMENT, "TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     worker = [HERE / "rank_worker.py", stage, precision]
     done = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *worker])
     assert "all checks passed" in done.stdout
+    assert not (tmp_path / "extensions").exists()
 
 
 @pytest.fixture(scope="module")
