@@ -65,7 +65,7 @@ def is_whole(folder: Path) -> bool:
 
 def find(path: Path) -> Path | None:
     """The checkpoint at `path`: itself, or the newest whole one of a run's folder; None when there is none."""
-    if (path / MANIFEST).exists():
+    if os.path.exists(path / MANIFEST):  # not Path.exists, which raises where a folder may not be searched
         return path if is_whole(path) else None
     folders = sorted((path / "checkpoints").glob("step_*"), reverse=True)
     return next((folder for folder in folders if is_whole(folder)), None)
@@ -75,7 +75,7 @@ def _commit(temporary: Path, final: Path) -> None:
     """Make a written and flushed folder count: manifest, rename."""
     sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
     write_atomically(temporary / MANIFEST, json.dumps({"files": sizes}, indent=1))
-    shutil.rmtree(final, ignore_errors=True)  # only a folder that is not whole can be in the way
+    shutil.rmtree(final, ignore_errors=True)  # one of the same step, which was not whole, or this run would have begun from it
     temporary.rename(final)
     flush(final.parent)
 
@@ -119,24 +119,33 @@ def save(folder: Path, engine, ema: ShardedEma, config: Config, state: dict, los
     dist.barrier(world.control)
     if world.rank == 0:
         _commit(temporary, final)
-        for old in sorted(folder.glob("step_*"))[: -config.train.keep_checkpoints]:
+        whole = [old for old in sorted(folder.glob("step_*")) if old != final and is_whole(old)]
+        for old in whole[: len(whole) + 1 - config.train.keep_checkpoints]:
             shutil.rmtree(old)
     dist.barrier(world.control)
 
 
-def _check_same_model(folder: Path, saved: ModelConfig, wanted: ModelConfig) -> None:
-    for field in dataclasses.fields(ModelConfig):
-        a, b = getattr(saved, field.name), getattr(wanted, field.name)
-        if a != b and field.name != "preset":
-            raise InputError(
-                f"checkpoint {folder} holds a model with {field.name}={a}, but this run asks for model.{field.name}={b}: "
-                f"use the checkpoint's settings or another train.name"
-            )
+def _check_same_run(folder: Path, saved: Config, wanted: Config) -> None:
+    """Raise InputError where a setting that a run cannot change on its way differs: the model, the data, and what names the
+    random numbers or cuts the optimizer's state."""
+    fixed = {
+        "model": [f.name for f in dataclasses.fields(ModelConfig) if f.name != "preset"],
+        "data": ["source", "image_size", "autoencoder", "flip"],
+        "train": ["seed", "batch_size", "accumulation", "precision"],
+        "zero": ["stage"],
+    }
+    for section, keys in fixed.items():
+        for key in keys:
+            a, b = getattr(getattr(saved, section), key), getattr(getattr(wanted, section), key)
+            if a != b:
+                raise InputError(
+                    f"checkpoint {folder} was trained with {section}.{key}={a}, but this run asks for {section}.{key}={b}: use the "
+                    f"checkpoint's setting, or another train.name"
+                )
 
 
 def check(folder: Path, config: Config, world: World) -> dict:
     """The state.json of a checkpoint that this run can continue from. Raises InputError when it cannot."""
-    _check_same_model(folder, load_json(folder / "config.json").model, config.model)
     state = json.loads((folder / "state.json").read_text())
     if "origin" in state:
         raise InputError(f"checkpoint {folder} was imported from {state['origin']}: it can be sampled from, not continued")
@@ -145,6 +154,7 @@ def check(folder: Path, config: Config, world: World) -> dict:
             f"checkpoint {folder} was written by {state['ranks']} ranks, but this run has {world.size}: start it with "
             f"{state['ranks']}, or use another train.name"
         )
+    _check_same_run(folder, load_json(folder / "config.json"), config)
     return state
 
 

@@ -10,7 +10,7 @@ from fastdit.config import Config, InputError, parse
 
 def _train(arguments: argparse.Namespace) -> None:
     # `fastdit train key=value` without a file: the first positional is an override then
-    words = list(arguments.settings)
+    words = arguments.settings + arguments.overrides
     path = words.pop(0) if words and "=" not in words[0] else None
     if arguments.resume is not None:
         words.append(f"train.resume={arguments.resume}")
@@ -51,19 +51,20 @@ def _info(_: argparse.Namespace) -> None:
 
     from fastdit import kernels
     from fastdit.engine import deepspeed_config
-    from fastdit.telemetry import device_name, versions
+    from fastdit.telemetry import check_backend, device_name, versions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = check_backend(device)
     for name, version in versions().items():
         print(f"{name:20} {version}")
     print(f"{'device':20} {device_name(device)}")
-    print(f"{'C++ extension':20} not built")
+    print(f"{'C++ extension':20} none in this version")
     zero = deepspeed_config(Config(), 1)["zero_optimization"]
     overlap = "with" if zero["overlap_comm"] else "without"
     print(f"{'default ZeRO':20} stage {zero['stage']} {overlap} overlap, buckets of {zero['reduce_bucket_size']:,} elements")
     print(f"\nkernel backend on {device.type}:")
     for op in kernels.OPS:
-        print(f"  {op:26} {kernels.backend_in_use(device)}")
+        print(f"  {op:26} {backend}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,7 +131,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(words: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    arguments = _parser().parse_args(words)
+    parser = _parser()
+    # argparse takes no positional after an option behind a `nargs="*"`: overrides may come there all the same
+    arguments, rest = parser.parse_known_args(words)
+    arguments.overrides = rest
+    if rest and (arguments.command != "train" or any(word.startswith("-") or "=" not in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         arguments.run(arguments)
     except InputError as error:

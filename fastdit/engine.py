@@ -5,15 +5,17 @@ import math
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdit.config import Config
+from fastdit.config import Config, InputError
 
+T = TypeVar("T")
 CONTROL_TIMEOUT = timedelta(minutes=60)  # rank 0 may hash and write for long while the others wait
 
 
@@ -41,22 +43,29 @@ def _free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def start() -> World:
+def start(device: str = "auto") -> World:
     """Join the processes that the launcher started (deepspeed, torchrun), or be the only one.
 
+    device: "auto" (CUDA when there is one) | "cpu" | "cuda". Raises InputError when there is no such device for this rank.
     On a CPU, DeepSpeed would compile its shared-memory collectives here: 70 s, and a lock file that makes later runs hang
     when it is killed. They are switched off; gloo does the work.
     """
-    alone = "RANK" not in os.environ
-    if alone:
+    if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+            raise InputError("srun started several tasks, but none has a rank: start them with torchrun or the deepspeed launcher")
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    cuda = torch.cuda.is_available()
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if cuda:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise InputError(
+                f"rank {local_rank} of this node has no GPU of its own: {gpus} are visible; start fewer ranks, or train.device=cpu"
+            )
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
     else:
-        device = torch.device("cpu")
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        place = torch.device("cpu")
+        os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has deprecated
@@ -67,7 +76,26 @@ def start() -> World:
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
         atexit.register(dist.destroy_process_group)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    return World(dist.get_rank(), dist.get_world_size(), device, control)
+    return World(dist.get_rank(), dist.get_world_size(), place, control)
+
+
+def together(world: World, work: Callable[[], T], everywhere: bool = True) -> T:
+    """What `work` returns: of each rank, or with everywhere=False of rank 0 alone, which then all ranks get.
+
+    An InputError on any rank is raised on all, so that none waits for one that has left.
+    """
+    result = error = None
+    if everywhere or world.rank == 0:
+        try:
+            result = work()
+        except InputError as caught:
+            error = caught
+    outcomes: list = [None] * world.size
+    dist.all_gather_object(outcomes, (None if everywhere else result, error), group=world.control)
+    for _, found in outcomes:
+        if found:
+            raise found
+    return result if everywhere else outcomes[0][0]
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict:
@@ -106,12 +134,18 @@ def learning_rate_factor(config: Config, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
+def compiles(config: Config, world: World) -> bool:
+    """Whether the blocks are compiled. Not under ZeRO 3, whose hooks break the graph of every block."""
+    wanted = config.train.compile
+    return wanted == "blocks" or (wanted == "auto" and world.device.type == "cuda" and config.zero.stage < 3)
+
+
 def initialize(model: nn.Module, config: Config, world: World):
     """The DeepSpeed engine of a model: ZeRO, fused AdamW on fp32 masters, schedule. Compiles the blocks first if asked."""
     import deepspeed
 
     train = config.train
-    if train.compile == "on" or (train.compile == "auto" and world.device.type == "cuda"):
+    if compiles(config, world):
         for block in model.blocks:
             block.compile(dynamic=False, fullgraph=True)
     optimizer = torch.optim.AdamW(
@@ -126,6 +160,16 @@ def initialize(model: nn.Module, config: Config, world: World):
     for fragment in fragments(engine, world):
         fragment.master.copy_(weights[fragment.name].flatten()[fragment.start : fragment.start + fragment.master.numel()])
     return engine
+
+
+def apply_settings(engine, config: Config) -> None:
+    """Put this run's learning rate, betas, eps and weight decay over those that a checkpoint restored."""
+    train, scheduler = config.train, engine.lr_scheduler
+    scheduler.base_lrs = [train.lr]
+    for group in engine.optimizer.param_groups:
+        group.update(initial_lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
+        group["lr"] = train.lr * learning_rate_factor(config, scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in engine.optimizer.param_groups]  # what get_lr reports until the next step
 
 
 def fragments(engine, world: World) -> list[Fragment]:

@@ -98,6 +98,8 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
 
 def check_writable(path: Path) -> None:
     """Raise InputError unless a file can be written at `path`."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give the name of a file in it")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:

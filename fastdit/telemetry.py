@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from fastdit import kernels
 from fastdit.checkpoint import flush, write_atomically
 from fastdit.config import Config, InputError
 from fastdit.engine import World
@@ -51,28 +52,60 @@ def progress_bar(total: int, initial: int = 0, description: str | None = None) -
     )  # fmt: skip
 
 
+def check_backend(device: torch.device) -> str:
+    """The kernel backend on `device`. Raises InputError when FASTDIT_KERNELS asks for one that cannot run there."""
+    try:
+        return kernels.backend_in_use(device)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"FASTDIT_KERNELS={os.environ.get('FASTDIT_KERNELS')}: {error}") from error
+
+
+def check_wandb(config: Config) -> None:
+    """Raise InputError when wandb is asked for and missing, or online without a key."""
+    if config.train.wandb == "disabled":
+        return
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError(f"train.wandb={config.train.wandb} needs wandb: pip install wandb") from error
+    if config.train.wandb == "online" and not wandb.api.api_key:
+        raise InputError("train.wandb=online needs a key: run `wandb login`, set WANDB_API_KEY, or use train.wandb=offline")
+
+
+def _kept_lines(text: str, last_step: int) -> str:
+    """The lines of a metrics.jsonl up to a step. A run that was killed may have left its last line half written."""
+    kept = []
+    for line in text.splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    return "".join(kept)
+
+
 class Log:
     """The log of a run: `<run>/metrics.jsonl`, the progress bar, wandb."""
 
     def __init__(self, run: Path, config: Config, world: World, start_step: int, wandb_id: str | None) -> None:
         """start_step: steps done before; later lines of metrics.jsonl, of a run that was killed, are cut. wandb_id: of the
-        run to continue. Raises InputError when wandb is asked for and missing."""
+        run to continue. Raises InputError when wandb does not start."""
         self.speaks, self.batch = world.rank == 0, config.train.batch_size * config.train.accumulation * world.size
         self.wandb, self.wandb_id = None, wandb_id
         if not self.speaks:
             return
         self.path = run / "metrics.jsonl"
-        kept = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        write_atomically(self.path, "".join(line for line in kept if json.loads(line)["step"] <= start_step))
+        write_atomically(self.path, _kept_lines(self.path.read_text() if self.path.exists() else "", start_step))
         if config.train.wandb != "disabled":
+            import wandb
+
             try:
-                import wandb
-            except ImportError as error:
-                raise InputError(f"train.wandb={config.train.wandb} needs wandb: pip install wandb") from error
-            self.wandb = wandb.init(
-                project=config.train.wandb_project, name=config.train.name, config=config.to_dict(), dir=run,
-                mode=config.train.wandb, id=wandb_id, resume="allow",
-            )  # fmt: skip
+                self.wandb = wandb.init(
+                    project=config.train.wandb_project, name=config.train.name, config=config.to_dict(), dir=run,
+                    mode=config.train.wandb, id=wandb_id, resume="allow",
+                )  # fmt: skip
+            except wandb.errors.Error as error:
+                raise InputError(f"train.wandb={config.train.wandb} failed: {error}: use train.wandb=offline") from error
             self.wandb_id = self.wandb.id
         self.bar = progress_bar(config.train.total_steps, start_step)
         self.time, self.step = time.perf_counter(), start_step

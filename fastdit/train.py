@@ -1,161 +1,195 @@
 """The training loop: batches in, one engine step each, EMA, log lines, sample grids, checkpoints.
 
-The loop never waits for the device: losses add up there and are read every log_steps; the one host sync of a step is inside
-engine.step, where DeepSpeed reads the gradient norm.
+The loop never waits for the device: losses add up there and are read every log_steps. What a step reads on the host is read in
+engine.step, where DeepSpeed fetches the gradient norm and the overflow flag one after the other.
 """
 
+import fcntl
 import math
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
 
-from fastdit import autoencoder, checkpoint, engine, flow, kernels, sample
+from fastdit import autoencoder, checkpoint, engine, flow, kernels, sample, telemetry
 from fastdit.config import Config, InputError
 from fastdit.data import builtin
 from fastdit.ema import ShardedEma, gather
 from fastdit.model import DiT
-from fastdit.telemetry import Log, device_name, versions
 
 GRID_CLASSES, GRID_COLUMNS = 10, 8  # of the sample grids during training
 
 
-def _run_folder(config: Config) -> Path:
-    """Make and probe <out>/<name>. Raises InputError when it cannot be written."""
-    run = Path(config.train.out) / config.train.name
-    try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (run / "samples").mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"the run's folder {run} cannot be made: {error.strerror}: set train.out to a folder you may write"
-        ) from error
-    sample.check_writable(run / "config.json")
-    return run
+def _checkpoint_to_resume(config: Config, world: engine.World) -> tuple[Path | None, dict]:
+    """The checkpoint that this run continues from, and its state; a fresh state when there is none.
 
-
-def _checkpoint_to_resume(config: Config) -> Path | None:
-    """The checkpoint that this run continues from. Raises InputError when the one asked for is not there."""
+    The run's own newest one comes first, so that the same command continues a run that began from another's checkpoint.
+    Raises InputError when the one asked for is not there or does not fit.
+    """
     run, resume = Path(config.train.out) / config.train.name, config.train.resume
-    if resume == "auto":
-        return checkpoint.find(run)
-    if resume == "never":
-        if checkpoint.find(run):
-            raise InputError(f"train.resume=never would overwrite the checkpoints in {run}: use another train.name, or delete them")
-        return None
-    found = checkpoint.find(Path(resume))
-    if found is None:
-        raise InputError(f"train.resume={resume} holds no whole checkpoint: give 'auto', 'never', a run's folder or a checkpoint's")
-    return found
+    found, state = checkpoint.find(run), {"step": 0, "wandb_id": None, "summed_steps": 0}
+    if found and resume == "never":
+        raise InputError(f"train.resume=never would overwrite the checkpoints in {run}: use another train.name, or delete them")
+    if not found and resume not in ("auto", "never"):
+        found = checkpoint.find(Path(resume))
+        if found is None:
+            raise InputError(
+                f"train.resume={resume} holds no whole checkpoint: give 'auto', 'never', a run's folder or a checkpoint's"
+            )
+    if found:
+        state = checkpoint.check(found, config, world)
+        if not found.is_relative_to(run):
+            state["wandb_id"] = None  # another run's
+    return found, state
 
 
-def _say_start(log: Log, config: Config, world: engine.World, model: DiT, start: int) -> None:
-    train, found = config.train, versions()
-    backend = kernels.backend_in_use(world.device)
-    log.say(
-        f"fastdit {found['fastdit']}: {model.num_parameters / 1e6:.2f} M parameters ({config.model.preset}), {config.data.source}, "
-        f"{train.batch_size} images x {train.accumulation} micro-steps x {world.size} ranks, {train.precision}\n"
-        f"on {device_name(world.device)}; torch {found['torch']}, deepspeed {found['deepspeed']} ZeRO-{config.zero.stage}, "
-        f"kernels: {backend}; from step {start} to {train.total_steps}"
-    )
+def _lock_run_folder(run: Path) -> TextIO:
+    """Make a run's folder and lock it, until the returned file is closed or the process ends, however it ends.
 
-
-class Preview:
-    """Grids of EMA samples during training, from a model copy of its own."""
-
-    def __init__(self, config: Config, world: engine.World) -> None:
-        self.config, self.world = config, world
-        self.model = DiT(config.model).to(world.device).requires_grad_(False).eval()
-        self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
-        classes = config.model.num_classes
-        rows = torch.linspace(0, classes - 1, min(classes, GRID_CLASSES)).round().long()
-        self.labels = rows.repeat_interleave(GRID_COLUMNS).to(world.device)
-
-    def draw(self, ema: ShardedEma, codec, path: Path) -> None:
-        """Write the grid to `path`. All ranks must call it."""
-        self.model.load_state_dict(gather(ema, self.shapes, self.world))
-        images = sample.generate_on_all_ranks(
-            self.model, codec, self.config.sample, self.labels, self.config.train.seed, self.config.model.num_classes, self.world
-        )
-        if self.world.rank == 0:
-            sample.save_picture(sample.grid(images, GRID_COLUMNS), path)
+    Raises InputError when it cannot be written or another process trains in it.
+    """
+    try:
+        for folder in (run / "checkpoints", run / "samples"):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("w")
+    except OSError as error:
+        reason = f"{error.strerror}: set train.out to a folder you may write"
+        raise InputError(f"the run's folder {run} cannot be made: {reason}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(f"another process trains in {run}: wait for it, or use another train.name") from error
+    return lock
 
 
 def train(config: Config) -> Path:
     """Train to config.train.total_steps, continuing where an earlier run of the same name stopped. Returns the run's folder.
 
-    Raises InputError for bad input, before anything is written.
+    Raises InputError for bad input, on all ranks and before anything is written; FloatingPointError when the loss or the
+    weights are not finite any more.
     """
-    resume_from = _checkpoint_to_resume(config)
-    world = engine.start()
-    state = checkpoint.check(resume_from, config, world) if resume_from else {"step": 0, "wandb_id": None}
-    start = state["step"]
-    if start >= config.train.total_steps and world.rank == 0:
-        print(f"already trained to step {start} in {resume_from}: nothing to do (raise train.total_steps to go on)")
-    if start >= config.train.total_steps:
-        return Path(config.train.out) / config.train.name
-    loader = builtin.load(config, world)
-    codec = autoencoder.load(config.data, config.model, loader.channels, world.device)
-    torch.manual_seed(config.train.seed)  # the same start on every rank
-    model = DiT(config.model)
-    run = _run_folder(config)
-    if world.rank == 0:
-        checkpoint.write_atomically(run / "config.json", config.to_json())
-    deepspeed_engine = engine.initialize(model, config, world)
-    ema = ShardedEma(engine.fragments(deepspeed_engine, world), config.train.ema_decay)
-    loss_sum = torch.zeros((), device=world.device)
-    if resume_from:
-        checkpoint.load(resume_from, deepspeed_engine, ema, state, loss_sum, world)
-    log = Log(run, config, world, start, state["wandb_id"])
-    _say_start(log, config, world, model, start)
-    _loop(config, world, loader, codec, deepspeed_engine, ema, loss_sum, log, run, start)
-    log.close()
+    world = engine.start(config.train.device)
+    telemetry.check_backend(world.device)
+    resume_from, state = engine.together(world, lambda: _checkpoint_to_resume(config, world), everywhere=False)
+    if state["step"] >= config.train.total_steps:
+        if world.rank == 0:
+            print(f"already trained to step {state['step']} in {resume_from}: nothing to do (raise train.total_steps to go on)")
+        return resume_from.parent.parent
+    engine.together(world, lambda: telemetry.check_wandb(config))
+    loader = engine.together(world, lambda: builtin.load(config, world))
+    codec = engine.together(world, lambda: autoencoder.load(config.data, config.model, loader.channels, world.device))
+    run = Path(config.train.out) / config.train.name
+    lock = engine.together(world, lambda: _lock_run_folder(run) if world.rank == 0 else None)
+    Trainer(config, world, loader, codec, run, resume_from, state).loop()
+    if lock:
+        lock.close()
     return run
 
 
-def _loop(config: Config, world, loader, codec, deepspeed_engine, ema, loss_sum, log: Log, run: Path, start: int) -> None:
-    settings = config.train
-    preview = Preview(config, world) if settings.sample_steps else None
-    latent_shape = (codec.channels, codec.size, codec.size)
-    for step in range(start, settings.total_steps):
-        for micro in range(settings.accumulation):
-            images, labels = loader.batch(step, micro)
-            ids = flow.sample_ids(step, loader.first_index(micro), settings.batch_size, world.device)
-            noise = kernels.counter_normal(settings.seed, flow.Stream.POSTERIOR, ids, latent_shape) if codec.needs_noise else None
-            x0 = codec.encode(images, noise)
-            loss = flow.losses(deepspeed_engine, config.flow, config.model.num_classes, x0, labels, settings.seed, ids).mean()
-            lr = deepspeed_engine.get_lr()[0]  # of this step: engine.step moves the schedule on
-            deepspeed_engine.backward(loss)
-            deepspeed_engine.step()
-            loss_sum += loss.detach()
-        done = step + 1
-        if done % settings.ema_every == 0:
-            ema.update()
-        log.advance()
-        last = done == settings.total_steps
-        if done % settings.log_steps == 0 or last:
-            _write_log_line(config, world, deepspeed_engine, loss_sum, log, done, epoch=done / loader.steps_per_epoch, lr=lr)
-        with log.pause():
-            if preview and (done % settings.sample_steps == 0 or last):
-                picture = run / "samples" / f"{checkpoint.folder_name(done)}.png"
-                preview.draw(ema, codec, picture)
-                log.picture(done, picture)
-            if done % settings.save_steps == 0 or last:
-                state = {"step": done, "wandb_id": log.wandb_id, "versions": versions()}
-                checkpoint.save(run / "checkpoints", deepspeed_engine, ema, config, state, loss_sum, world)
+class Trainer:
+    """All that one run holds, and its loop."""
 
+    def __init__(
+        self, config: Config, world: engine.World, loader, codec, run: Path, resume_from: Path | None, state: dict
+    ) -> None:
+        """state: of `resume_from`, the checkpoint to continue from, or a fresh one."""
+        self.config, self.world, self.loader, self.codec, self.run = config, world, loader, codec, run
+        torch.manual_seed(config.train.seed)  # the same start on every rank
+        model = DiT(config.model)
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
+        self.engine = engine.initialize(model, config, world)
+        self.ema = ShardedEma(engine.fragments(self.engine, world), config.train.ema_decay)
+        self.loss_sum = torch.zeros((), device=world.device)
+        self.start, self.summed_steps = state["step"], state["summed_steps"]
+        if resume_from:
+            checkpoint.load(resume_from, self.engine, self.ema, state, self.loss_sum, world)
+            engine.apply_settings(self.engine, config)
+        self.log = engine.together(world, lambda: telemetry.Log(run, config, world, self.start, state["wandb_id"]))
+        if world.rank == 0:
+            checkpoint.write_atomically(run / "config.json", config.to_json())
+        self._say_start(model)
 
-def _write_log_line(config: Config, world, deepspeed_engine, loss_sum, log: Log, done: int, epoch: float, lr: float) -> None:
-    """Read the device's loss sum, write the line, start the next sum. Raises FloatingPointError when the loss is not finite."""
-    settings = config.train
-    dist.all_reduce(loss_sum)
-    steps = done % settings.log_steps or settings.log_steps
-    loss = loss_sum.item() / (steps * settings.accumulation * world.size)
-    loss_sum.zero_()
-    norm = float(deepspeed_engine.get_global_grad_norm())
-    log.write(done, epoch=round(epoch, 4), loss=loss, lr=lr, grad_norm=norm)
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the mean loss of steps {done - steps + 1} to {done} is {loss}: the last good checkpoint stays in "
-            f"{Path(settings.out) / settings.name}; lower train.lr or raise train.warmup_steps"
+    def _say_start(self, model: DiT) -> None:
+        train, found = self.config.train, telemetry.versions()
+        blocks = "compiled" if engine.compiles(self.config, self.world) else "eager"
+        backend = kernels.backend_in_use(self.world.device)
+        self.log.say(
+            f"fastdit {found['fastdit']}: {model.num_parameters / 1e6:.2f} M parameters ({self.config.model.preset}), "
+            f"{self.config.data.source}, {train.batch_size} images x {train.accumulation} micro-steps x {self.world.size} ranks\n"
+            f"on {telemetry.device_name(self.world.device)}; torch {found['torch']}, deepspeed {found['deepspeed']}, "
+            f"ZeRO-{self.config.zero.stage}, {train.precision}, {blocks} blocks, {backend} kernels; "
+            f"from step {self.start} to {train.total_steps}"
         )
+
+    def loop(self) -> None:
+        settings = self.config.train
+        for step in range(self.start, settings.total_steps):
+            lr = self.engine.get_lr()[0]  # of this step: engine.step moves the schedule on
+            self._step(step)
+            done, last = step + 1, step + 1 == settings.total_steps
+            if done % settings.ema_every == 0:
+                self.ema.update()
+            self.log.advance()
+            if done % settings.log_steps == 0 or last:
+                self._write_log_line(done, lr)
+            with self.log.pause():
+                if settings.sample_steps and (done % settings.sample_steps == 0 or last):
+                    self._draw(done)
+                if done % settings.save_steps == 0 or last:
+                    self._save(done)
+        self.log.close()
+
+    def _step(self, step: int) -> None:
+        """One optimizer step: `accumulation` micro-steps on this rank's share of the global batch."""
+        settings, codec = self.config.train, self.codec
+        for micro in range(settings.accumulation):
+            images, labels = self.loader.batch(step, micro)
+            ids = flow.sample_ids(step, self.loader.first_index(micro), settings.batch_size, self.world.device)
+            noise = None
+            if codec.needs_noise:
+                shape = (codec.channels, codec.size, codec.size)
+                noise = kernels.counter_normal(settings.seed, flow.Stream.POSTERIOR, ids, shape)
+            x0 = codec.encode(images, noise)
+            loss = flow.losses(self.engine, self.config.flow, self.config.model.num_classes, x0, labels, settings.seed, ids).mean()
+            self.engine.backward(loss)
+            self.engine.step()
+            self.loss_sum += loss.detach()
+        self.summed_steps += 1
+
+    def _write_log_line(self, done: int, lr: float) -> None:
+        """Read the device's loss sum, write the line, start the next sum."""
+        dist.all_reduce(self.loss_sum)
+        loss = self.loss_sum.item() / (self.summed_steps * self.config.train.accumulation * self.world.size)
+        norm = float(self.engine.get_global_grad_norm())
+        self.log.write(done, epoch=round(done / self.loader.steps_per_epoch, 4), loss=loss, lr=lr, grad_norm=norm)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the mean loss of steps {done - self.summed_steps + 1} to {done} is {loss}")
+        self.loss_sum.zero_()
+        self.summed_steps = 0
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        return FloatingPointError(f"{what}: stopped, nothing was saved since; lower train.lr and run the same command again")
+
+    def _save(self, done: int) -> None:
+        """Write a checkpoint; raises FloatingPointError rather than replace good ones by weights that are not finite."""
+        finite = torch.stack([self.loss_sum.isfinite(), *(f.master.isfinite().all() for f in self.ema.fragments)]).all().int()
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if not finite.item():
+            raise self._diverged(f"the loss or the weights at step {done} are not finite")
+        state = {"step": done, "summed_steps": self.summed_steps, "wandb_id": self.log.wandb_id, "versions": telemetry.versions()}
+        checkpoint.save(self.run / "checkpoints", self.engine, self.ema, self.config, state, self.loss_sum, self.world)
+
+    def _draw(self, done: int) -> None:
+        """Write a grid of EMA samples, from a copy of the model that lives as long as the drawing."""
+        config, world = self.config, self.world
+        model = DiT(config.model).to(world.device).requires_grad_(False).eval()
+        model.load_state_dict(gather(self.ema, self.shapes, world))
+        classes = config.model.num_classes
+        rows = torch.linspace(0, classes - 1, min(classes, GRID_CLASSES)).round().long()
+        labels = rows.repeat_interleave(GRID_COLUMNS).to(world.device)
+        images = sample.generate_on_all_ranks(model, self.codec, config.sample, labels, config.train.seed, classes, world)
+        if world.rank == 0:
+            path = self.run / "samples" / f"{checkpoint.folder_name(done)}.png"
+            sample.save_picture(sample.grid(images, GRID_COLUMNS), path)
+            self.log.picture(done, path)

@@ -19,14 +19,12 @@ def _check_name(name: str) -> None:
         raise ValueError(f"kernel backend {name!r} is unknown: choose one of {', '.join(BACKENDS)}")
 
 
-_check_name(_setting)
-
-
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Set the process-wide backend inside a `with` block: "auto" | "triton" | "cpp" | "reference".
 
-    The environment variable FASTDIT_KERNELS sets the default. Raises ValueError for an unknown name.
+    The environment variable FASTDIT_KERNELS sets the default, checked when an op runs. Raises ValueError for an
+    unknown name.
     """
     global _setting
     _check_name(name)
@@ -39,6 +37,7 @@ def backend(name: str) -> Iterator[None]:
 
 def backend_in_use(device: torch.device) -> str:
     """The backend that ops run on tensors of `device`. Raises RuntimeError when the one asked for has no kernels there."""
+    _check_name(_setting)
     if _setting in ("auto", "reference"):
         return "reference"
     raise RuntimeError(f"kernel backend {_setting!r} has no kernels for {device.type} here: use 'auto' or 'reference'")

@@ -14,7 +14,7 @@ if sys.version_info < (3, 10):
     sys.exit(f"fastdit needs python3 >= 3.10, this one is {sys.version.split()[0]}")
 PY
 command -v g++ >/dev/null || { echo "fastdit needs g++: install it (Debian, Ubuntu: apt-get install g++)" >&2; exit 2; }
-[ -x "$venv/bin/python" ] || python3 -m venv "$venv" || { echo "python3 -m venv failed (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || python3 -m venv "$venv" || { echo "python3 -m venv failed (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
 echo "installing fastdit into $venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 # torch first: setup.py and deepspeed need it, and pip chooses the build that fits the machine

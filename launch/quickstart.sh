@@ -14,9 +14,9 @@ if [ "$gpus" -gt 0 ]; then
     ranks=1  # this model is far too small for more
 else
     # one rank a core beats one rank with many threads: small operations do not split well
-    cores=$(getconf _NPROCESSORS_ONLN)
+    cores=$(nproc)
     ranks=$((cores >= 4 ? 4 : cores >= 2 ? 2 : 1))
-    export DS_ACCELERATOR=cpu OMP_NUM_THREADS=$((cores / ranks))
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 fi
 run=runs/quickstart
 deepspeed -q --no_local_rank --num_gpus "$ranks" --module fastdit.cli train launch/quickstart.yaml train.batch_size=$((global_batch / ranks))

@@ -20,10 +20,12 @@ from fastdit.config import PRESETS, InputError, from_dict, load_json, parse
         ("train.batch_size=true", ["train.batch_size=True", "a whole number"]),
         ("train.batch_size=0", ["train.batch_size=0", "at least 1"]),
         ("train.lr=fast", ["train.lr='fast'", "a number"]),
-        ("train.lr=.nan", ["train.lr=nan", "at least 0"]),
+        ("train.lr=.nan", ["train.lr=nan", "finite"]),
+        ("flow.logit_mean=.inf", ["flow.logit_mean=inf", "finite"]),
+        ("train.seed=9223372036854775808", ["train.seed=9223372036854775808", "below 2^63"]),
         ("data.flip=maybe", ["data.flip='maybe'", "true or false"]),
         ("train.ema_decay=1", ["train.ema_decay=1.0", "below 1"]),
-        ("train.name=a/b", ["train.name='a/b'", "plain folder name"]),
+        ("train.name=a/b", ["train.name='a/b'", "folder name"]),
         ("sample.solver=hune", ["sample.solver=hune", "did you mean 'heun'"]),
         ("zero.stage=4", ["zero.stage=4", "1, 2, 3"]),
         ("model.heads=3", ["model.heads=3", "model.width=128"]),
@@ -41,6 +43,39 @@ def test_wrong_override_is_one_sentence(override, words):
     message = str(error.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "values"),
+    [
+        ("model", "positions", ["absolute", "rope_1d", "rope_2d"]),
+        ("model", "qk_norm", ["head", "none", "full_width"]),
+        ("model", "time_embedding", ["sinusoidal", "base"]),
+        ("train", "precision", ["bf16", "fp32"]),
+        ("train", "compile", ["auto", "blocks", "none"]),
+        ("train", "device", ["auto", "cpu", "cuda"]),
+        ("train", "schedule", ["constant", "cosine"]),
+        ("train", "wandb", ["disabled", "offline", "online"]),
+        ("train", "name", ["007", "1.10", "on", "2026-11-23"]),
+        ("sample", "solver", ["euler", "heun"]),
+    ],
+)
+def test_every_choice_can_be_given(tmp_path, section, key, values):
+    for value in values:
+        assert getattr(getattr(parse(None, [f"{section}.{key}={value}"]), section), key) == value
+        if key != "name":  # in a file, YAML decides what is text
+            (tmp_path / "c.yaml").write_text(f"{section}: {{{key}: {value}}}\n")
+            assert getattr(getattr(parse(tmp_path / "c.yaml"), section), key) == value
+
+
+def test_empty_sections_are_sections(tmp_path):
+    (tmp_path / "c.yaml").write_text("train:\nmodel:\n  # depth: 3\n")
+    assert parse(tmp_path / "c.yaml", ["train.clip=2"]).train.clip == 2
+
+
+def test_compiled_blocks_and_zero_3_do_not_go_together():
+    with pytest.raises(InputError, match=r"zero\.stage=3"):
+        parse(None, ["train.compile=blocks", "zero.stage=3"])
 
 
 @pytest.mark.parametrize("text", ["- a\n- b", "model: 3", "model: {width: 64", "train: {lr: [1]}"])

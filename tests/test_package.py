@@ -70,5 +70,7 @@ def test_every_documented_parameter_of_the_base_script_has_a_key():
     config = parse().to_dict()
     for parameter in BASE_PARAMETERS.split():
         assert parameter in rows, parameter
-        for section, key in re.findall(r"`(model|data|flow|train|sample|zero)\.(\w+)", rows[parameter]):
+        keys = re.findall(r"`(model|data|flow|train|sample|zero)\.(\w+)", rows[parameter])
+        assert keys, parameter
+        for section, key in keys:
             assert key in config[section], f"{section}.{key}"

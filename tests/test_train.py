@@ -1,7 +1,10 @@
 """Training on one rank, in this process: logs, checkpoints, pictures, latents of an autoencoder, and every kind of bad input."""
 
+import fcntl
+import importlib.util
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,10 @@ from PIL import Image
 from fastdit import autoencoder, checkpoint, cli
 from fastdit.config import InputError, parse
 from fastdit.train import train
+
+spec = importlib.util.spec_from_file_location("hot_loop", Path(__file__).with_name("hot_loop.py"))
+hot_loop = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hot_loop)
 
 TINY = [
     "model.preset=test/4", "train.batch_size=4", "train.warmup_steps=1", "train.lr=1e-3", "train.log_steps=2", "train.save_steps=2",
@@ -60,7 +67,7 @@ def test_log_lines_after_the_checkpoint_are_cut(trained, tmp_path):
     config = parse(None, settings(tmp_path, "train.total_steps=3"))
     train(config)
     log = tmp_path / "r/metrics.jsonl"
-    log.write_text(log.read_text() + json.dumps({"step": 4, "loss": 9}) + "\n")
+    log.write_text(log.read_text() + json.dumps({"step": 4, "loss": 9}) + "\n" + '{"step": 5, "lo')
     train(parse(None, settings(tmp_path, "train.total_steps=4")))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 4] and lines[-1]["loss"] != 9
@@ -168,6 +175,7 @@ def test_checkpoint_of_another_architecture(trained, tmp_path, capsys):
         (["--guidance", "nan"], ["sample.guidance=nan"]),
         (["--checkpoint", "nowhere"], ["nowhere"]),
         (["--out", "/proc/nowhere/g.png"], ["/proc/nowhere/g.png", "cannot be written"]),
+        (["--out", "."], ["is a folder"]),
     ],
 )
 def test_bad_sampling_input_leaves_nothing_behind(trained, tmp_path, monkeypatch, capsys, words, expected):
@@ -188,6 +196,100 @@ def test_checkpoints_that_are_not_whole_do_not_count(trained, tmp_path):
         checkpoint.load_model(tmp_path / "r", "ema", torch.device("cpu"))
 
 
+def lines_of(run):
+    return {line["step"]: line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+
+
+def test_loss_of_a_run_that_goes_on_past_its_end(tmp_path):
+    """The line after a short last interval is the mean of its own steps."""
+    single = train(
+        parse(None, settings(tmp_path, "train.total_steps=8", "train.log_steps=1", "train.name=single", "train.schedule=constant"))
+    )
+    for total in (5, 8):
+        run = train(parse(None, settings(tmp_path, f"train.total_steps={total}", "train.log_steps=4", "train.schedule=constant")))
+    single, grouped = lines_of(single), lines_of(run)
+    assert list(grouped) == [4, 5, 8]
+    assert grouped[8]["loss"] == pytest.approx(sum(single[s]["loss"] for s in (6, 7, 8)) / 3, rel=1e-6)
+
+
+def test_settings_that_change_on_the_way(tmp_path, capsys):
+    """Learning rate and its like take effect; what would make it another run is refused, and nothing is touched."""
+    common = ["train.schedule=constant", "train.log_steps=1"]
+    run = train(parse(None, settings(tmp_path, "train.total_steps=2", *common)))
+    train(parse(None, settings(tmp_path, "train.total_steps=4", "train.lr=5e-2", *common)))
+    assert [line["lr"] for line in lines_of(run).values()] == [1e-3, 1e-3, 5e-2, 5e-2]
+    before = snapshot(run)
+    for override in (
+        "zero.stage=1",
+        "train.precision=fp32",
+        "train.batch_size=8",
+        "train.seed=3",
+        "data.flip=true",
+        "train.accumulation=2",
+    ):
+        complains(capsys, ["train", *settings(tmp_path, "train.total_steps=6", override, *common)], override.split("=")[0])
+    assert snapshot(run) == before
+
+
+def test_a_run_from_another_runs_checkpoint(trained, tmp_path, capsys):
+    """It starts there, keeps its own wandb id, and then continues from its own checkpoints."""
+    resume = f"train.resume={trained}"
+    assert cli.main(["train", *settings(tmp_path, resume, "train.total_steps=4")]) == 0
+    assert "already trained to step 4" in capsys.readouterr().out and not (tmp_path / "r").exists()
+    for total in (6, 8):
+        run = train(parse(None, settings(tmp_path, resume, f"train.total_steps={total}", "train.sample_steps=0")))
+    assert list(lines_of(run)) == [6, 8]
+    assert json.loads((checkpoint.find(run) / "state.json").read_text())["wandb_id"] is None
+
+
+def test_pruning_keeps_whole_checkpoints_and_the_newest(tmp_path):
+    few = ["train.sample_steps=0", "train.keep_checkpoints=1"]
+    run = train(parse(None, settings(tmp_path, "train.total_steps=8", "train.sample_steps=0", "train.keep_checkpoints=9")))
+    folders = lambda: sorted(p.name[-1] for p in (run / "checkpoints").glob("step_*"))
+    assert folders() == ["2", "4", "6", "8"]
+    (run / "checkpoints/step_00000008/mp_rank_00_model_states.pt").write_bytes(b"cut")
+    train(parse(None, settings(tmp_path, "train.total_steps=7", *few)))
+    assert checkpoint.find(run).name == "step_00000007"
+    assert "7" in folders() and not {"2", "4", "6"} & set(folders())
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path, capsys):
+    (tmp_path / "r").mkdir()
+    with (tmp_path / "r/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        complains(capsys, ["train", *settings(tmp_path, "train.total_steps=2")], "another process trains in")
+    train(parse(None, settings(tmp_path, "train.total_steps=2", "train.sample_steps=0")))
+
+
+def test_a_backend_that_cannot_run_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+    for name in ("cpp", "cuda"):
+        monkeypatch.setattr("fastdit.kernels.dispatch._setting", name)
+        monkeypatch.setenv("FASTDIT_KERNELS", name)
+        complains(capsys, ["train", *settings(tmp_path / "out")], f"FASTDIT_KERNELS={name}")
+        complains(capsys, ["info"], f"FASTDIT_KERNELS={name}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_loop_reads_nothing_on_the_host_but_in_engine_step(tmp_path):
+    """The same run, longer by three steps without log line or checkpoint, may read only what DeepSpeed reads in them."""
+    syncs = []
+    for total in (2, 5):
+        quiet = ["train.log_steps=99", "train.save_steps=99", "train.sample_steps=0", f"train.name=n{total}"]
+        with hot_loop.HotLoopGuard() as guard:
+            train(parse(None, settings(tmp_path, f"train.total_steps={total}", *quiet)))
+        syncs.append(guard.syncs)
+    assert syncs[1] - syncs[0] == 3 * 3  # three reads a step in DeepSpeed 0.19.8 at ZeRO 2: see rank_worker.py
+
+
+def test_checkpoints_are_not_replaced_by_weights_that_diverged(tmp_path):
+    diverging = ["train.clip=0", "train.precision=fp32", "train.log_steps=8", "train.save_steps=1", "train.sample_steps=0"]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        train(parse(None, settings(tmp_path, "train.total_steps=8", "train.lr=1e30", *diverging)))
+    # 1e30 is still finite after the first step, so that was saved; what came of it was not
+    model, _, state = checkpoint.load_model(tmp_path / "r", "raw", torch.device("cpu"))
+    assert state["step"] < 8 and all(torch.isfinite(p).all() for p in model.parameters())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match=r"steps 1 to 2 is (nan|inf)"):
         train(parse(None, settings(tmp_path, "train.total_steps=4", "train.lr=1e30", "train.clip=0", "train.precision=fp32")))
@@ -195,7 +297,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_dry_run_prints_a_config_that_reads_back(tmp_path, capsys):
-    assert cli.main(["train", "--dry-run", *settings(tmp_path)]) == 0
+    first, *others = settings(tmp_path)
+    assert cli.main(["train", first, "--dry-run", *others]) == 0
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
     assert parse(tmp_path / "c.yaml") == parse(None, settings(tmp_path))
     assert not (tmp_path / "r").exists()
