@@ -1,0 +1,107 @@
+"""Launch parameters of the Triton kernels: (op, width, architecture) -> a `Launch`. A table, never an autotuner in the hot path.
+
+The defaults are reasoned from machine code compiled without a GPU (registers, so blocks an SM, so bytes in flight) and have
+not been timed. `benchmarks/tune_kernels.py` times the alternatives on a GPU and prints lines for TUNED.
+Changing the tile, warps, stages, rows or slots of a kernel that sums changes the last bit of its gradients: raise VERSION then.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .dispatch import INTERPRETED
+
+VERSION = 1
+
+# Multiprocessors of the largest card of each architecture: A100, H100, B200, RTX 5090. Constants, not queried: how a sum is cut
+# into parts must not depend on the card.
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched. A row of the width is cut into `tile` columns and a masked `tail` (0: none), both powers of two."""
+
+    tile: int
+    tail: int = 0
+    warps: int = 4
+    stages: int = 1  # software pipelining of the loop over rows
+    rows: int = 1  # rows of a sample that one program of a forward takes
+    blocks: int = 1  # programs of a backward that fit on one multiprocessor at once
+
+
+# (op, width, architecture) -> Launch, where a GPU was asked; looked up before the defaults below.
+TUNED: dict[tuple[str, int, int], Launch] = {}
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """The newest of MULTIPROCESSORS that the compute capability of `device` reaches; 90 in the interpreter."""
+    if INTERPRETED:
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((a for a in MULTIPROCESSORS if a <= 10 * major + minor), default=80)
+
+
+def warps_for(columns: int) -> int:
+    """Eight elements a thread: 128-bit accesses in bf16. 1 to 16 warps."""
+    return max(1, min(16, columns // 256))
+
+
+def two_tiles(width: int) -> tuple[int, int]:
+    """(tile, tail): 1152 = 1024 + 128 and 1088 = 1024 + 64 without dead lanes, any other width one tile with dead lanes.
+
+    Only where the tail is small against the tile: a tail of half the tile costs more in reductions than it saves in lanes.
+    """
+    tile = triton.next_power_of_2(width)
+    half = tile // 2
+    tail = triton.next_power_of_2(max(1, width - half))
+    return (half, tail) if half >= 1024 and tail * 4 <= half else (tile, 0)
+
+
+def default_launch(op: str, width: int, arch: int) -> Launch:
+    """The reasoned default of one kernel. Blocks an SM are what its registers allow on sm_90 (benchmarks/results/codegen.csv)."""
+    tile, tail = two_tiles(width)
+    padded = triton.next_power_of_2(width)
+    small = padded <= 1024  # few bytes a row: pipelining is what fills the memory system there
+    if op == "modulate_forward":
+        return Launch(tile, tail, warps_for(tile), rows=4)
+    if op == "modulate_backward":
+        return Launch(tile, tail, warps_for(tile), stages=2 if small else 1, blocks=32 // max(2, warps_for(tile)) if small else 7)
+    if op == "gated_residual_modulate_forward":
+        return Launch(padded, 0, min(4, warps_for(padded)) if padded <= 2048 else 8, rows=4)
+    if op == "gated_residual_modulate_backward":
+        # 2048 columns on 4 warps, 16 elements a thread: 128 registers and 4 blocks beat 8 warps with 73 registers and 3 blocks.
+        warps = min(4, warps_for(padded)) if padded <= 2048 else 8
+        return Launch(padded, 0, warps, stages=2 if small or arch == 100 else 1, blocks=24 // max(2, warps) if small else 4)
+    raise KeyError(op)
+
+
+@cache
+def launch_for(op: str, width: int, device: torch.device) -> Launch:
+    """The launch parameters of `op` at `width` on `device`."""
+    arch = architecture(device)
+    return TUNED.get((op, width, arch)) or default_launch(op, width, arch)
+
+
+@cache
+def chunks(batch: int, tokens: int, blocks: int, device: torch.device) -> tuple[int, int]:
+    """(parts, rows): into how many parts of how many rows a backward cuts the tokens of a sample, one program each.
+
+    One full wave of programs and never a small second one; at least 8 rows a part, so that the partial sums of a [B,T,H] tensor
+    stay below a tenth of its bytes. More samples than fit at once: four waves, so that the last one costs little, or one part.
+    """
+    slots = MULTIPROCESSORS[architecture(device)] * blocks
+    parts = slots // batch if batch <= slots else -(-4 * slots // batch)
+    parts = max(1, min(parts, tokens // 8))
+    rows = -(-tokens // parts)
+    return -(-tokens // rows), rows
+
+
+def check_width(op: str, width: int) -> None:
+    """Raise ValueError where a row does not fit into the registers of one program."""
+    if width > 8192:
+        raise ValueError(
+            f"{op}: width {width} is over 8192, the widest row of the Triton kernels: use kernels.backend('reference')"
+        )
