@@ -9,6 +9,8 @@ call where `custom_op` costs 11 and a registered autograd 25 more (pytorch #1771
 from collections.abc import Callable
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("fastdit", "FRAGMENT")
@@ -46,3 +48,9 @@ def launch(kernel: Callable, grid: tuple[int, ...], like: Tensor, *args, **optio
 def inner_contiguous(t: Tensor) -> Tensor:
     """`t` itself when its last dimension has stride 1, as the kernels need; else a copy (transposed and expanded rows)."""
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+@triton.jit
+def load_columns(row, columns, H: tl.constexpr):
+    """The given columns of a row in fp32; 0 from column H on."""
+    return tl.load(row + columns, mask=columns < H, other=0.0).to(tl.float32)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import check_float, check_shape, check_tokens, choose_backend, compute_dtype
-from .library import find, inner_contiguous, launch, register
+from .library import find, inner_contiguous, launch, load_columns, register
 from .partials import common_dtype, reduce_partials
 from .tuning import check_width, chunks, launch_for
 
@@ -22,11 +22,6 @@ def modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-
     dtype = compute_dtype(x)
     normed = F.layer_norm(x.to(dtype), x.shape[-1:], eps=eps)
     return torch.addcmul(shift.to(dtype)[:, None], normed, 1 + scale.to(dtype)[:, None]).to(x.dtype)
-
-
-@triton.jit
-def _load(row, columns, H: tl.constexpr):
-    return tl.load(row + columns, mask=columns < H, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["T", "parts", "count"])
@@ -39,16 +34,16 @@ def _forward_kernel(
     b, start = pid // parts, pid % parts * ROWS
     c = tl.arange(0, TILE)
     shift_row, scale_row = shift + b * shift_batch, scale + b * scale_batch
-    c_shift, c_scale = _load(shift_row, c, H), 1.0 + _load(scale_row, c, H)
+    c_shift, c_scale = load_columns(shift_row, c, H), 1.0 + load_columns(scale_row, c, H)
     if TAIL > 0:
         d = TILE + tl.arange(0, TAIL)
-        d_shift, d_scale = _load(shift_row, d, H), 1.0 + _load(scale_row, d, H)
+        d_shift, d_scale = load_columns(shift_row, d, H), 1.0 + load_columns(scale_row, d, H)
     for t in range(start, tl.minimum(start + ROWS, T)):
         x_row, row = x + (b * x_batch + t * x_token), b * T + t
-        c_x = _load(x_row, c, H)
+        c_x = load_columns(x_row, c, H)
         total = tl.sum(c_x, axis=0)
         if TAIL > 0:
-            d_x = _load(x_row, d, H)
+            d_x = load_columns(x_row, d, H)
             total += tl.sum(d_x, axis=0)
         mean = total / H
         # Two steps, and zero again in the dead lanes: E[x²] − mean² would cancel, and 0 − mean would be counted.
@@ -74,23 +69,23 @@ def _backward_kernel(
     pid = tl.program_id(0).to(tl.int64)
     b, start = pid // parts, pid % parts * rows
     c = tl.arange(0, TILE)
-    c_scale = 1.0 + _load(scale + b * scale_batch, c, H)
+    c_scale = 1.0 + load_columns(scale + b * scale_batch, c, H)
     c_dshift, c_dscale = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
     if TAIL > 0:
         d = TILE + tl.arange(0, TAIL)
-        d_scale = 1.0 + _load(scale + b * scale_batch, d, H)
+        d_scale = 1.0 + load_columns(scale + b * scale_batch, d, H)
         d_dshift, d_dscale = tl.zeros((TAIL,), tl.float32), tl.zeros((TAIL,), tl.float32)
     for t in tl.range(start, tl.minimum(start + rows, T), num_stages=STAGES):
         x_row, dy_row, row = x + (b * x_batch + t * x_token), dy + (b * dy_batch + t * dy_token), b * T + t
         mean, rstd = tl.load(stats + row), tl.load(stats + count + row)
         # dy is 0 in the dead lanes, and with it every product below: x̂ needs no mask there.
-        c_dy, c_xhat = _load(dy_row, c, H), (_load(x_row, c, H) - mean) * rstd
+        c_dy, c_xhat = load_columns(dy_row, c, H), (load_columns(x_row, c, H) - mean) * rstd
         c_g = c_dy * c_scale
         sum_g, sum_gx = tl.sum(c_g, axis=0), tl.sum(c_g * c_xhat, axis=0)
         c_dshift += c_dy
         c_dscale += c_dy * c_xhat
         if TAIL > 0:
-            d_dy, d_xhat = _load(dy_row, d, H), (_load(x_row, d, H) - mean) * rstd
+            d_dy, d_xhat = load_columns(dy_row, d, H), (load_columns(x_row, d, H) - mean) * rstd
             d_g = d_dy * d_scale
             sum_g += tl.sum(d_g, axis=0)
             sum_gx += tl.sum(d_g * d_xhat, axis=0)

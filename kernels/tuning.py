@@ -60,21 +60,29 @@ def two_tiles(width: int) -> tuple[int, int]:
     return (half, tail) if half >= 1024 and tail * 4 <= half else (tile, 0)
 
 
+def column_tile(width: int) -> int:
+    """Columns of a tile where no row is reduced: the largest power of two that divides the width, at most 512; or dead lanes."""
+    divisor = min(512, width & -width)
+    return divisor if divisor >= 64 else min(512, triton.next_power_of_2(width))
+
+
 def default_launch(op: str, width: int, arch: int) -> Launch:
     """The reasoned default of one kernel. Blocks an SM are what its registers allow on sm_90 (benchmarks/results/codegen.csv)."""
     tile, tail = two_tiles(width)
     padded = triton.next_power_of_2(width)
     small = padded <= 1024  # few bytes a row: pipelining is what fills the memory system there
-    if op == "modulate_forward":
+    if op in ("modulate_forward", "gated_residual_modulate_forward"):
         return Launch(tile, tail, warps_for(tile), rows=4)
     if op == "modulate_backward":
-        return Launch(tile, tail, warps_for(tile), stages=2 if small else 1, blocks=32 // max(2, warps_for(tile)) if small else 7)
-    if op == "gated_residual_modulate_forward":
-        return Launch(padded, 0, min(4, warps_for(padded)) if padded <= 2048 else 8, rows=4)
+        warps = warps_for(tile)
+        return Launch(tile, tail, warps, stages=2 if small else 1, blocks=28 // max(2, warps))
     if op == "gated_residual_modulate_backward":
         # 2048 columns on 4 warps, 16 elements a thread: 128 registers and 4 blocks beat 8 warps with 73 registers and 3 blocks.
-        warps = min(4, warps_for(padded)) if padded <= 2048 else 8
+        warps = warps_for(padded) // (1 if small else 2)
         return Launch(padded, 0, warps, stages=2 if small or arch == 100 else 1, blocks=24 // max(2, warps) if small else 4)
+    if op in ("gated_residual_forward", "gated_residual_backward"):
+        columns = column_tile(width)
+        return Launch(columns, 0, 4, rows=2048 // columns, blocks=8)
     raise KeyError(op)
 
 
@@ -86,15 +94,16 @@ def launch_for(op: str, width: int, device: torch.device) -> Launch:
 
 
 @cache
-def chunks(batch: int, tokens: int, blocks: int, device: torch.device) -> tuple[int, int]:
+def chunks(batch: int, tokens: int, blocks: int, device: torch.device, least: int = 8) -> tuple[int, int]:
     """(parts, rows): into how many parts of how many rows a backward cuts the tokens of a sample, one program each.
 
-    One full wave of programs and never a small second one; at least 8 rows a part, so that the partial sums of a [B,T,H] tensor
-    stay below a tenth of its bytes. More samples than fit at once: four waves, so that the last one costs little, or one part.
+    One full wave of programs and never a small second one; `least` rows a part. (At 8 rows three fp32 sums are an eighth of the
+    backward's bytes, but then they are few and stay in the L2 cache.) More samples than fit at once: four waves, so that the
+    last one costs little, or one part. `batch` counts the programs that one part of every sample needs.
     """
     slots = MULTIPROCESSORS[architecture(device)] * blocks
     parts = slots // batch if batch <= slots else -(-4 * slots // batch)
-    parts = max(1, min(parts, tokens // 8))
+    parts = max(1, min(parts, tokens // least))
     rows = -(-tokens // parts)
     return -(-tokens // rows), rows
 
