@@ -32,7 +32,7 @@ def gated_residual_modulate_reference(
 def _forward_kernel(
     x, branch, gate, shift, scale, r, y, stats,
     x_batch, x_token, branch_batch, branch_token, gate_batch, shift_batch, scale_batch, T, parts, count,
-    H: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
+    H: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program takes ROWS tokens of one sample, so that gate, shift and scale are read once for all of them."""
     pid = tl.program_id(0).to(tl.int64)
@@ -43,7 +43,7 @@ def _forward_kernel(
     if TAIL > 0:
         d = TILE + tl.arange(0, TAIL)
         d_gate, d_shift, d_scale = load_columns(gate_row, d, H), load_columns(shift_row, d, H), 1.0 + load_columns(scale_row, d, H)
-    for t in range(start, tl.minimum(start + ROWS, T)):
+    for t in tl.range(start, tl.minimum(start + ROWS, T), num_stages=STAGES):
         x_row, branch_row, row = x + (b * x_batch + t * x_token), branch + (b * branch_batch + t * branch_token), b * T + t
         c_r = (load_columns(x_row, c, H) + c_gate * load_columns(branch_row, c, H)).to(r.dtype.element_ty)
         tl.store(r + row * H + c, c_r, mask=c < H)
@@ -66,46 +66,65 @@ def _forward_kernel(
         if TAIL > 0:
             tl.store(y + row * H + d, d_r * rstd * d_scale + d_shift, mask=d < H)
         tl.store(stats + row, mean)
-        tl.store(stats + count + row, rstd)
+        tl.store(stats + (count + row), rstd)
 
 
 @triton.jit(do_not_specialize=["T", "parts", "rows", "count"])
 def _backward_kernel(
     dr, dy, r, branch, stats, gate, scale, dx, dbranch, sums,
     dr_batch, dr_token, dy_batch, dy_token, branch_batch, branch_token, gate_batch, scale_batch, T, parts, rows, count,
-    H: tl.constexpr, HAS_DR: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, HAS_DR: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program takes `rows` tokens of one sample and stores one row of sums [B,parts,3,H]: dgate, dshift, dscale.
-
-    One tile with dead lanes, unlike the forward: a tail saves no registers where four tensors and three sums are live.
-    """
+    """A program takes `rows` tokens of one sample and stores one row of sums [B,parts,3,H]: dgate, dshift, dscale."""
     pid = tl.program_id(0).to(tl.int64)
     b, start = pid // parts, pid % parts * rows
+    gate_row, scale_row = gate + b * gate_batch, scale + b * scale_batch
     c = tl.arange(0, TILE)
-    gate_c, scale_c = load_columns(gate + b * gate_batch, c, H), 1.0 + load_columns(scale + b * scale_batch, c, H)
-    dgate, dshift, dscale = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
+    c_gate, c_scale = load_columns(gate_row, c, H), 1.0 + load_columns(scale_row, c, H)
+    c_dgate, c_dshift, c_dscale = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
+    if TAIL > 0:
+        d = TILE + tl.arange(0, TAIL)
+        d_gate, d_scale = load_columns(gate_row, d, H), 1.0 + load_columns(scale_row, d, H)
+        d_dgate, d_dshift, d_dscale = tl.zeros((TAIL,), tl.float32), tl.zeros((TAIL,), tl.float32), tl.zeros((TAIL,), tl.float32)
     for t in tl.range(start, tl.minimum(start + rows, T), num_stages=STAGES):
         row = b * T + t
-        mean, rstd = tl.load(stats + row), tl.load(stats + count + row)
-        dy_c, branch_c = (
-            load_columns(dy + (b * dy_batch + t * dy_token), c, H),
-            load_columns(branch + (b * branch_batch + t * branch_token), c, H),
-        )
-        # dy is 0 in the dead lanes, and with it every product that is summed: the normalised row needs no mask there.
-        normed = (load_columns(r + row * H, c, H) - mean) * rstd
-        g = dy_c * scale_c
-        d = rstd * (g - tl.sum(g, axis=0) / H - normed * (tl.sum(g * normed, axis=0) / H))
+        dr_row, dy_row = dr + (b * dr_batch + t * dr_token), dy + (b * dy_batch + t * dy_token)
+        branch_row = branch + (b * branch_batch + t * branch_token)
+        mean, rstd = tl.load(stats + row), tl.load(stats + (count + row))
+        # dy is 0 in the dead lanes, and with it every product that is summed: r̂ needs no mask there.
+        c_dy, c_rhat = load_columns(dy_row, c, H), (load_columns(r + row * H, c, H) - mean) * rstd
+        c_g = c_dy * c_scale
+        sum_g, sum_gr = tl.sum(c_g, axis=0), tl.sum(c_g * c_rhat, axis=0)
+        c_dshift += c_dy
+        c_dscale += c_dy * c_rhat
+        if TAIL > 0:
+            d_dy, d_rhat = load_columns(dy_row, d, H), (load_columns(r + row * H, d, H) - mean) * rstd
+            d_g = d_dy * d_scale
+            sum_g += tl.sum(d_g, axis=0)
+            sum_gr += tl.sum(d_g * d_rhat, axis=0)
+            d_dshift += d_dy
+            d_dscale += d_dy * d_rhat
+        c_d = rstd * (c_g - sum_g / H - c_rhat * (sum_gr / H))
         if HAS_DR:
-            d += load_columns(dr + (b * dr_batch + t * dr_token), c, H)
-        tl.store(dx + row * H + c, d, mask=c < H)
-        tl.store(dbranch + row * H + c, gate_c * d, mask=c < H)
-        dgate += d * branch_c
-        dshift += dy_c
-        dscale += dy_c * normed
-    out = sums + pid * (3 * H) + c
-    tl.store(out, dgate, mask=c < H)
-    tl.store(out + H, dshift, mask=c < H)
-    tl.store(out + 2 * H, dscale, mask=c < H)
+            c_d += load_columns(dr_row, c, H)
+        c_dgate += c_d * load_columns(branch_row, c, H)
+        tl.store(dx + row * H + c, c_d, mask=c < H)
+        tl.store(dbranch + row * H + c, c_gate * c_d, mask=c < H)
+        if TAIL > 0:
+            d_d = rstd * (d_g - sum_g / H - d_rhat * (sum_gr / H))
+            if HAS_DR:
+                d_d += load_columns(dr_row, d, H)
+            d_dgate += d_d * load_columns(branch_row, d, H)
+            tl.store(dx + row * H + d, d_d, mask=d < H)
+            tl.store(dbranch + row * H + d, d_gate * d_d, mask=d < H)
+    out = sums + pid * (3 * H)
+    tl.store(out + c, c_dgate, mask=c < H)
+    tl.store(out + H + c, c_dshift, mask=c < H)
+    tl.store(out + 2 * H + c, c_dscale, mask=c < H)
+    if TAIL > 0:
+        tl.store(out + d, d_dgate, mask=d < H)
+        tl.store(out + H + d, d_dshift, mask=d < H)
+        tl.store(out + 2 * H + d, d_dscale, mask=d < H)
 
 
 def _forward_fake(
@@ -132,7 +151,8 @@ def _forward(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tens
     launch(
         _forward_kernel, (B * parts,), x, x, branch, gate, shift, scale, r, y, stats,
         x.stride(0), x.stride(1), branch.stride(0), branch.stride(1), gate.stride(0), shift.stride(0), scale.stride(0),
-        T, parts, B * T, H, eps, how.rows, how.tile, how.tail, num_warps=how.warps,
+        T, parts, B * T, H, eps, how.rows, how.tile, how.tail, how.stages,
+        num_warps=how.warps, maxnreg=how.registers,
     )  # fmt: skip
     return r, y, stats
 
@@ -166,7 +186,8 @@ def _backward(
     launch(
         _backward_kernel, (B * parts,), r, given, dy, r, branch, stats, gate, scale, dx, dbranch, sums,
         given.stride(0), given.stride(1), dy.stride(0), dy.stride(1), branch.stride(0), branch.stride(1),
-        gate.stride(0), scale.stride(0), T, parts, rows, B * T, H, dr is not None, how.tile, how.stages, num_warps=how.warps,
+        gate.stride(0), scale.stride(0), T, parts, rows, B * T, H, dr is not None, how.tile, how.tail, how.stages,
+        num_warps=how.warps, maxnreg=how.registers,
     )  # fmt: skip
     if parts > 1:
         reduce_partials(sums, dmodulation)

@@ -27,7 +27,7 @@ def modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-
 @triton.jit(do_not_specialize=["T", "parts", "count"])
 def _forward_kernel(
     x, shift, scale, y, stats, x_batch, x_token, shift_batch, scale_batch, T, parts, count,
-    H: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr,
+    H: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program takes ROWS tokens of one sample, so that shift and scale are read once for all of them."""
     pid = tl.program_id(0).to(tl.int64)
@@ -38,7 +38,7 @@ def _forward_kernel(
     if TAIL > 0:
         d = TILE + tl.arange(0, TAIL)
         d_shift, d_scale = load_columns(shift_row, d, H), 1.0 + load_columns(scale_row, d, H)
-    for t in range(start, tl.minimum(start + ROWS, T)):
+    for t in tl.range(start, tl.minimum(start + ROWS, T), num_stages=STAGES):
         x_row, row = x + (b * x_batch + t * x_token), b * T + t
         c_x = load_columns(x_row, c, H)
         total = tl.sum(c_x, axis=0)
@@ -57,7 +57,7 @@ def _forward_kernel(
         if TAIL > 0:
             tl.store(y + row * H + d, d_x * rstd * d_scale + d_shift, mask=d < H)
         tl.store(stats + row, mean)
-        tl.store(stats + count + row, rstd)
+        tl.store(stats + (count + row), rstd)
 
 
 @triton.jit(do_not_specialize=["T", "parts", "rows", "count"])
@@ -77,7 +77,7 @@ def _backward_kernel(
         d_dshift, d_dscale = tl.zeros((TAIL,), tl.float32), tl.zeros((TAIL,), tl.float32)
     for t in tl.range(start, tl.minimum(start + rows, T), num_stages=STAGES):
         x_row, dy_row, row = x + (b * x_batch + t * x_token), dy + (b * dy_batch + t * dy_token), b * T + t
-        mean, rstd = tl.load(stats + row), tl.load(stats + count + row)
+        mean, rstd = tl.load(stats + row), tl.load(stats + (count + row))
         # dy is 0 in the dead lanes, and with it every product below: x̂ needs no mask there.
         c_dy, c_xhat = load_columns(dy_row, c, H), (load_columns(x_row, c, H) - mean) * rstd
         c_g = c_dy * c_scale
@@ -118,7 +118,8 @@ def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tenso
     parts = triton.cdiv(T, how.rows)
     launch(
         _forward_kernel, (B * parts,), x, x, shift, scale, y, stats, x.stride(0), x.stride(1), shift.stride(0), scale.stride(0),
-        T, parts, B * T, H, eps, how.rows, how.tile, how.tail, num_warps=how.warps,
+        T, parts, B * T, H, eps, how.rows, how.tile, how.tail, how.stages,
+        num_warps=how.warps, maxnreg=how.registers,
     )  # fmt: skip
     return y, stats
 
@@ -146,7 +147,7 @@ def _backward(dy: Tensor, x: Tensor, stats: Tensor, shift: Tensor, scale: Tensor
     launch(
         _backward_kernel, (B * parts,), x, dy, x, stats, scale, dx, sums,
         dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), scale.stride(0),
-        T, parts, rows, B * T, H, how.tile, how.tail, how.stages, num_warps=how.warps,
+        T, parts, rows, B * T, H, how.tile, how.tail, how.stages, num_warps=how.warps, maxnreg=how.registers,
     )  # fmt: skip
     if parts > 1:
         reduce_partials(sums, dmodulation)

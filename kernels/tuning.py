@@ -28,6 +28,7 @@ class Launch(NamedTuple):
     warps: int = 4
     stages: int = 1  # software pipelining of the loop over rows
     rows: int = 1  # rows of a sample that one program of a forward takes
+    registers: int | None = None  # at most so many a thread (None: the compiler's choice)
     blocks: int = 1  # programs of a backward that fit on one multiprocessor at once
 
 
@@ -67,22 +68,26 @@ def column_tile(width: int) -> int:
 
 
 def default_launch(op: str, width: int, arch: int) -> Launch:
-    """The reasoned default of one kernel. Blocks an SM are what its registers allow on sm_90 (benchmarks/results/codegen.csv)."""
+    """The reasoned default of one kernel. Blocks an SM are what its registers allow on sm_90 (benchmarks/results/codegen.csv).
+
+    What decides a backward is bytes in flight, blocks x loaded tensors x row bytes x stages: an H100 needs about 36 KB an SM.
+    """
     tile, tail = two_tiles(width)
-    padded = triton.next_power_of_2(width)
-    small = padded <= 1024  # few bytes a row: pipelining is what fills the memory system there
-    if op in ("modulate_forward", "gated_residual_modulate_forward"):
-        return Launch(tile, tail, warps_for(tile), rows=4)
+    warps = warps_for(tile)
+    stages = 2 if tile + tail <= 1024 or arch == 100 else 1  # short rows, and the highest bandwidth: a second row in flight
+    narrow = tile <= 1024  # eight elements a thread on at most four warps: these limits on registers hold without a spill
+    if op == "modulate_forward":
+        return Launch(tile, tail, warps, stages=2, rows=4)  # one tensor to load: without the second row 23 KB at 1152
+    if op == "gated_residual_modulate_forward":
+        return Launch(tile, tail, warps, stages, rows=4)
     if op == "modulate_backward":
-        warps = warps_for(tile)
-        return Launch(tile, tail, warps, stages=2 if small else 1, blocks=28 // max(2, warps))
+        return Launch(tile, tail, warps, stages, registers=72 if narrow else None, blocks=max(1, 28 // max(2, warps)))
     if op == "gated_residual_modulate_backward":
-        # 2048 columns on 4 warps, 16 elements a thread: 128 registers and 4 blocks beat 8 warps with 73 registers and 3 blocks.
-        warps = warps_for(padded) // (1 if small else 2)
-        return Launch(padded, 0, warps, stages=2 if small or arch == 100 else 1, blocks=24 // max(2, warps) if small else 4)
+        # Left alone, the compiler takes 128 registers for the pipelined loop (4 blocks at 768) and 101 at 1088.
+        return Launch(tile, tail, warps, stages, registers=96 if narrow else None, blocks=max(1, 20 // max(2, warps)))
     if op in ("gated_residual_forward", "gated_residual_backward"):
         columns = column_tile(width)
-        return Launch(columns, 0, 4, rows=2048 // columns, blocks=8)
+        return Launch(columns, 0, 4, rows=2048 // columns, blocks=7)
     raise KeyError(op)
 
 
