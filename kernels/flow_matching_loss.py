@@ -38,13 +38,13 @@ def flow_matching_loss_forward_kernel(
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < WIDTH
-        v = tl.load(v_ptr + b * v_b + column, mask=mask, other=0.0).to(tl.float32)
-        x0 = tl.load(x0_ptr + b * x0_b + column, mask=mask, other=0.0).to(tl.float32)
-        noise = tl.load(noise_ptr + b * noise_b + column, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + (b * v_b + column), mask=mask, other=0.0).to(tl.float32)
+        x0 = tl.load(x0_ptr + (b * x0_b + column), mask=mask, other=0.0).to(tl.float32)
+        noise = tl.load(noise_ptr + (b * noise_b + column), mask=mask, other=0.0).to(tl.float32)
         error = v - (noise - x0)
         total += error * error
         if error_ptr is not None:
-            tl.store(error_ptr + b * WIDTH + column, error.to(error_ptr.dtype.element_ty), mask=mask)
+            tl.store(error_ptr + (b * WIDTH + column), error.to(error_ptr.dtype.element_ty), mask=mask)
     loss = tl.sum(total, axis=0) / WIDTH
     if weight_ptr is not None:
         loss *= tl.load(weight_ptr + b * weight_b).to(tl.float32)

@@ -180,10 +180,10 @@ def qk_norm_rope_backward_kernel(
             )
         else:
             grad_ptr = dv_ptr + b * dv_b + head * dv_n + t * dv_t
-            g1 = tl.load(grad_ptr + column * dv_d, mask=mask)
-            g2 = tl.load(grad_ptr + (HALF + column) * dv_d, mask=mask)
-            tl.store(dx_ptr + 2 * N * D + column, g1.to(dqkv_ptr.dtype.element_ty), mask=mask)
-            tl.store(dx_ptr + 2 * N * D + HALF + column, g2.to(dqkv_ptr.dtype.element_ty), mask=mask)
+            v1 = tl.load(grad_ptr + column * dv_d, mask=mask)
+            v2 = tl.load(grad_ptr + (HALF + column) * dv_d, mask=mask)
+            tl.store(dx_ptr + 2 * N * D + column, v1.to(dqkv_ptr.dtype.element_ty), mask=mask)
+            tl.store(dx_ptr + 2 * N * D + HALF + column, v2.to(dqkv_ptr.dtype.element_ty), mask=mask)
     if partial_ptr is not None and part < 2:
         target = partial_ptr + (chunk * 2 + part) * D + tl.arange(0, COLUMNS)
         inside = tl.arange(0, COLUMNS) < HALF
