@@ -10,10 +10,13 @@ meaningless here. Must run without TRITON_INTERPRET.
 
 import argparse
 import csv
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,18 +103,17 @@ def record_op(recorder: Recorder, op: str, size: int, batch: int) -> dict[str, l
     return launches | {"backward": recorder.take()}
 
 
+@cache
 def machine_code(cubin: bytes) -> dict[str, int]:
     """Registers, bytes of local memory and stack, and the number of global accesses by width, from the cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "-sass")
-        )
-    figures = {name: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for name, key in RESOURCES.items()}
+        command = [CUOBJDUMP, "--dump-resource-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    figures = {name: int(re.search(rf"\b{key}:(\d+)", text)[1]) for name, key in RESOURCES.items()}
     accesses = Counter()
-    for kind, modifiers in re.findall(r"\b(LDG(?:STS)?|STG)\.E([.\w]*)", sass):
+    for kind, modifiers in re.findall(r"\b(LDG(?:STS)?|STG)\.E([.\w]*)", text):
         bits = re.search(r"\.(?:U|S)?(8|16|64|128)\b", modifiers)
         accesses["store" if kind == "STG" else "load", int(bits[1]) if bits else 32] += 1
     for kind in ("load", "store"):
@@ -120,9 +122,9 @@ def machine_code(cubin: bytes) -> dict[str, int]:
         figures[f"{kind}s_narrow"] = sum(by_width.values()) - figures[f"{kind}s_128"]
         moved = sum(bits * n for bits, n in by_width.items())
         figures[f"{kind}_share_128"] = round(128 * figures[f"{kind}s_128"] / moved, 3) if moved else 0.0
-    figures["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    figures["barriers"] = len(re.findall(r"\bBAR\.", sass))
-    figures["instructions"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", sass, re.MULTILINE))
+    figures["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", text))
+    figures["barriers"] = len(re.findall(r"\bBAR\.", text))
+    figures["instructions"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", text, re.MULTILINE))
     return figures
 
 
@@ -153,22 +155,20 @@ def blocks_per_sm(arch: int, registers: int, warps: int, shared: int) -> int:
     return min(65536 // per_warp // warps, WARPS_PER_SM[arch] // warps, by_shared, 32)
 
 
-def figures_of(op: str, size: int, arch: int, recorder: Recorder) -> list[dict]:
-    """One row for each launch of the op at BATCH, with what the launches at BATCH − 1 say about recompilation."""
-    rows = []
+def figures_of(op: str, size: int, arch: int, recorder: Recorder) -> list[tuple[dict, object]]:
+    """For each launch of the op at BATCH what needs no disassembly, and the compiled kernel; BATCH − 1 must compile nothing."""
+    found = []
     first, second = record_op(recorder, op, size, BATCH), record_op(recorder, op, size, BATCH - 1)
     for direction, launches in first.items():
         again = {launch.compiled.hash for launch in second[direction]}
         for launch in launches:
-            code = machine_code(launch.compiled.asm["cubin"])
             metadata = launch.compiled.metadata
             figures = {"op": op, "direction": direction, "kernel": launch.name, "size": size, "arch": arch}
-            figures |= {"grid": "x".join(map(str, launch.grid)), "warps": metadata.num_warps, "shared": metadata.shared} | code
-            figures["blocks_per_sm"] = blocks_per_sm(arch, code["registers"], metadata.num_warps, metadata.shared)
+            figures |= {"grid": "x".join(map(str, launch.grid)), "warps": metadata.num_warps, "shared": metadata.shared}
             figures["narrow_offsets"] = len(narrow_offsets(launch.compiled.asm["ttgir"]))
             figures["recompiled"] = int(launch.compiled.hash not in again)
-            rows.append(figures)
-    return rows
+            found.append((figures, launch.compiled))
+    return found
 
 
 def main() -> None:
@@ -177,12 +177,18 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results/codegen.csv")
     options = parser.parse_args()
-    rows = []
+    found = []
     for arch in options.arch:
         with Recorder(arch) as recorder:
             for op in options.ops:
                 for size in CASES[op].sizes:
-                    rows += figures_of(op, size, arch, recorder)
+                    found += figures_of(op, size, arch, recorder)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        codes = list(pool.map(machine_code, (compiled.asm["cubin"] for _, compiled in found)))  # most of the time
+    rows = []
+    for (figures, _), code in zip(found, codes, strict=True):
+        occupancy = blocks_per_sm(figures["arch"], code["registers"], figures["warps"], figures["shared"])
+        rows.append(figures | code | {"blocks_per_sm": occupancy})
     with options.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()

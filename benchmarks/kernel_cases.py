@@ -23,12 +23,14 @@ class Case(NamedTuple):
 
 
 def random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, device=device).requires_grad_()
+    """Normal numbers on a GPU, where values move the clocks; on a CPU whatever the memory holds, as nothing is computed there."""
+    make = torch.randn if device.type == "cuda" else torch.empty
+    return make(*shape, dtype=dtype, device=device).requires_grad_()
 
 
 def _modulation(batch: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """Six [B,H] views of one [B,6H] tensor, as the model's modulation Linear gives them."""
-    packed = torch.randn(batch, 6 * width, dtype=dtype, device=device)
+    packed = random(batch, 6 * width, dtype=dtype, device=device).detach()
     return tuple(t.requires_grad_() for t in packed.view(batch, 6, width).unbind(1))
 
 
@@ -59,7 +61,7 @@ def _qk_norm_rope(width: int, batch: int, dtype: torch.dtype, device: torch.devi
 
 
 def _latents(side: int, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(batch, 4, side, side, dtype=dtype, device=device) for _ in range(3))
+    return tuple(random(batch, 4, side, side, dtype=dtype, device=device).detach() for _ in range(3))
 
 
 def _flow_interpolate(side: int, batch: int, dtype: torch.dtype, device: torch.device):

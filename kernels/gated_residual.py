@@ -31,7 +31,7 @@ def gated_residual_reference(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["T", "parts"])
-def _forward_kernel(
+def _gated_residual_forward_kernel(
     x, branch, gate, r, x_batch, x_token, branch_batch, branch_token, gate_batch, T, parts,
     H: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "parts", "rows"])
-def _backward_kernel(
+def _gated_residual_backward_kernel(
     dr, branch, gate, dbranch, sums, dr_batch, dr_token, branch_batch, branch_token, gate_batch, T, parts, rows,
     H: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def _forward(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     how = launch_for("gated_residual_forward", H, x.device)
     parts = triton.cdiv(T, how.rows)
     launch(
-        _forward_kernel, (B * parts * triton.cdiv(H, how.tile),), x, x, branch, gate, r,
+        _gated_residual_forward_kernel, (B * parts * triton.cdiv(H, how.tile),), x, x, branch, gate, r,
         x.stride(0), x.stride(1), branch.stride(0), branch.stride(1), gate.stride(0), T, parts, H, how.rows, how.tile,
         num_warps=how.warps,
     )  # fmt: skip
@@ -111,7 +111,7 @@ def _backward(dr: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]
     parts, rows = chunks(B * blocks, T, how.blocks, branch.device, how.rows)
     sums = dgate if parts == 1 else dr.new_empty((B, parts, 1, H), dtype=torch.float32)
     launch(
-        _backward_kernel, (B * parts * blocks,), branch, dr, branch, gate, dbranch, sums,
+        _gated_residual_backward_kernel, (B * parts * blocks,), branch, dr, branch, gate, dbranch, sums,
         dr.stride(0), dr.stride(1), branch.stride(0), branch.stride(1), gate.stride(0), T, parts, rows, H, how.rows, how.tile,
         num_warps=how.warps,
     )  # fmt: skip

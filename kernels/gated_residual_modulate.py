@@ -29,7 +29,7 @@ def gated_residual_modulate_reference(
 
 
 @triton.jit(do_not_specialize=["T", "parts", "count"])
-def _forward_kernel(
+def _gated_residual_modulate_forward_kernel(
     x, branch, gate, shift, scale, r, y, stats,
     x_batch, x_token, branch_batch, branch_token, gate_batch, shift_batch, scale_batch, T, parts, count,
     H: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
@@ -70,7 +70,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "parts", "rows", "count"])
-def _backward_kernel(
+def _gated_residual_modulate_backward_kernel(
     dr, dy, r, branch, stats, gate, scale, dx, dbranch, sums,
     dr_batch, dr_token, dy_batch, dy_token, branch_batch, branch_token, gate_batch, scale_batch, T, parts, rows, count,
     H: tl.constexpr, HAS_DR: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
@@ -149,7 +149,7 @@ def _forward(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tens
     how = launch_for("gated_residual_modulate_forward", H, x.device)
     parts = triton.cdiv(T, how.rows)
     launch(
-        _forward_kernel, (B * parts,), x, x, branch, gate, shift, scale, r, y, stats,
+        _gated_residual_modulate_forward_kernel, (B * parts,), x, x, branch, gate, shift, scale, r, y, stats,
         x.stride(0), x.stride(1), branch.stride(0), branch.stride(1), gate.stride(0), shift.stride(0), scale.stride(0),
         T, parts, B * T, H, eps, how.rows, how.tile, how.tail, how.stages,
         num_warps=how.warps, maxnreg=how.registers,
@@ -184,7 +184,7 @@ def _backward(
     parts, rows = chunks(B, T, how.blocks, r.device)
     sums = dmodulation if parts == 1 else r.new_empty((B, parts, 3, H), dtype=torch.float32)
     launch(
-        _backward_kernel, (B * parts,), r, given, dy, r, branch, stats, gate, scale, dx, dbranch, sums,
+        _gated_residual_modulate_backward_kernel, (B * parts,), r, given, dy, r, branch, stats, gate, scale, dx, dbranch, sums,
         given.stride(0), given.stride(1), dy.stride(0), dy.stride(1), branch.stride(0), branch.stride(1),
         gate.stride(0), scale.stride(0), T, parts, rows, B * T, H, dr is not None, how.tile, how.tail, how.stages,
         num_warps=how.warps, maxnreg=how.registers,

@@ -25,7 +25,7 @@ def modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-
 
 
 @triton.jit(do_not_specialize=["T", "parts", "count"])
-def _forward_kernel(
+def _modulate_forward_kernel(
     x, shift, scale, y, stats, x_batch, x_token, shift_batch, scale_batch, T, parts, count,
     H: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "parts", "rows", "count"])
-def _backward_kernel(
+def _modulate_backward_kernel(
     dy, x, stats, scale, dx, sums, dy_batch, dy_token, x_batch, x_token, scale_batch, T, parts, rows, count,
     H: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -117,9 +117,9 @@ def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tenso
     how = launch_for("modulate_forward", H, x.device)
     parts = triton.cdiv(T, how.rows)
     launch(
-        _forward_kernel, (B * parts,), x, x, shift, scale, y, stats, x.stride(0), x.stride(1), shift.stride(0), scale.stride(0),
-        T, parts, B * T, H, eps, how.rows, how.tile, how.tail, how.stages,
-        num_warps=how.warps, maxnreg=how.registers,
+        _modulate_forward_kernel, (B * parts,), x, x, shift, scale, y, stats,
+        x.stride(0), x.stride(1), shift.stride(0), scale.stride(0), T, parts, B * T,
+        H, eps, how.rows, how.tile, how.tail, how.stages, num_warps=how.warps, maxnreg=how.registers,
     )  # fmt: skip
     return y, stats
 
@@ -145,7 +145,7 @@ def _backward(dy: Tensor, x: Tensor, stats: Tensor, shift: Tensor, scale: Tensor
     parts, rows = chunks(B, T, how.blocks, x.device)
     sums = dmodulation if parts == 1 else x.new_empty((B, parts, 2, H), dtype=torch.float32)
     launch(
-        _backward_kernel, (B * parts,), x, dy, x, stats, scale, dx, sums,
+        _modulate_backward_kernel, (B * parts,), x, dy, x, stats, scale, dx, sums,
         dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), scale.stride(0),
         T, parts, rows, B * T, H, how.tile, how.tail, how.stages, num_warps=how.warps, maxnreg=how.registers,
     )  # fmt: skip

@@ -15,7 +15,7 @@ _COLUMNS, _PARTS = 128, 16
 
 
 @triton.jit(do_not_specialize=["S"])
-def _reduce_kernel(partials, out, S, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+def _reduce_partials_kernel(partials, out, S, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
     """out[b,c] = sum over s of partials[b,s,c], for one sample and COLUMNS of the WIDTH = k·H columns."""
     pid = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
@@ -33,7 +33,7 @@ def reduce_partials(partials: Tensor, out: Tensor) -> None:
     """Sum partials fp32 [B,S,k,H] over S into out [B,k,H], both contiguous; one launch."""
     B, S, k, H = partials.shape
     blocks = triton.cdiv(k * H, _COLUMNS)
-    launch(_reduce_kernel, (B * blocks,), partials, partials, out, S, k * H, _COLUMNS, _PARTS, num_warps=4)
+    launch(_reduce_partials_kernel, (B * blocks,), partials, partials, out, S, k * H, _COLUMNS, _PARTS, num_warps=4)
 
 
 def common_dtype(*tensors: Tensor) -> torch.dtype:
