@@ -4,7 +4,7 @@ The public functions run on CPU tensors under a stub driver that names an archit
 specialised and compiled it, so what is read is what a GPU would run, not a hand-written signature. Results of the ops are
 meaningless here. Must run without TRITON_INTERPRET.
 
-    python benchmarks/codegen.py                              # all ops and architectures -> benchmarks/results/codegen.csv
+    python benchmarks/codegen.py          # all ops and architectures, also into the table of kernels/README.md
     python benchmarks/codegen.py --arch 90 --ops modulate --csv /tmp/one.csv
 """
 
@@ -28,6 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 BATCH = 32
+RESULTS = Path(__file__).parent / "results/codegen.csv"
+README = Path(__file__).parents[1] / "kernels/README.md"
+MARKERS = ("<!-- benchmarks/codegen.py writes from here -->", "<!-- to here -->")
 ARCHITECTURES = (80, 90, 100, 120)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WARPS_PER_SM = {80: 64, 90: 64, 100: 64, 120: 48}
@@ -171,11 +174,35 @@ def figures_of(op: str, size: int, arch: int, recorder: Recorder) -> list[tuple[
     return found
 
 
+def markdown(rows: list[dict]) -> str:
+    """The table of kernels/README.md from the rows of the CSV (as text): what each kernel takes on sm_90, spills on any card."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["direction"], row["kernel"].partition(".")[2]), []).append(row)
+    lines = [
+        "| op, direction | kernel | registers (blocks an SM) by size, sm_90 | 128-bit loads, stores | spills |",
+        "|---|---|---|---|---|",
+    ]
+    for (op, direction, kernel), members in groups.items():
+        shown = [r for r in members if r["arch"] == "90"]
+        sizes = " · ".join(f"{r['size']}: {r['registers']} ({r['blocks_per_sm']})" for r in shown)
+        loads, stores = (min(float(r[f"{kind}_share_128"]) for r in shown) for kind in ("load", "store"))
+        spills = sum(int(r["spills"]) + int(r["local"]) + int(r["stack"]) for r in members)
+        lines.append(f"| {op}, {direction} | {kernel} | {sizes} | {loads:.0%}, {stores:.0%} | {spills} |")
+    return "\n".join(lines)
+
+
+def update_readme(readme: Path, rows: list[dict]) -> None:
+    """Replace what stands between the two markers of `readme` with the table."""
+    before, _, rest = readme.read_text().partition(MARKERS[0])
+    readme.write_text(f"{before}{MARKERS[0]}\n{markdown(rows)}\n{MARKERS[1]}{rest.partition(MARKERS[1])[2]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--ops", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results/codegen.csv")
+    parser.add_argument("--csv", type=Path, default=RESULTS, help="with the default, kernels/README.md follows")
     options = parser.parse_args()
     found = []
     for arch in options.arch:
@@ -193,6 +220,8 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    if options.csv == RESULTS:
+        update_readme(README, [{k: str(v) for k, v in row.items()} for row in rows])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 (Triton cannot compile where its interpreter is on). bf16, batch 32, every size in benchmarks/kernel_cases.py."""
 
 import csv
+import importlib
 import os
 import runpy
 import subprocess
@@ -9,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from fastdit.kernels import tuning
 
 ROOT = Path(__file__).parents[2]
@@ -90,14 +90,11 @@ def test_offsets_are_64_bits_wide(rows):
     assert not failing(rows, lambda r: r["narrow_offsets"] == 0)
 
 
-def test_one_wave():
-    """Parts of a backward: one full wave of programs, at least 8 rows each; one part, or four waves, for huge batches."""
-    device = torch.device("cpu")
-    for batch, tokens, blocks in ((8, 256, 4), (16, 256, 5), (32, 256, 5), (64, 256, 4), (256, 256, 7), (1, 7, 5), (5, 1024, 4)):
-        parts, rows = tuning.chunks(batch, tokens, blocks, device)
-        assert batch * parts <= tuning.MULTIPROCESSORS[90] * blocks
-        assert (parts - 1) * rows < tokens <= parts * rows
-        assert rows >= 8 or tokens < 8
-    assert tuning.chunks(32, 256, 4, device) == (16, 16)
-    assert tuning.chunks(600, 256, 4, device)[0] == 4
-    assert tuning.chunks(5000, 256, 4, device)[0] == 1
+def test_the_readme_shows_the_committed_figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    codegen = importlib.import_module("codegen")
+    with codegen.RESULTS.open() as file:
+        committed = list(csv.DictReader(file))
+    assert {int(row["arch"]) for row in committed} == set(codegen.ARCHITECTURES)
+    assert {row["op"] for row in committed} == set(CASES)
+    assert codegen.markdown(committed) in codegen.README.read_text()
