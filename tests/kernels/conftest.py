@@ -47,7 +47,7 @@ def assert_close():
 def guarded_memory(monkeypatch):
     """What ops allocate with new_empty is full of NaN and lies between two bands of NaN, which must be whole at the end: neither
     the interpreter nor a GPU reports a store past the end, or a read of what was never written."""
-    allocate, band, buffers = torch.Tensor.new_empty, 4096, []
+    allocate, band, buffers = torch.Tensor.new_empty, 2**16, []  # wider than any tile
 
     def guarded(self, size, **options):
         if "device" in options or not options.get("dtype", self.dtype).is_floating_point:

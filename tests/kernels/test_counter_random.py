@@ -57,6 +57,7 @@ def test_published_words(counter, key, expected):
     assert numpy_philox(np.array(counter, np.uint64)[:, None], key)[:, 0].tolist() == words_of(expected)
 
 
+@pytest.mark.usefixtures("guarded_memory")
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_uniform_is_the_top_24_bits_of_the_published_words(backend):
     """Seed, stream and id 0, where the published counter is that of a row's first element."""
