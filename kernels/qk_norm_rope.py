@@ -21,7 +21,6 @@ from .library import find, inner_contiguous, launch, register
 from .partials import common_dtype, reduce_partials
 
 WARPS = 4  # with 1024 elements of each half a tile, 8 a thread: 128-bit accesses of bf16
-BLOCKS = 6  # backward programs a multiprocessor on sm_90
 
 
 def _norm_and_rotate(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
@@ -197,6 +196,19 @@ def _tile(D: int) -> dict[str, int]:
     return {"ROWS": 1024 // columns, "COLUMNS": columns, "num_warps": WARPS}
 
 
+def _chunks(tiles: int, D: int, arch: int) -> tuple[int, int]:
+    """(programs, tiles of each) of one of the three parts of a backward.
+
+    At least 4 tiles a program, so that the partial sums are few; and no more programs than run at once, because a small second
+    wave would double the time: by their registers (benchmarks/results/codegen.csv) 6 a multiprocessor, 5 on sm_100, and 4 for
+    head dims with masked lanes.
+    """
+    blocks = 4 if D & (D - 1) else 5 if arch == 100 else 6
+    programs = min(triton.cdiv(tiles, 4), tuning.MULTIPROCESSORS[arch] * blocks // 3)
+    iterations = triton.cdiv(tiles, programs)
+    return triton.cdiv(tiles, iterations), iterations
+
+
 def _table(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()  # built once a model, contiguous: no copy
 
@@ -262,12 +274,8 @@ def _backward_triton(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, num_heads, e
     rows = dq.numel() // D
     if not rows:
         return dqkv, dweights.zero_()
-    # At least 4 tiles a program, so that the partial sums are few, and at most as many programs as run at once.
     tile, qkv = _tile(D), inner_contiguous(qkv)
-    tiles = triton.cdiv(rows, tile["ROWS"])
-    programs = min(triton.cdiv(tiles, 4), tuning.MULTIPROCESSORS[tuning.architecture(qkv.device)] * BLOCKS // 3)
-    iterations = triton.cdiv(tiles, programs)
-    programs = triton.cdiv(tiles, iterations)
+    programs, iterations = _chunks(triton.cdiv(rows, tile["ROWS"]), D, tuning.architecture(qkv.device))
     partials = qkv.new_empty((1, programs, 2, D), dtype=torch.float32) if dweights.numel() else None
     tensors = dq, dk, dv, qkv, _table(q_weight), _table(k_weight), _table(cos), _table(sin), dqkv, partials
     strides = *dq.stride(), *dk.stride(), *dv.stride(), *qkv.stride()[:2]

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from fastdit.kernels import tuning
+from fastdit.kernels.qk_norm_rope import _chunks
 
 from fastdit import kernels
 
@@ -68,7 +70,9 @@ def check(assert_close, backend, arguments, grads):
 @pytest.mark.usefixtures("guarded_memory")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(1, 1, 1, 64), (2, 7, 3, 64), (5, 7, 2, 72), (1, 64, 6, 64), (2, 3, 1, 256), (2, 5, 2, 6)])
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1, 64), (2, 7, 3, 64), (5, 7, 2, 72), (1, 64, 2, 64), (1, 256, 1, 64), (2, 3, 1, 256), (2, 5, 2, 6)]
+)
 def test_matches_fp64(assert_close, backend, dtype, size):
     check(assert_close, backend, *inputs(*size, dtype=dtype))
 
@@ -165,6 +169,16 @@ def test_empty(backend, size):
         q, _, v, dqkv, dq_weight, dk_weight = run(kernels.qk_norm_rope, arguments, grads)
     assert q.shape == v.shape == grads[0].shape and dqkv.shape == arguments[0].shape
     assert not dq_weight.any() and not dk_weight.any()
+
+
+@pytest.mark.parametrize("arch", tuning.MULTIPROCESSORS)
+@pytest.mark.parametrize("D", [64, 72])
+def test_backward_is_one_wave(arch, D):
+    """The programs of the three parts cover all tiles, none is empty, and no more are launched than run at once."""
+    for tiles in (1, 3, 4, 5, 1000, 1536, 4608, 4_718_592):
+        programs, iterations = _chunks(tiles, D, arch)
+        assert programs * iterations >= tiles > (programs - 1) * iterations
+        assert 3 * programs <= 6 * tuning.MULTIPROCESSORS[arch]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
