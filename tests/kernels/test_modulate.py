@@ -53,9 +53,9 @@ def test_matches_fp64(assert_close, backend, dtype, size):
 
 @pytest.mark.usefixtures("guarded_memory")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [(2, 25, 64), (1, 64, 1088), (2, 64, 1152), (1, 256, 64)])
+@pytest.mark.parametrize("size", [(2, 25, 64), (2, 9, 1100), (1, 64, 1088), (2, 64, 1152), (1, 256, 64)])
 def test_matches_fp64_in_parts(assert_close, backend, size):
-    """Samples that several programs share: 25 tokens are cut into 9 + 9 + 7."""
+    """Samples that several programs share (25 tokens as 9 + 9 + 7), and rows of two tiles, at 1100 with dead lanes in the tail."""
     check(assert_close, backend, *inputs(*size))
 
 
