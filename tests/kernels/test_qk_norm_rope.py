@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fastdit.kernels import tuning
 from fastdit.kernels.qk_norm_rope import _chunks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit import kernels
 
@@ -125,6 +127,34 @@ def test_memory_layout(backend):
     assert q.transpose(1, 2).is_contiguous() and k.transpose(1, 2).is_contiguous()
     assert v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
     assert torch.autograd.grad((q, k, v), qkv, grads)[0].is_contiguous()
+
+
+class Recorded(TorchDispatchMode):
+    """The names of all operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__.partition(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_copied_around_attention(backend):
+    """From qkv through fused attention to the packed gradient: one op in each direction, no clone, copy, zero-fill or add."""
+    (qkv, *rest), _ = inputs(2, 7, 3, 64)
+    qkv.requires_grad_()
+    with kernels.backend(backend), Recorded() as recorded:
+        out = F.scaled_dot_product_attention(*kernels.qk_norm_rope(qkv, *rest)).transpose(1, 2).flatten(2)
+        torch.autograd.grad(out, qkv, torch.ones(2, 7, 192))
+    work = {
+        name for name in recorded.names if name not in ("view", "_unsafe_view", "transpose", "select", "detach", "ones", "alias")
+    }
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    expected = {f"qk_norm_rope_{direction}_{backend}" for direction in ("forward", "backward")}
+    assert work == expected | {attention, f"{attention}_backward"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
