@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_shape, check_tokens, choose_backend, compute_dtype
 from .library import find, inner_contiguous, launch, register
@@ -128,6 +129,7 @@ class _GatedResidual(torch.autograd.Function):
         return find("gated_residual_forward", backend)(x, branch, gate)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dr: Tensor) -> tuple[Tensor | None, ...]:
         dbranch, dgate = find("gated_residual_backward", ctx.backend)(dr, *ctx.saved_tensors)
         return dr, dbranch, dgate, None

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_shape, choose_backend
 from .gated_residual import check_gated_residual, gated_residual_reference
@@ -206,6 +207,7 @@ class _GatedResidualModulate(torch.autograd.Function):
         return r, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dr: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         r, branch, stats, gate, shift, scale = ctx.saved_tensors
         if dy is None:

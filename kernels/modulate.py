@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_shape, check_tokens, choose_backend, compute_dtype
 from .library import find, inner_contiguous, launch, load_columns, register
@@ -163,6 +164,7 @@ class _Modulate(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, stats, shift, scale = ctx.saved_tensors
         dx, dmodulation = find("modulate_backward", ctx.backend)(dy, x, stats, shift, scale)

@@ -15,18 +15,18 @@ _COLUMNS, _PARTS = 128, 16
 
 
 @triton.jit(do_not_specialize=["S"])
-def _reduce_partials_kernel(partials, out, S, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
-    """out[b,c] = sum over s of partials[b,s,c], for one sample and COLUMNS of the WIDTH = k·H columns."""
+def _reduce_partials_kernel(partials, out, S, width, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """out[b,c] = sum over s of partials[b,s,c], for one sample and COLUMNS of the width = k·H columns."""
     pid = tl.program_id(0).to(tl.int64)
-    blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    blocks = tl.cdiv(width, COLUMNS)
     b, block = pid // blocks, pid % blocks
     c = block * COLUMNS + tl.arange(0, COLUMNS)
     s = tl.arange(0, PARTS)
     total = tl.zeros((PARTS, COLUMNS), tl.float32)
     for start in range(0, S, PARTS):
-        at = partials + ((b * S + start + s)[:, None] * WIDTH + c[None, :])
-        total += tl.load(at, mask=((start + s) < S)[:, None] & (c < WIDTH)[None, :], other=0.0)
-    tl.store(out + b * WIDTH + c, tl.sum(total, axis=0), mask=c < WIDTH)
+        at = partials + ((b * S + start + s)[:, None] * width + c[None, :])
+        total += tl.load(at, mask=((start + s) < S)[:, None] & (c < width)[None, :], other=0.0)
+    tl.store(out + b * width + c, tl.sum(total, axis=0), mask=c < width)
 
 
 def reduce_partials(partials: Tensor, out: Tensor) -> None:

@@ -68,6 +68,37 @@ def test_a_compiled_function_follows_the_setting():
     assert "layer_norm" not in ops[0] and "layer_norm" in ops[1]
 
 
+def call(op: str) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """Inputs, B = 2, T = 7, H = 64, that require grad, and outputs of an adaLN op."""
+    streams, modulation = {"modulate": (1, 2), "gated_residual": (2, 1), "gated_residual_modulate": (2, 3)}[op]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in [(2, 7, 64)] * streams + [(2, 64)] * modulation]
+    with kernels.backend("triton"):
+        out = getattr(kernels, op)(*inputs)
+    return inputs, out if isinstance(out, tuple) else (out,)
+
+
+@pytest.mark.parametrize(
+    ("op", "streams", "rows", "modulation"),
+    [("modulate", 1, 2, 2), ("gated_residual", 1, 0, 1), ("gated_residual_modulate", 2, 2, 3)],
+)
+def test_what_is_saved_for_the_backward(op, streams, rows, modulation):
+    """As kernels/README.md says: [B,T,H] tensors, fp32 numbers a row, and the modulation, which the model holds anyway."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()), lambda _: None):
+        call(op)
+    assert sum(saved) == streams * 2 * 7 * 64 + rows * 2 * 7 + modulation * 2 * 64
+
+
+@pytest.mark.parametrize("op", ["modulate", "gated_residual", "gated_residual_modulate"])
+def test_second_derivatives_are_refused(op):
+    """The backward op is opaque: a gradient through it would be lost without a word."""
+    inputs, outputs = call(op)
+    total = sum(t.square().sum() for t in outputs)
+    first = torch.autograd.grad(total, inputs[-1], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 @pytest.mark.slow
 def test_inductor_keeps_the_layout_of_what_it_feeds(monkeypatch):
     """A transposed input and a modulation cut out of a wider tensor reach the op with the strides that they have in eager."""
