@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_no_grad, check_shape, choose_backend, compute_dtype
 from .library import find, inner_contiguous, launch, register
@@ -105,6 +106,7 @@ class _FlowInterpolate(torch.autograd.Function):
         return find("flow_interpolate_forward", backend)(x0, noise, t)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x0, grad_noise = find("flow_interpolate_backward", ctx.backend)(grad, *ctx.saved_tensors, ctx.noise_dtype)
         return grad_x0, grad_noise, None, None

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_no_grad, check_shape, choose_backend, compute_dtype
 from .flow_interpolate import check_samples, per_sample
@@ -111,6 +112,7 @@ class _FlowMatchingLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         return find("flow_matching_loss_backward", ctx.backend)(grad, *ctx.saved_tensors), None, None, None, None, None
 

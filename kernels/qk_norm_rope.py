@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import tuning
 from .dispatch import check_float, check_no_grad, check_shape, check_tokens, choose_backend, compute_dtype
@@ -295,6 +296,7 @@ class _QKNormRope(torch.autograd.Function):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dq, dk, dv):
         op = find("qk_norm_rope_backward", ctx.backend)
         dqkv, dweights = op(dq, dk, dv, *ctx.saved_tensors, ctx.num_heads, ctx.eps)

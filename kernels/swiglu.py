@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, choose_backend, compute_dtype
 from .library import find, inner_contiguous, launch, register
@@ -113,6 +114,7 @@ class _SwiGLU(torch.autograd.Function):
         return find("swiglu_forward", backend)(packed)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return find("swiglu_backward", ctx.backend)(grad, *ctx.saved_tensors), None
 

@@ -87,6 +87,17 @@ def test_empty(backend, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_are_refused(backend):
+    """The backward op is opaque: a gradient through it would be lost without a word."""
+    (x0, *rest), _ = inputs(2, 4, 8, 8)
+    with kernels.backend(backend):
+        out = kernels.flow_interpolate(x0.requires_grad_(), *rest)
+    (first,) = torch.autograd.grad(out.square().sum(), x0, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     (x0, noise, t), grad = inputs(2, 4, 8, 8)
     forward, backward = (getattr(torch.ops.fastdit, f"flow_interpolate_{d}_{backend}") for d in ("forward", "backward"))

@@ -128,6 +128,17 @@ def test_empty(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_are_refused(backend):
+    """The backward op is opaque: a gradient through it would be lost without a word."""
+    (v, *rest), _ = inputs(2, 4, 8, 8)
+    with kernels.backend(backend):
+        out = kernels.flow_matching_loss(v.requires_grad_(), *rest)
+    (first,) = torch.autograd.grad(out.square().sum(), v, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     forward, backward = (getattr(torch.ops.fastdit, f"flow_matching_loss_{d}_{backend}") for d in ("forward", "backward"))
     (v, x0, noise, weight), grad = inputs(2, 4, 8, 8, dtype=torch.float16)

@@ -212,6 +212,17 @@ def test_backward_is_one_wave(arch, D):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_are_refused(backend):
+    """The backward op is opaque: a gradient through it would be lost without a word."""
+    (qkv, *rest), _ = inputs(2, 5, 2, 8)
+    with kernels.backend(backend):
+        out = kernels.qk_norm_rope(qkv.requires_grad_(), *rest)[0]
+    (first,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     forward, backward = (getattr(torch.ops.fastdit, f"qk_norm_rope_{d}_{backend}") for d in ("forward", "backward"))
     arguments, grads = inputs(2, 3, 2, 8)

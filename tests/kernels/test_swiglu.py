@@ -88,6 +88,17 @@ def test_empty(backend, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_are_refused(backend):
+    """The backward op is opaque: a gradient through it would be lost without a word."""
+    packed = inputs(2, 64)[0].requires_grad_()
+    with kernels.backend(backend):
+        out = kernels.swiglu(packed)
+    (first,) = torch.autograd.grad(out.square().sum(), packed, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     for packed in (inputs(2, 7, 64)[0], inputs(7, 2, 64)[0].transpose(0, 1), torch.ones(1).expand(2, 128), inputs(0, 64)[0]):
         grad = torch.ones(()).expand(*packed.shape[:-1], packed.shape[-1] // 2)
