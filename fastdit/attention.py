@@ -1,21 +1,69 @@
 """Full bidirectional attention. B batch, N heads, T tokens, D head dim."""
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# bf16 on a CPU: plain matmuls beat torch 2.13's CPU flash kernel up to here (forward 1.7x, backward 2.8x at 256 tokens, D 64).
-MATMUL_MAX_TOKENS = 256
+KINDS = ("auto", "flash", "sdpa", "matmul")
+# Up to here plain matmuls beat torch 2.13's CPU flash kernel in bf16. Two Zen 5 cores, batch 8 x 6 heads, forward + backward in ms,
+# matmul against flash: D = 64: 0.8 | 3.6 at 64 tokens, 12 | 19 at 256, 50 | 63 at 512, 187 | 203 at 1024, 714 | 792 at 2048;
+# D = 72: 0.7 | 3.7, 6.9 | 21, 26 | 70, 200 | 224, 833 | 986. From 1024 on the 8-18 % are not worth keeping [B,N,T,T] for backward.
+MATMUL_MAX_TOKENS = 512
+HAS_FLASH = find_spec("flash_attn") is not None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _choose(q: Tensor) -> str:
+    """The fastest kind for q [B,N,T,D] that needs no package."""
+    short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= MATMUL_MAX_TOKENS
+    return "matmul" if short else "sdpa"
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The flash-attn package, which takes token-major [B,T,N,D]. Some versions return (out, logsumexp), others out alone."""
+    from flash_attn import flash_attn_func
+
+    # Its backward adds into dq by atomics unless told otherwise.
+    options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    result = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options)
+    return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """On CUDA without PyTorch's own fallback, which copies q, k and v and takes an order more memory: better an error."""
+    if q.device.type != "cuda":
+        return F.scaled_dot_product_attention(q, k, v)
+    if q.dtype == torch.float32:
+        backends = [SDPBackend.EFFICIENT_ATTENTION]  # the only fused one in fp32: for debugging
+    elif torch.are_deterministic_algorithms_enabled():
+        backends = [SDPBackend.FLASH_ATTENTION]  # cuDNN's backward adds by atomics
+    else:
+        backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    with sdpa_kernel(backends, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def _matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+    return torch.matmul(scores.softmax(-1), v)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, kind: str = "auto") -> Tensor:
     """softmax(q·kᵀ/√D)·v without a mask (arXiv:1706.03762, equation 1).
 
-    q, k, v [B,N,T,D], any strides. Returns [B,T,N·D], heads joined, ready for the output projection, in the dtype of q.
+    q, k, v [B,N,T,D], any strides: the fused kinds take token-major views as qk_norm_rope leaves them, without copies.
+    Returns [B,T,N·D], heads joined, ready for the output projection, in the dtype of q.
+    kind: "sdpa" is PyTorch's, on CUDA cuDNN's kernel or else Flash (fp32: the memory-efficient one), never its slow fallback;
+    "flash" the flash-attn package, on CUDA; "matmul" two batched products, for short sequences in bf16 on a CPU; "auto" is
+    matmul there and sdpa elsewhere. Raises ValueError for an unknown kind and where flash cannot run, RuntimeError where no
+    fused CUDA kernel takes the input.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= MATMUL_MAX_TOKENS:
-        scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
-        out = torch.matmul(scores.softmax(-1), v)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).flatten(2)
+    if kind not in KINDS:
+        raise ValueError(f"attention kind {kind!r} is unknown: choose one of {', '.join(KINDS)}")
+    if kind == "flash" and (not HAS_FLASH or q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16)):
+        installed = "installed" if HAS_FLASH else "not installed"
+        raise ValueError(f"attention 'flash' needs flash-attn ({installed}) and fp16 or bf16 on CUDA, not {q.dtype} on {q.device}")
+    run = {"flash": _flash, "sdpa": _sdpa, "matmul": _matmul}[_choose(q) if kind == "auto" else kind]
+    return run(q, k, v).transpose(1, 2).flatten(2)

@@ -129,7 +129,7 @@ def _check_same_run(folder: Path, saved: Config, wanted: Config) -> None:
     """Raise InputError where a setting that a run cannot change on its way differs: the model, the data, and what names the
     random numbers or cuts the optimizer's state."""
     fixed = {
-        "model": [f.name for f in dataclasses.fields(ModelConfig) if f.name != "preset"],
+        "model": [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("preset", "attention")],
         "data": ["source", "image_size", "autoencoder", "flip"],
         "train": ["seed", "batch_size", "accumulation", "precision"],
         "zero": ["stage"],

@@ -55,6 +55,7 @@ class ModelConfig:
     qk_norm: str = "head"  # head | none | full_width (only to load old checkpoints)
     time_embedding: str = "sinusoidal"  # sinusoidal | base (the published base model's)
     zero_init_gates: bool = True  # adaLN-Zero: every block starts as the identity
+    attention: str = "auto"  # auto | flash (the flash-attn package) | sdpa | matmul
     modulation_groups: int | None = None  # Linears that make the modulation of all blocks; none: one for 4 blocks
 
     def __post_init__(self) -> None:
@@ -62,6 +63,7 @@ class ModelConfig:
             _at_least("model", self, key, 1)
         _one_of("model", self, "preset", tuple(PRESETS))
         _one_of("model", self, "positions", ("absolute", "rope_1d", "rope_2d"))
+        _one_of("model", self, "attention", ("auto", "flash", "sdpa", "matmul"))
         _one_of("model", self, "qk_norm", ("head", "none", "full_width"))
         _one_of("model", self, "time_embedding", ("sinusoidal", "base"))
         if self.class_width is not None:

@@ -104,7 +104,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         H, D = config.width, config.width // config.heads
-        self.heads, self.full_width = config.heads, config.qk_norm == "full_width"
+        self.heads, self.full_width, self.kind = config.heads, config.qk_norm == "full_width", config.attention
         self.qkv = nn.Linear(H, 3 * H, bias=False)
         self.out = nn.Linear(H, H, bias=False)
         size = {"head": D, "full_width": H, "none": None}[config.qk_norm]
@@ -119,7 +119,7 @@ class Attention(nn.Module):
             qkv = torch.cat((F.rms_norm(q, (H,), q_weight, H), F.rms_norm(k, (H,), k_weight, H), v), dim=-1)
             q_weight = k_weight = None
         q, k, v = kernels.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, self.heads, QK_EPS)
-        return self.out(attention(q, k, v))
+        return self.out(attention(q, k, v, self.kind))
 
 
 class Mlp(nn.Module):

@@ -7,10 +7,14 @@ Philox-4x32-10 (Salmon et al., SC 2011, doi:10.1145/2063384.2063405) with key = 
 import math
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .dispatch import backend_in_use
+from .library import find, launch, register
 
+BLOCK = 256  # counters a program, four elements each: 2 a thread on 4 warps, stored as 128 bits
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -63,14 +67,79 @@ def counter_normal_reference(seed: int, stream: int, ids: Tensor, shape: tuple[i
     return pairs.flatten(1)[:, :numel].reshape(-1, *shape)
 
 
-def _check(op: str, seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) -> None:
+@triton.jit(do_not_specialize=["key0", "key1", "stream"])
+def counter_random_kernel(
+    ids_ptr, out_ptr, ids_b, key0, key1, stream, WIDTH: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Elements of BLOCK consecutive counters of one row; rows and blocks share grid axis 0, because axis 1 ends at 65535.
+
+    The words are those of `philox`, bit for bit. key0, key1 and stream are 32 bits each, passed as signed ints.
+    """
+    blocks = tl.cdiv(WIDTH, 4 * BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks
+    start = (program % blocks) * BLOCK
+    counter = (start + tl.arange(0, BLOCK)).to(tl.uint32)
+    zero = tl.zeros([BLOCK], tl.uint32)
+    name = tl.load(ids_ptr + row * ids_b)
+    w0, w1, w2, w3 = tl.philox_impl(
+        counter,
+        zero + stream.to(tl.uint32, bitcast=True),
+        zero + (name & 0xFFFFFFFF).to(tl.uint32),
+        zero + ((name >> 32) & 0xFFFFFFFF).to(tl.uint32),
+        key0.to(tl.uint32, bitcast=True),
+        key1.to(tl.uint32, bitcast=True),
+        10,
+    )
+    u0, u1 = (w0 >> 8).to(tl.float32) * 2.0**-24, (w1 >> 8).to(tl.float32) * 2.0**-24
+    u2, u3 = (w2 >> 8).to(tl.float32) * 2.0**-24, (w3 >> 8).to(tl.float32) * 2.0**-24
+    if NORMAL:
+        radius0, angle0 = tl.sqrt_rn(-2 * tl.log(u0 + 2.0**-24)), 6.283185307179586 * u1
+        radius1, angle1 = tl.sqrt_rn(-2 * tl.log(u2 + 2.0**-24)), 6.283185307179586 * u3
+        u0, u1 = radius0 * tl.cos(angle0), radius0 * tl.sin(angle0)
+        u2, u3 = radius1 * tl.cos(angle1), radius1 * tl.sin(angle1)
+    out = tl.interleave(tl.interleave(u0, u2), tl.interleave(u1, u3))  # u0 u1 u2 u3 of the first counter, then the next
+    element = 4 * start + tl.arange(0, 4 * BLOCK)
+    tl.store(out_ptr + row * WIDTH + element, out, mask=element < WIDTH)
+
+
+def _signed(word: int) -> int:
+    """The same 32 bits as a signed int, so that Triton types every word alike and compiles one kernel."""
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _fake(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], normal: bool) -> Tensor:
+    return ids.new_empty((len(ids), *shape), dtype=torch.float32)
+
+
+@register(
+    "counter_random_forward_triton(Tensor ids, SymInt key0, SymInt key1, SymInt stream, SymInt[] shape, bool normal) -> Tensor",
+    _fake,
+)
+def _triton(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], normal: bool) -> Tensor:
+    out = _fake(ids, key0, key1, stream, shape, normal)
+    if out.numel():
+        W = out.numel() // len(ids)
+        grid = (len(ids) * triton.cdiv(W, 4 * BLOCK),)
+        words = _signed(key0), _signed(key1), _signed(stream)
+        launch(counter_random_kernel, grid, ids, ids, out, ids.stride(0), *words, W, normal, BLOCK, num_warps=4)
+    return out
+
+
+def _draw(op: str, seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Check the arguments, choose the backend and run it."""
     if not 0 <= seed < 2**64 or not 0 <= stream < 2**32:
         raise ValueError(f"{op}: seed {seed} must be in [0, 2^64) and stream {stream} in [0, 2^32)")
     if ids.dtype != torch.int64 or ids.ndim != 1:
         raise ValueError(f"{op}: ids has dtype {ids.dtype} and shape {list(ids.shape)}, but int64 [batch] is needed")
     if math.prod(shape) > 2**34:
         raise ValueError(f"{op}: a row of shape {list(shape)} has more than 2^34 elements, where the counter would wrap")
-    backend_in_use(ids.device)
+    normal = op == "counter_normal"
+    chosen = backend_in_use(ids.device)
+    if chosen == "reference":
+        reference = counter_normal_reference if normal else counter_uniform_reference
+        return reference(seed, stream, ids, shape)
+    return find("counter_random_forward", chosen)(ids, seed & _MASK, seed >> 32, stream, list(shape), normal)
 
 
 def counter_uniform(seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -79,8 +148,7 @@ def counter_uniform(seed: int, stream: int, ids: Tensor, shape: tuple[int, ...])
     seed in [0, 2^64); stream in [0, 2^32) separates uses; ids int64 [B]. Element e of row i depends on
     (seed, stream, ids[i], e) alone. Raises ValueError for values outside these ranges.
     """
-    _check("counter_uniform", seed, stream, ids, shape)
-    return counter_uniform_reference(seed, stream, ids, shape)
+    return _draw("counter_uniform", seed, stream, ids, shape)
 
 
 def counter_normal(seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -89,5 +157,4 @@ def counter_normal(seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) 
     Words 2j and 2j+1 of a row give its elements 2j (cosine) and 2j+1 (sine). Arguments, dependence and errors as
     `counter_uniform`; the words are equal on every device, the values to rounding of log, sqrt, cos and sin.
     """
-    _check("counter_normal", seed, stream, ids, shape)
-    return counter_normal_reference(seed, stream, ids, shape)
+    return _draw("counter_normal", seed, stream, ids, shape)

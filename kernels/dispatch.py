@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import triton
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "cpp", "reference")
@@ -12,6 +13,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # A plain global, not a ContextVar: a compiled function guards on it and re-specialises when it changes.
 _setting = os.environ.get("FASTDIT_KERNELS", "auto")
+# Triton decides at decoration, so at import, whether its kernels are interpreted; so does this.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def _check_name(name: str) -> None:
@@ -36,11 +39,28 @@ def backend(name: str) -> Iterator[None]:
 
 
 def backend_in_use(device: torch.device) -> str:
-    """The backend that ops run on tensors of `device`. Raises RuntimeError when the one asked for has no kernels there."""
+    """The backend that ops run on tensors of `device`: "triton" or "reference".
+
+    `auto` is Triton on CUDA and the reference elsewhere. Raises RuntimeError when the backend asked for cannot run there,
+    ValueError when FASTDIT_KERNELS names none.
+    """
     _check_name(_setting)
-    if _setting in ("auto", "reference"):
-        return "reference"
-    raise RuntimeError(f"kernel backend {_setting!r} has no kernels for {device.type} here: use 'auto' or 'reference'")
+    if _setting == "auto":
+        return "triton" if device.type == "cuda" else "reference"
+    if _setting == "triton" and device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
+        raise RuntimeError(f"kernel backend 'triton' cannot run on {device.type}: set TRITON_INTERPRET=1 (CPU) or use 'auto'")
+    if _setting == "cpp":
+        raise RuntimeError("kernel backend 'cpp' is not built into this installation: use 'auto' or 'reference'")
+    return _setting
+
+
+def choose_backend(op: str, *tensors: Tensor | None) -> str:
+    """The backend for one call of `op`: `backend_in_use`, and ValueError for fp64 where only the reference computes in it."""
+    given = [t for t in tensors if t is not None]
+    chosen = backend_in_use(given[0].device)
+    if chosen != "reference" and any(t.dtype == torch.float64 for t in given):
+        raise ValueError(f"{op}: the {chosen} kernels do not compute in float64: use float32 or kernels.backend('reference')")
+    return chosen
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

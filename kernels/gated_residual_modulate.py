@@ -1,10 +1,24 @@
-"""gated_residual_modulate: a residual add and the next adaLN in one op. B batch, T tokens, H width."""
+"""gated_residual_modulate: a residual add and the next adaLN in one op. B batch, T tokens, H width, S parts.
 
+r is rounded to its dtype before the norm, so that forward and backward normalise the same numbers. With g = dy·(1 + scale) and
+r̂ = (r − mean)·rstd, d = dr + rstd·(g − mean(g) − r̂·mean(g·r̂)) is the gradient at r: the residual gradient dr is added here
+and not in a pass of its own. dx = d, dbranch = gate·d, dgate = Σ_t d·branch, dscale = Σ_t dy·r̂, dshift = Σ_t dy.
+Bytes per element in bf16: forward 8 (x, branch, r, y), backward 12 (dy, dr, r, branch, dx, dbranch); saved: r, branch and
+8 bytes a row of fp32 statistics.
+"""
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .dispatch import backend_in_use, check_float, check_shape
+from .dispatch import check_float, check_shape, choose_backend
 from .gated_residual import check_gated_residual, gated_residual_reference
+from .library import find, inner_contiguous, launch, load_columns, register
 from .modulate import modulate_reference
+from .partials import common_dtype, reduce_partials
+from .tuning import check_width, chunks, launch_for
 
 
 def gated_residual_modulate_reference(
@@ -15,6 +29,195 @@ def gated_residual_modulate_reference(
     return r, modulate_reference(r, shift, scale, eps)
 
 
+@triton.jit(do_not_specialize=["T", "parts", "count"])
+def _gated_residual_modulate_forward_kernel(
+    x, branch, gate, shift, scale, r, y, stats,
+    x_batch, x_token, branch_batch, branch_token, gate_batch, shift_batch, scale_batch, T, parts, count,
+    H: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program takes ROWS tokens of one sample, so that gate, shift and scale are read once for all of them."""
+    pid = tl.program_id(0).to(tl.int64)
+    b, start = pid // parts, pid % parts * ROWS
+    gate_row, shift_row, scale_row = gate + b * gate_batch, shift + b * shift_batch, scale + b * scale_batch
+    c = tl.arange(0, TILE)
+    c_gate, c_shift, c_scale = load_columns(gate_row, c, H), load_columns(shift_row, c, H), 1.0 + load_columns(scale_row, c, H)
+    if TAIL > 0:
+        d = TILE + tl.arange(0, TAIL)
+        d_gate, d_shift, d_scale = load_columns(gate_row, d, H), load_columns(shift_row, d, H), 1.0 + load_columns(scale_row, d, H)
+    for t in tl.range(start, tl.minimum(start + ROWS, T), num_stages=STAGES):
+        x_row, branch_row, row = x + (b * x_batch + t * x_token), branch + (b * branch_batch + t * branch_token), b * T + t
+        c_r = (load_columns(x_row, c, H) + c_gate * load_columns(branch_row, c, H)).to(r.dtype.element_ty)
+        tl.store(r + row * H + c, c_r, mask=c < H)
+        c_r = c_r.to(tl.float32)
+        total = tl.sum(c_r, axis=0)
+        if TAIL > 0:
+            d_r = (load_columns(x_row, d, H) + d_gate * load_columns(branch_row, d, H)).to(r.dtype.element_ty)
+            tl.store(r + row * H + d, d_r, mask=d < H)
+            d_r = d_r.to(tl.float32)
+            total += tl.sum(d_r, axis=0)
+        mean = total / H
+        # Two steps, and zero again in the dead lanes: E[r²] − mean² would cancel, and 0 − mean would be counted.
+        c_r = tl.where(c < H, c_r - mean, 0.0)
+        total = tl.sum(c_r * c_r, axis=0)
+        if TAIL > 0:
+            d_r = tl.where(d < H, d_r - mean, 0.0)
+            total += tl.sum(d_r * d_r, axis=0)
+        rstd = tl.rsqrt(total / H + EPS)
+        tl.store(y + row * H + c, c_r * rstd * c_scale + c_shift, mask=c < H)
+        if TAIL > 0:
+            tl.store(y + row * H + d, d_r * rstd * d_scale + d_shift, mask=d < H)
+        tl.store(stats + row, mean)
+        tl.store(stats + (count + row), rstd)
+
+
+@triton.jit(do_not_specialize=["T", "parts", "rows", "count"])
+def _gated_residual_modulate_backward_kernel(
+    dr, dy, r, branch, stats, gate, scale, dx, dbranch, sums,
+    dr_batch, dr_token, dy_batch, dy_token, branch_batch, branch_token, gate_batch, scale_batch, T, parts, rows, count,
+    H: tl.constexpr, HAS_DR: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program takes `rows` tokens of one sample and stores one row of sums [B,parts,3,H]: dgate, dshift, dscale."""
+    pid = tl.program_id(0).to(tl.int64)
+    b, start = pid // parts, pid % parts * rows
+    gate_row, scale_row = gate + b * gate_batch, scale + b * scale_batch
+    c = tl.arange(0, TILE)
+    c_gate, c_scale = load_columns(gate_row, c, H), 1.0 + load_columns(scale_row, c, H)
+    c_dgate, c_dshift, c_dscale = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
+    if TAIL > 0:
+        d = TILE + tl.arange(0, TAIL)
+        d_gate, d_scale = load_columns(gate_row, d, H), 1.0 + load_columns(scale_row, d, H)
+        d_dgate, d_dshift, d_dscale = tl.zeros((TAIL,), tl.float32), tl.zeros((TAIL,), tl.float32), tl.zeros((TAIL,), tl.float32)
+    for t in tl.range(start, tl.minimum(start + rows, T), num_stages=STAGES):
+        row = b * T + t
+        dr_row, dy_row = dr + (b * dr_batch + t * dr_token), dy + (b * dy_batch + t * dy_token)
+        branch_row = branch + (b * branch_batch + t * branch_token)
+        mean, rstd = tl.load(stats + row), tl.load(stats + (count + row))
+        # dy is 0 in the dead lanes, and with it every product that is summed: r̂ needs no mask there.
+        c_dy, c_rhat = load_columns(dy_row, c, H), (load_columns(r + row * H, c, H) - mean) * rstd
+        c_g = c_dy * c_scale
+        sum_g, sum_gr = tl.sum(c_g, axis=0), tl.sum(c_g * c_rhat, axis=0)
+        c_dshift += c_dy
+        c_dscale += c_dy * c_rhat
+        if TAIL > 0:
+            d_dy, d_rhat = load_columns(dy_row, d, H), (load_columns(r + row * H, d, H) - mean) * rstd
+            d_g = d_dy * d_scale
+            sum_g += tl.sum(d_g, axis=0)
+            sum_gr += tl.sum(d_g * d_rhat, axis=0)
+            d_dshift += d_dy
+            d_dscale += d_dy * d_rhat
+        c_d = rstd * (c_g - sum_g / H - c_rhat * (sum_gr / H))
+        if HAS_DR:
+            c_d += load_columns(dr_row, c, H)
+        c_dgate += c_d * load_columns(branch_row, c, H)
+        tl.store(dx + row * H + c, c_d, mask=c < H)
+        tl.store(dbranch + row * H + c, c_gate * c_d, mask=c < H)
+        if TAIL > 0:
+            d_d = rstd * (d_g - sum_g / H - d_rhat * (sum_gr / H))
+            if HAS_DR:
+                d_d += load_columns(dr_row, d, H)
+            d_dgate += d_d * load_columns(branch_row, d, H)
+            tl.store(dx + row * H + d, d_d, mask=d < H)
+            tl.store(dbranch + row * H + d, d_gate * d_d, mask=d < H)
+    out = sums + pid * (3 * H)
+    tl.store(out + c, c_dgate, mask=c < H)
+    tl.store(out + H + c, c_dshift, mask=c < H)
+    tl.store(out + 2 * H + c, c_dscale, mask=c < H)
+    if TAIL > 0:
+        tl.store(out + d, d_dgate, mask=d < H)
+        tl.store(out + H + d, d_dshift, mask=d < H)
+        tl.store(out + 2 * H + d, d_dscale, mask=d < H)
+
+
+def _forward_fake(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
+
+
+@register(
+    "gated_residual_modulate_forward_triton(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, float eps)"
+    " -> (Tensor r, Tensor y, Tensor stats)",
+    _forward_fake,
+)
+def _forward(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """r, y [B,T,H] and stats fp32 [2,B,T] (mean, 1/σ of r). Copies an input only if its rows are not contiguous."""
+    r, y, stats = _forward_fake(x, branch, gate, shift, scale, eps)
+    if x.numel() == 0:
+        return r, y, stats
+    B, T, H = x.shape
+    x, branch = inner_contiguous(x), inner_contiguous(branch)
+    gate, shift, scale = inner_contiguous(gate), inner_contiguous(shift), inner_contiguous(scale)
+    how = launch_for("gated_residual_modulate_forward", H, x.device)
+    parts = triton.cdiv(T, how.rows)
+    launch(
+        _gated_residual_modulate_forward_kernel, (B * parts,), x, x, branch, gate, shift, scale, r, y, stats,
+        x.stride(0), x.stride(1), branch.stride(0), branch.stride(1), gate.stride(0), shift.stride(0), scale.stride(0),
+        T, parts, B * T, H, eps, how.rows, how.tile, how.tail, how.stages,
+        num_warps=how.warps, maxnreg=how.registers,
+    )  # fmt: skip
+    return r, y, stats
+
+
+def _backward_fake(
+    dr: Tensor | None, dy: Tensor, r: Tensor, branch: Tensor, stats: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, _, H = r.shape
+    return r.new_empty(r.shape), branch.new_empty(r.shape), r.new_empty((B, 3, H), dtype=common_dtype(gate, shift, scale))
+
+
+@register(
+    "gated_residual_modulate_backward_triton(Tensor? dr, Tensor dy, Tensor r, Tensor branch, Tensor stats, Tensor gate,"
+    " Tensor shift, Tensor scale) -> (Tensor dx, Tensor dbranch, Tensor dmodulation)",
+    _backward_fake,
+)
+def _backward(
+    dr: Tensor | None, dy: Tensor, r: Tensor, branch: Tensor, stats: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dbranch [B,T,H] and (dgate, dshift, dscale) as one [B,3,H]; dr None counts as zero. Copies dr, dy or branch only if
+    their rows are not contiguous. Two launches, or one where a sample is not cut."""
+    dx, dbranch, dmodulation = _backward_fake(dr, dy, r, branch, stats, gate, shift, scale)
+    if r.numel() == 0:
+        return dx, dbranch, dmodulation.zero_()
+    B, T, H = r.shape
+    given = dy if dr is None else inner_contiguous(dr)  # a pointer that is never followed, where there is no dr
+    dy, branch, gate, scale = inner_contiguous(dy), inner_contiguous(branch), inner_contiguous(gate), inner_contiguous(scale)
+    how = launch_for("gated_residual_modulate_backward", H, r.device)
+    parts, rows = chunks(B, T, how.blocks, r.device)
+    sums = dmodulation if parts == 1 else r.new_empty((B, parts, 3, H), dtype=torch.float32)
+    launch(
+        _gated_residual_modulate_backward_kernel, (B * parts,), r, given, dy, r, branch, stats, gate, scale, dx, dbranch, sums,
+        given.stride(0), given.stride(1), dy.stride(0), dy.stride(1), branch.stride(0), branch.stride(1),
+        gate.stride(0), scale.stride(0), T, parts, rows, B * T, H, dr is not None, how.tile, how.tail, how.stages,
+        num_warps=how.warps, maxnreg=how.registers,
+    )  # fmt: skip
+    if parts > 1:
+        reduce_partials(sums, dmodulation)
+    return dx, dbranch, dmodulation
+
+
+class _GatedResidualModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        r, y, stats = find("gated_residual_modulate_forward", backend)(x, branch, gate, shift, scale, eps)
+        ctx.save_for_backward(r, branch, stats, gate, shift, scale)
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)  # a last block whose r nobody reads must not pay for a tensor of zeros
+        return r, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dr: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        r, branch, stats, gate, shift, scale = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(r)
+        backward = find("gated_residual_modulate_backward", ctx.backend)
+        dx, dbranch, dmodulation = backward(dr, dy, r, branch, stats, gate, shift, scale)
+        dgate, dshift, dscale = dmodulation.unbind(1)
+        return dx, dbranch, dgate.to(gate.dtype), dshift.to(shift.dtype), dscale.to(scale.dtype), None, None
+
+
 def gated_residual_modulate(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
@@ -22,12 +225,16 @@ def gated_residual_modulate(
 
     x, branch [B,T,H]; gate, shift, scale [B,H], any strides. Returns (r, y), both [B,T,H] in the dtype of x. Maths and
     statistics in fp32; gradients in the dtype of each input.
-    Raises ValueError for other shapes, integer tensors or tensors on two devices.
+    Raises ValueError for other shapes, integer tensors, tensors on two devices, and where the kernels run for fp64 or a width
+    over 8192.
     """
     op = "gated_residual_modulate"
     check_gated_residual(op, x, branch, gate)
     check_float(op, x=x, shift=shift, scale=scale)
     check_shape(op, "shift", shift, tuple(gate.shape))
     check_shape(op, "scale", scale, tuple(gate.shape))
-    backend_in_use(x.device)
-    return gated_residual_modulate_reference(x, branch, gate, shift, scale, eps)
+    backend = choose_backend(op, x, branch, gate, shift, scale)
+    if backend == "reference":
+        return gated_residual_modulate_reference(x, branch, gate, shift, scale, eps)
+    check_width(op, x.shape[2])
+    return _GatedResidualModulate.apply(x, branch, gate, shift, scale, eps, backend)

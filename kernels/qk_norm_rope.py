@@ -1,10 +1,27 @@
-"""qk_norm_rope: split packed qkv, RMS-normalise q and k a head, rotate them. B batch, T tokens, N heads, D head dim."""
+"""qk_norm_rope: split packed qkv, RMS-normalise q and k a head, rotate them. B batch, T tokens, N heads, D head dim.
+
+Forward: one pass over q and k (8 bytes an element of q and k in bf16); v stays where it is. Backward: one pass that reads the
+three gradients and q, k, and writes dq, dk and dv into one packed gradient (16 bytes an element of [B,T,N·D] for q, k and
+v together), so that no slice of qkv is zero-filled and added; and a small kernel that sums the weights' gradients.
+Saved: qkv, weights and tables; the norms are computed again, from q and k that are loaded anyway.
+
+A row is one head of one token; rows are numbered m = token·N + head, so that no number of heads costs dead lanes. The two
+halves of a head are loaded apart: the rotation pairs element j with j + D/2, in the same place of the other half.
+"""
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .dispatch import backend_in_use, check_float, check_shape, check_tokens, compute_dtype
+from . import tuning
+from .dispatch import check_float, check_no_grad, check_shape, check_tokens, choose_backend, compute_dtype
+from .library import find, inner_contiguous, launch, register
+from .partials import common_dtype, reduce_partials
+
+WARPS = 4  # with 1024 elements of each half a tile, 8 a thread: 128-bit accesses of bf16
 
 
 def _norm_and_rotate(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
@@ -36,6 +53,259 @@ def qk_norm_rope_reference(
     return q, k, v.transpose(1, 2)
 
 
+@triton.jit
+def _place(first, T, N: tl.constexpr, ROWS: tl.constexpr):
+    """Where rows first .. first + ROWS − 1 lie: sample, token within it and head, int64 [ROWS,1].
+
+    Only the first row is divided in int64; the others are 32-bit distances from it, at a third of the instructions.
+    """
+    token = first // N
+    distance = (first - token * N).to(tl.int32) + tl.arange(0, ROWS)[:, None]
+    head = (distance % N).to(tl.int64)
+    t = (token % T).to(tl.int32) + distance // N  # may run into the following samples
+    return token // T + t // T, (t % T).to(tl.int64), head
+
+
+@triton.jit
+def _load_table(table_ptr, t, column, mask, HALF: tl.constexpr):
+    return tl.load(table_ptr + t * HALF + column, mask=mask, other=0.0)
+
+
+@triton.jit
+def _forward_rows(
+    x_ptr, y_ptr, weight_ptr, cos_ptr, sin_ptr, t, column, mask,
+    D: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """Norm and rotation of a tile of heads: x_ptr, y_ptr point at the first element of each head, [ROWS,1]."""
+    HALF: tl.constexpr = D // 2
+    x1 = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptr + HALF + column, mask=mask, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        rstd = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / D + EPS)
+        x1 *= rstd * tl.load(weight_ptr + column, mask=column < HALF, other=0.0).to(tl.float32)
+        x2 *= rstd * tl.load(weight_ptr + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+    if cos_ptr is not None:
+        cos = _load_table(cos_ptr, t, column, mask, HALF)
+        sin = _load_table(sin_ptr, t, column, mask, HALF)
+        x1, x2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    tl.store(y_ptr + column, x1.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + HALF + column, x2.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "T"])
+def qk_norm_rope_forward_kernel(
+    qkv_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, stride_b, stride_t, rows, T,
+    N: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS heads of q (grid axis 1 = 0) or of k (1), which are stored token-major."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = first + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    mask = (row < rows) & (column < D // 2)
+    b, t, head = _place(first, T, N, ROWS)
+    x_ptr = qkv_ptr + b * stride_b + t * stride_t + head * D
+    if tl.program_id(1).to(tl.int64) == 0:
+        _forward_rows(x_ptr, q_ptr + row * D, q_weight_ptr, cos_ptr, sin_ptr, t, column, mask, D, EPS)
+    else:
+        _forward_rows(x_ptr + N * D, k_ptr + row * D, k_weight_ptr, cos_ptr, sin_ptr, t, column, mask, D, EPS)
+
+
+@triton.jit
+def _backward_rows(
+    grad_ptr, stride_d, x_ptr, dx_ptr, weight_ptr, cos_ptr, sin_ptr, t, column, mask, sum1, sum2,
+    D: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """dx of a tile of heads; returns sum1, sum2 [ROWS,COLUMNS] with the tile's terms of the weight's gradient added.
+
+    The rotation back is the rotation by the opposite angle. With xh = x·rstd and g the gradient of xh·w:
+    dw = sum g·xh and dx = rstd·(g·w − xh·mean(g·w·xh)).
+    """
+    HALF: tl.constexpr = D // 2
+    g1 = tl.load(grad_ptr + column * stride_d, mask=mask, other=0.0).to(tl.float32)
+    g2 = tl.load(grad_ptr + (HALF + column) * stride_d, mask=mask, other=0.0).to(tl.float32)
+    if cos_ptr is not None:
+        cos = _load_table(cos_ptr, t, column, mask, HALF)
+        sin = _load_table(sin_ptr, t, column, mask, HALF)
+        g1, g2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
+    if weight_ptr is not None:
+        x1 = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(x_ptr + HALF + column, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / D + EPS)
+        x1 *= rstd
+        x2 *= rstd
+        sum1 += g1 * x1
+        sum2 += g2 * x2
+        g1 *= tl.load(weight_ptr + column, mask=column < HALF, other=0.0).to(tl.float32)
+        g2 *= tl.load(weight_ptr + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+        mean = tl.sum(g1 * x1 + g2 * x2, axis=1, keep_dims=True) / D
+        g1 = rstd * (g1 - x1 * mean)
+        g2 = rstd * (g2 - x2 * mean)
+    tl.store(dx_ptr + column, g1.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + HALF + column, g2.to(dx_ptr.dtype.element_ty), mask=mask)
+    return sum1, sum2
+
+
+@triton.jit(do_not_specialize=["rows", "T", "iterations"])
+def qk_norm_rope_backward_kernel(
+    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dqkv_ptr, partial_ptr,
+    dq_b, dq_n, dq_t, dq_d, dk_b, dk_n, dk_t, dk_d, dv_b, dv_n, dv_t, dv_d, stride_b, stride_t, rows, T, iterations,
+    N: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`iterations` tiles of ROWS heads of q, k or v (grid axis 1 = 0, 1, 2), into their third of the packed gradient.
+
+    The sums of the weights' gradients stay elementwise in registers to the end: one reduction a program, in a fixed order.
+    """
+    HALF: tl.constexpr = D // 2
+    part = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)[None, :]
+    sum1 = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sum2 = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i in range(iterations):
+        first = (chunk * iterations + i) * ROWS
+        row = first + tl.arange(0, ROWS)[:, None]
+        mask = (row < rows) & (column < HALF)
+        b, t, head = _place(first, T, N, ROWS)
+        x_ptr = qkv_ptr + b * stride_b + t * stride_t + head * D
+        dx_ptr = dqkv_ptr + (b * T + t) * (3 * N * D) + head * D
+        if part == 0:
+            grad_ptr = dq_ptr + b * dq_b + head * dq_n + t * dq_t
+            sum1, sum2 = _backward_rows(
+                grad_ptr, dq_d, x_ptr, dx_ptr, q_weight_ptr, cos_ptr, sin_ptr, t, column, mask, sum1, sum2, D, EPS
+            )
+        elif part == 1:
+            grad_ptr = dk_ptr + b * dk_b + head * dk_n + t * dk_t
+            sum1, sum2 = _backward_rows(
+                grad_ptr, dk_d, x_ptr + N * D, dx_ptr + N * D, k_weight_ptr, cos_ptr, sin_ptr, t, column, mask, sum1, sum2, D, EPS
+            )
+        else:
+            grad_ptr = dv_ptr + b * dv_b + head * dv_n + t * dv_t
+            v1 = tl.load(grad_ptr + column * dv_d, mask=mask)
+            v2 = tl.load(grad_ptr + (HALF + column) * dv_d, mask=mask)
+            tl.store(dx_ptr + 2 * N * D + column, v1.to(dqkv_ptr.dtype.element_ty), mask=mask)
+            tl.store(dx_ptr + 2 * N * D + HALF + column, v2.to(dqkv_ptr.dtype.element_ty), mask=mask)
+    if partial_ptr is not None and part < 2:
+        target = partial_ptr + (chunk * 2 + part) * D + tl.arange(0, COLUMNS)
+        inside = tl.arange(0, COLUMNS) < HALF
+        tl.store(target, tl.sum(sum1, axis=0), mask=inside)
+        tl.store(target + HALF, tl.sum(sum2, axis=0), mask=inside)
+
+
+def _tile(D: int) -> dict[str, int]:
+    """1024 elements of each half a tile on 4 warps: D = 64 takes 32 heads, 72 takes 16 with 28 of 64 lanes masked."""
+    columns = triton.next_power_of_2(D // 2)
+    return {"ROWS": 1024 // columns, "COLUMNS": columns, "num_warps": WARPS}
+
+
+def _chunks(tiles: int, D: int, arch: int) -> tuple[int, int]:
+    """(programs, tiles of each) of one of the three parts of a backward.
+
+    At least 4 tiles a program, so that the partial sums are few; and no more programs than run at once, because a small second
+    wave would double the time: by their registers (benchmarks/results/codegen.csv) 6 a multiprocessor, 5 on sm_100, and 4 for
+    head dims with masked lanes.
+    """
+    blocks = 4 if D & (D - 1) else 5 if arch == 100 else 6
+    programs = min(triton.cdiv(tiles, 4), tuning.MULTIPROCESSORS[arch] * blocks // 3)
+    iterations = triton.cdiv(tiles, programs)
+    return triton.cdiv(tiles, iterations), iterations
+
+
+def _table(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()  # built once a model, contiguous: no copy
+
+
+def _forward_fake(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    B, T, packed = qkv.shape
+    shape = B, T, num_heads, packed // (3 * num_heads)
+    return qkv.new_empty(shape), qkv.new_empty(shape)
+
+
+def _backward_fake(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """dqkv like qkv, and the gradients of both weights as one [2,D] (empty when there are none)."""
+    weights = [w for w in (q_weight, k_weight) if w is not None]
+    if not weights:
+        return qkv.new_empty(qkv.shape), qkv.new_empty(0)
+    return qkv.new_empty(qkv.shape), qkv.new_empty((2, *weights[0].shape), dtype=common_dtype(*weights))
+
+
+@register(
+    "qk_norm_rope_forward_triton(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, int num_heads, "
+    "float eps) -> (Tensor, Tensor)",
+    _forward_fake,
+)
+def _forward_triton(qkv, q_weight, k_weight, cos, sin, num_heads, eps):
+    q, k = _forward_fake(qkv, q_weight, k_weight, cos, sin, num_heads, eps)
+    _, T, N, D = q.shape
+    rows = q.numel() // D
+    if rows:
+        tile, qkv = _tile(D), inner_contiguous(qkv)
+        grid = triton.cdiv(rows, tile["ROWS"]), 2
+        tensors = qkv, q, k, _table(q_weight), _table(k_weight), _table(cos), _table(sin)
+        launch(qk_norm_rope_forward_kernel, grid, qkv, *tensors, *qkv.stride()[:2], rows, T, N, D, eps, **tile)
+    return q, k
+
+
+@register(
+    "qk_norm_rope_backward_triton(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
+    "Tensor? sin, int num_heads, float eps) -> (Tensor, Tensor)",
+    _backward_fake,
+)
+def _backward_triton(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, num_heads, eps):
+    dqkv, dweights = _backward_fake(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, num_heads, eps)
+    _, N, T, D = dq.shape
+    rows = dq.numel() // D
+    if not rows:
+        return dqkv, dweights.zero_()
+    tile, qkv = _tile(D), inner_contiguous(qkv)
+    programs, iterations = _chunks(triton.cdiv(rows, tile["ROWS"]), D, tuning.architecture(qkv.device))
+    partials = qkv.new_empty((1, programs, 2, D), dtype=torch.float32) if dweights.numel() else None
+    tensors = dq, dk, dv, qkv, _table(q_weight), _table(k_weight), _table(cos), _table(sin), dqkv, partials
+    strides = *dq.stride(), *dk.stride(), *dv.stride(), *qkv.stride()[:2]
+    launch(qk_norm_rope_backward_kernel, (programs, 3), qkv, *tensors, *strides, rows, T, iterations, N, D, eps, **tile)
+    if partials is not None:
+        reduce_partials(partials, dweights)
+    return dqkv, dweights
+
+
+class _QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, q_weight, k_weight, cos, sin, num_heads, eps, backend):
+        ctx.backend, ctx.num_heads, ctx.eps = backend, num_heads, eps
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
+        q, k = find("qk_norm_rope_forward", backend)(qkv, q_weight, k_weight, cos, sin, num_heads, eps)
+        v = qkv.unflatten(-1, (3, num_heads, -1)).select(2, 2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk, dv):
+        op = find("qk_norm_rope_backward", ctx.backend)
+        saved = ctx.saved_tensors  # read once: a recomputation gives them out only once
+        dqkv, dweights = op(dq, dk, dv, *saved, ctx.num_heads, ctx.eps)
+        weights = saved[1:3]
+        dq_weight, dk_weight = (None if w is None else dweights[i].to(w.dtype) for i, w in enumerate(weights))
+        return dqkv, dq_weight, dk_weight, None, None, None, None, None
+
+
 def qk_norm_rope(
     qkv: Tensor,
     q_weight: Tensor | None,
@@ -49,14 +319,15 @@ def qk_norm_rope(
 
     qkv [B,T,3·N·D], packed as (q | k | v); q_weight, k_weight [D] or None (no norm); cos, sin fp32 [T,D/2] or None (no
     rotation). The rotation is half-split: with x1 | x2 the halves of a head, (x1·cos − x2·sin | x2·cos + x1·sin)
-    (RoFormer, arXiv:2104.09864, with the pairs (j, j + D/2)). Returns q, k, v as [B,N,T,D] views of any strides, in the dtype
-    of qkv; v is a view of qkv. Maths in fp32; gradients in the dtype of each input.
-    Raises ValueError for other shapes, an odd head dim or one over 256, cos/sin that are not fp32 (fp64 with fp64 qkv), integer
-    tensors or tensors on two devices.
+    (RoFormer, arXiv:2104.09864, with the pairs (j, j + D/2)). RMSNorm: x·rsqrt(mean(x²) + eps)·weight (arXiv:1910.07467,
+    equation 4). Returns q, k, v as [B,N,T,D] in the dtype of qkv: q and k are views of token-major [B,T,N,D] memory, v is a
+    view of qkv. Maths in fp32; gradients in the dtype of each input, those of q, k and v of any strides.
+    Raises ValueError for other shapes, an odd head dim or one over 256, cos/sin that are not fp32 (fp64 with fp64 qkv) or that
+    require grad, integer tensors, tensors on two devices, or fp64 outside the reference.
     """
     op = "qk_norm_rope"
     _, T, packed = check_tokens(op, "qkv", qkv)
-    if packed % (3 * num_heads):
+    if num_heads < 1 or packed % (3 * num_heads):
         raise ValueError(f"{op}: qkv has width {packed}, which is not 3 x {num_heads} heads x a head dim")
     D = packed // (3 * num_heads)
     if D % 2 or D > 256:
@@ -72,5 +343,8 @@ def qk_norm_rope(
             check_shape(op, name, table, (T, D // 2))
             if table.dtype not in (torch.float32, compute_dtype(qkv)):
                 raise ValueError(f"{op}: {name} has dtype {table.dtype}, but rotary tables must stay in float32")
-    backend_in_use(qkv.device)
-    return qk_norm_rope_reference(qkv, q_weight, k_weight, cos, sin, num_heads, eps)
+    check_no_grad(op, cos=cos, sin=sin)
+    chosen = choose_backend(op, qkv, q_weight, k_weight, cos, sin)
+    if chosen == "reference":
+        return qk_norm_rope_reference(qkv, q_weight, k_weight, cos, sin, num_heads, eps)
+    return _QKNormRope.apply(qkv, q_weight, k_weight, cos, sin, num_heads, eps, chosen)

@@ -51,6 +51,7 @@ def test_wrong_override_is_one_sentence(override, words):
         ("model", "positions", ["absolute", "rope_1d", "rope_2d"]),
         ("model", "qk_norm", ["head", "none", "full_width"]),
         ("model", "time_embedding", ["sinusoidal", "base"]),
+        ("model", "attention", ["auto", "flash", "sdpa", "matmul"]),
         ("train", "precision", ["bf16", "fp32"]),
         ("train", "compile", ["auto", "blocks", "none"]),
         ("train", "device", ["auto", "cpu", "cuda"]),

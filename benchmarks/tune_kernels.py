@@ -1,0 +1,126 @@
+"""Time the launch parameters of the adaLN kernels on this GPU and print the winners as lines for TUNED in kernels/tuning.py.
+
+Each candidate is launched by the public function once; its kernels are then replayed alone in a CUDA graph, so that Python costs
+nothing. Raise VERSION in kernels/tuning.py when a line of a backward goes in: its sums change in the last bit.
+
+    python benchmarks/tune_kernels.py                                   # all ops, widths of the presets; minutes
+    python benchmarks/tune_kernels.py --ops modulate --widths 1152 --batch 64
+    python benchmarks/tune_kernels.py --dry-run 90                      # no GPU: which candidates compile without a spill
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+import triton
+from codegen import ARCHITECTURES, Recorder, machine_code, record_op
+from fastdit.kernels import backend, tuning
+from kernel_cases import CASES, WIDTHS
+from triton.runtime.jit import JITFunction
+
+OPS = ("modulate", "gated_residual", "gated_residual_modulate")
+GAIN = 1.02  # a candidate must beat the default by 2 %, or it is noise
+
+
+def candidates(kernel: str, width: int, arch: int) -> Iterator[tuning.Launch]:
+    """The default first, then its neighbours: warps, stages, rows of a forward, blocks of a backward, limits on registers."""
+    default = tuning.default_launch(kernel, width, arch)
+    seen = [default]
+    columns_only = kernel.startswith("gated_residual_") and "modulate" not in kernel
+    forward = kernel.endswith("forward")
+    warps = {max(1, default.warps // 2), default.warps, min(16, default.warps * 2)}
+    stages = (1,) if columns_only else (1, 2, 3)
+    rows = {max(1, default.rows // 2), default.rows, default.rows * 2} if forward or columns_only else {default.rows}
+    blocks = {default.blocks} if forward else {max(1, default.blocks // 2), default.blocks, default.blocks + 1}
+    registers = {None, default.registers}
+    for values in product(sorted(warps), stages, sorted(rows), sorted(blocks), registers):
+        how = default._replace(**dict(zip(("warps", "stages", "rows", "blocks", "registers"), values, strict=True)))
+        if how not in seen:
+            seen.append(how)
+    yield from seen
+
+
+def use(kernel: str, width: int, arch: int, how: tuning.Launch | None) -> None:
+    """Make `how` the launch of `kernel` (None: the default)."""
+    tuning.TUNED.pop((kernel, width, arch), None)
+    if how is not None:
+        tuning.TUNED[kernel, width, arch] = how
+    tuning.launch_for.cache_clear()
+
+
+def launches(op: str, direction: str, width: int, batch: int) -> list[Callable[[], object]]:
+    """The kernel launches of one call of the op, each as a function that repeats it on the same tensors."""
+    function, inputs = CASES[op].make(width, batch, torch.bfloat16, torch.device("cuda"))
+    calls, run = {"forward": [], "backward": []}, JITFunction.run
+    now = "forward"
+
+    def record(kernel, *args, **options):
+        calls[now].append(lambda: run(kernel, *args, **options))
+        return run(kernel, *args, **options)
+
+    JITFunction.run = record
+    try:
+        with backend("triton"):
+            outputs = function(*inputs)
+        now = "backward"
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.grad(outputs, inputs, [torch.randn_like(t) for t in outputs])
+    finally:
+        JITFunction.run = run
+    return calls[direction]
+
+
+def milliseconds(op: str, direction: str, width: int, batch: int) -> float:
+    repeat = launches(op, direction, width, batch)
+    return triton.testing.do_bench_cudagraph(lambda: [call() for call in repeat], return_mode="median")
+
+
+def tune(op: str, direction: str, width: int, batch: int, arch: int) -> tuple[tuning.Launch, float, float]:
+    """(best launch, its milliseconds, those of the default)."""
+    kernel, times = f"{op}_{direction}", {}
+    for how in candidates(kernel, width, arch):
+        use(kernel, width, arch, how)
+        try:
+            times[how] = milliseconds(op, direction, width, batch)
+        except triton.runtime.errors.OutOfResources:
+            continue  # more shared memory or registers than the card has
+        finally:
+            use(kernel, width, arch, None)
+    default = next(iter(times))
+    best = min(times, key=times.get)
+    return (best if times[default] > GAIN * times[best] else default), times[best], times[default]
+
+
+def dry_run(ops: list[str], widths: list[int], arch: int) -> None:
+    """Compile every candidate for `arch` without a GPU and print its registers and spills."""
+    with Recorder(arch) as recorder:
+        for op, width, direction in product(ops, widths, ("forward", "backward")):
+            for how in candidates(f"{op}_{direction}", width, arch):
+                use(f"{op}_{direction}", width, arch, how)
+                code = machine_code(record_op(recorder, op, width, 2)[direction][0].compiled.asm["cubin"])
+                use(f"{op}_{direction}", width, arch, None)
+                print(f"{op}_{direction} {width}: {code['registers']} registers, {code['spills']} spills, {how}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
+    parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
+    parser.add_argument("--batch", type=int, default=32, help="samples of 256 tokens (default: %(default)s)")
+    parser.add_argument("--dry-run", type=int, choices=ARCHITECTURES, metavar="ARCH", help="compile only, without a GPU")
+    options = parser.parse_args()
+    if options.dry_run:
+        dry_run(options.ops, options.widths, options.dry_run)
+        return
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU to time on: use --dry-run 90 to compile the candidates only")
+    arch = tuning.architecture(torch.device("cuda"))
+    print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, batch {options.batch}")
+    for op, width, direction in product(options.ops, options.widths, ("forward", "backward")):
+        best, fastest, default = tune(op, direction, width, options.batch, arch)
+        print(f'    ("{op}_{direction}", {width}, {arch}): {best},  # {fastest:.4f} ms, default {default:.4f} ms', flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The sums over tokens of the backward kernels: fp32 parts in a fixed order, then one small kernel. B batch, S parts, H width.
+
+Every program of a backward owns a run of tokens of one sample, keeps its k column sums in registers and stores them once, as
+[B,S,k,H]. No atomics: the same launch gives the same bits. With one part the backward writes the result itself.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .library import launch
+
+_COLUMNS, _PARTS = 128, 16
+
+
+@triton.jit(do_not_specialize=["S"])
+def _reduce_partials_kernel(partials, out, S, width, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """out[b,c] = sum over s of partials[b,s,c], for one sample and COLUMNS of the width = k·H columns."""
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(width, COLUMNS)
+    b, block = pid // blocks, pid % blocks
+    c = block * COLUMNS + tl.arange(0, COLUMNS)
+    s = tl.arange(0, PARTS)
+    total = tl.zeros((PARTS, COLUMNS), tl.float32)
+    for start in range(0, S, PARTS):
+        at = partials + ((b * S + start + s)[:, None] * width + c[None, :])
+        total += tl.load(at, mask=((start + s) < S)[:, None] & (c < width)[None, :], other=0.0)
+    tl.store(out + b * width + c, tl.sum(total, axis=0), mask=c < width)
+
+
+def reduce_partials(partials: Tensor, out: Tensor) -> None:
+    """Sum partials fp32 [B,S,k,H] over S into out [B,k,H], both contiguous; one launch."""
+    B, S, k, H = partials.shape
+    blocks = triton.cdiv(k * H, _COLUMNS)
+    launch(_reduce_partials_kernel, (B * blocks,), partials, partials, out, S, k * H, _COLUMNS, _PARTS, num_warps=4)
+
+
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which a backward returns the gradients of `tensors` as one tensor: theirs if they agree, else fp32."""
+    first = tensors[0].dtype
+    return first if all(t.dtype == first for t in tensors) else torch.float32

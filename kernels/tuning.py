@@ -1,0 +1,121 @@
+"""Launch parameters of the Triton kernels: (op, width, architecture) -> a `Launch`. A table, never an autotuner in the hot path.
+
+The defaults are reasoned from machine code compiled without a GPU (registers, so blocks an SM, so bytes in flight) and have
+not been timed. `benchmarks/tune_kernels.py` times the alternatives on a GPU and prints lines for TUNED.
+Changing the tile, warps, stages, rows or slots of a kernel that sums changes the last bit of its gradients: raise VERSION then.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .dispatch import INTERPRETED
+
+VERSION = 1
+
+# Multiprocessors of the largest card of each architecture: A100, H100, B200, RTX 5090. Constants, not queried: how a sum is cut
+# into parts must not depend on the card.
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched. A row of the width is cut into `tile` columns and a masked `tail` (0: none), both powers of two."""
+
+    tile: int
+    tail: int = 0
+    warps: int = 4
+    stages: int = 1  # software pipelining of the loop over rows
+    rows: int = 1  # rows of a sample that one program of a forward takes
+    registers: int | None = None  # at most so many a thread (None: the compiler's choice)
+    blocks: int = 1  # programs of a backward that fit on one multiprocessor at once
+
+
+# (op, width, architecture) -> Launch, where a GPU was asked; looked up before the defaults below.
+TUNED: dict[tuple[str, int, int], Launch] = {}
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """The newest of MULTIPROCESSORS that the compute capability of `device` reaches; 90 in the interpreter."""
+    if INTERPRETED:
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((a for a in MULTIPROCESSORS if a <= 10 * major + minor), default=80)
+
+
+def warps_for(columns: int) -> int:
+    """Eight elements a thread: 128-bit accesses in bf16. 1 to 16 warps."""
+    return max(1, min(16, columns // 256))
+
+
+def two_tiles(width: int) -> tuple[int, int]:
+    """(tile, tail): 1152 = 1024 + 128 and 1088 = 1024 + 64 without dead lanes, any other width one tile with dead lanes.
+
+    Only where the tail is small against the tile: a tail of half the tile costs more in reductions than it saves in lanes.
+    """
+    tile = triton.next_power_of_2(width)
+    half = tile // 2
+    tail = triton.next_power_of_2(max(1, width - half))
+    return (half, tail) if half >= 1024 and tail * 4 <= half else (tile, 0)
+
+
+def column_tile(width: int) -> int:
+    """Columns of a tile where no row is reduced: the largest power of two that divides the width, at most 512; or dead lanes."""
+    divisor = min(512, width & -width)
+    return divisor if divisor >= 64 else min(512, triton.next_power_of_2(width))
+
+
+def default_launch(op: str, width: int, arch: int) -> Launch:
+    """The reasoned default of one kernel. Blocks an SM are what its registers allow on sm_90 (benchmarks/results/codegen.csv).
+
+    What decides a backward is bytes in flight, blocks x loaded tensors x row bytes x stages: an H100 needs about 36 KB an SM.
+    """
+    tile, tail = two_tiles(width)
+    warps = warps_for(tile)
+    stages = 2 if tile + tail <= 1024 or arch == 100 else 1  # short rows, and the highest bandwidth: a second row in flight
+    narrow = tile <= 1024  # eight elements a thread on at most four warps: these limits on registers hold without a spill
+    if op == "modulate_forward":
+        return Launch(tile, tail, warps, stages=2, rows=4)  # one tensor to load: without the second row 23 KB at 1152
+    if op == "gated_residual_modulate_forward":
+        return Launch(tile, tail, warps, stages, rows=4)
+    if op == "modulate_backward":
+        return Launch(tile, tail, warps, stages, registers=72 if narrow else None, blocks=max(1, 28 // max(2, warps)))
+    if op == "gated_residual_modulate_backward":
+        # Left alone, the compiler takes 128 registers for the pipelined loop (4 blocks at 768) and 101 at 1088.
+        return Launch(tile, tail, warps, stages, registers=96 if narrow else None, blocks=max(1, 20 // max(2, warps)))
+    if op in ("gated_residual_forward", "gated_residual_backward"):
+        columns = column_tile(width)
+        return Launch(columns, 0, 4, rows=2048 // columns, blocks=7)
+    raise KeyError(op)
+
+
+@cache
+def launch_for(op: str, width: int, device: torch.device) -> Launch:
+    """The launch parameters of `op` at `width` on `device`."""
+    arch = architecture(device)
+    return TUNED.get((op, width, arch)) or default_launch(op, width, arch)
+
+
+@cache
+def chunks(batch: int, tokens: int, blocks: int, device: torch.device, least: int = 8) -> tuple[int, int]:
+    """(parts, rows): into how many parts of how many rows a backward cuts the tokens of a sample, one program each.
+
+    One full wave of programs and never a small second one; `least` rows a part. (At 8 rows three fp32 sums are an eighth of the
+    backward's bytes, but then they are few and stay in the L2 cache.) More samples than fit at once: four waves, so that the
+    last one costs little, or one part. `batch` counts the programs that one part of every sample needs.
+    """
+    slots = MULTIPROCESSORS[architecture(device)] * blocks
+    parts = slots // batch if batch <= slots else -(-4 * slots // batch)
+    parts = max(1, min(parts, tokens // least))
+    rows = -(-tokens // parts)
+    return -(-tokens // rows), rows
+
+
+def check_width(op: str, width: int) -> None:
+    """Raise ValueError where a row does not fit into the registers of one program."""
+    if width > 8192:
+        raise ValueError(
+            f"{op}: width {width} is over 8192, the widest row of the Triton kernels: use kernels.backend('reference')"
+        )
