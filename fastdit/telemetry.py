@@ -30,6 +30,7 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "missing"
+    found["kernel launches"] = str(kernels.tuning.VERSION)  # another version may differ in the last bit of a gradient
     return found
 
 

@@ -104,7 +104,7 @@ def qk_norm_rope_forward_kernel(
     mask = (row < rows) & (column < D // 2)
     b, t, head = _place(first, T, N, ROWS)
     x_ptr = qkv_ptr + b * stride_b + t * stride_t + head * D
-    if tl.program_id(1).to(tl.int64) == 0:
+    if tl.program_id(1) == 0:
         _forward_rows(x_ptr, q_ptr + row * D, q_weight_ptr, cos_ptr, sin_ptr, t, column, mask, D, EPS)
     else:
         _forward_rows(x_ptr + N * D, k_ptr + row * D, k_weight_ptr, cos_ptr, sin_ptr, t, column, mask, D, EPS)
@@ -156,7 +156,7 @@ def qk_norm_rope_backward_kernel(
     The sums of the weights' gradients stay elementwise in registers to the end: one reduction a program, in a fixed order.
     """
     HALF: tl.constexpr = D // 2
-    part = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(1)
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)[None, :]
     sum1 = tl.zeros([ROWS, COLUMNS], tl.float32)
