@@ -5,7 +5,7 @@ N heads, D head dim, F SwiGLU hidden width, C/h/w the latent's channels, rows an
 """
 
 from .counter_random import counter_normal, counter_normal_reference, counter_uniform, counter_uniform_reference
-from .dispatch import BACKENDS, backend, backend_in_use
+from .dispatch import BACKENDS, backend, backend_in_use, keep_backend
 from .flow_interpolate import flow_interpolate, flow_interpolate_reference
 from .flow_matching_loss import flow_matching_loss, flow_matching_loss_reference
 from .gated_residual import gated_residual, gated_residual_reference
@@ -43,6 +43,7 @@ __all__ = [
     "gated_residual_modulate",
     "gated_residual_modulate_reference",
     "gated_residual_reference",
+    "keep_backend",
     "modulate",
     "modulate_reference",
     "qk_norm_rope",

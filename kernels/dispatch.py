@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import triton
@@ -36,6 +36,12 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _setting = before
+
+
+def keep_backend() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For torch.utils.checkpoint(…, context_fn=keep_backend): what is recomputed runs on the backend of its forward, also when
+    the backward runs outside of the `with backend(…)` block."""
+    return nullcontext(), backend(_setting)
 
 
 def backend_in_use(device: torch.device) -> str:
