@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import torch
 import triton
-from fastdit.kernels import backend, dispatch, tuning
 from kernel_cases import CASES
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+from fastdit.kernels import backend, dispatch, tuning
 
 BATCH = 32
 RESULTS = Path(__file__).parent / "results/codegen.csv"

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fastdit.kernels import tuning
 
 ROOT = Path(__file__).parents[2]

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from fastdit.kernels.counter_random import philox
 
 from fastdit import kernels
+from fastdit.kernels.counter_random import philox
 
 BACKENDS = ["triton"]
 OPS = ["counter_uniform", "counter_normal"]

@@ -1,12 +1,12 @@
-"""Which backend runs, and what all kernel files have in common: registration, layouts under a compiler, forbidden calls."""
+"""Which backend runs, and what all kernel files have in common: registration, layouts under a compiler."""
 
 import sys
 
 import pytest
 import torch
-from fastdit.kernels import dispatch, library
 
 from fastdit import kernels
+from fastdit.kernels import dispatch, library
 
 CPU = torch.device("cpu")
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fastdit.kernels import tuning
-from fastdit.kernels.qk_norm_rope import _chunks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit import kernels
+from fastdit.kernels import tuning
+from fastdit.kernels.qk_norm_rope import _chunks
 
 BACKENDS = ["triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

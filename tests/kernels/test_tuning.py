@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fastdit.kernels import tuning
 
 CPU = torch.device("cpu")
