@@ -118,7 +118,7 @@ class TrainConfig:
     out: str = "runs"
     resume: str = "auto"  # auto: continue this run if it has a checkpoint | never | the folder of a checkpoint
     seed: int = 0
-    total_steps: int = 900
+    total_steps: int = 1200
     batch_size: int = 64  # images a device and micro-step
     accumulation: int = 1  # micro-steps a step
     precision: str = "bf16"  # bf16 (fp32 masters) | fp32
@@ -135,9 +135,9 @@ class TrainConfig:
     ema_decay: float = 0.99
     ema_every: int = 1  # steps between EMA updates
     log_steps: int = 25  # steps a log line; its loss is the mean over them
-    save_steps: int = 300  # steps between checkpoints; the last step is always saved
+    save_steps: int = 400  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2
-    sample_steps: int = 300  # steps between grids of EMA samples; 0: none
+    sample_steps: int = 400  # steps between grids of EMA samples; 0: none
     wandb: str = "disabled"  # disabled | offline | online
     wandb_project: str = "fastdit"
 
