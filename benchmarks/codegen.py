@@ -5,7 +5,7 @@ specialised and compiled it, so what is read is what a GPU would run, not a hand
 meaningless here. Must run without TRITON_INTERPRET.
 
     python benchmarks/codegen.py          # all ops and architectures, also into the table of kernels/README.md
-    python benchmarks/codegen.py --arch 90 --ops modulate --csv /tmp/one.csv
+    python benchmarks/codegen.py --arch 90 --ops modulate --csv one.csv
 """
 
 import argparse
