@@ -12,6 +12,8 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,13 +43,20 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file whole: temporary name, fsync, rename."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which replaces `path` whole at the end of the block: fsync, rename."""
     temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text)
+    yield temporary
     flush(temporary)
     temporary.replace(path)
     flush(path.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file whole."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def _shard_file(rank: int) -> str:

@@ -74,10 +74,8 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG whole or not at all."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    picture.save(temporary, format="PNG")
-    checkpoint.flush(temporary)
-    temporary.replace(path)
+    with checkpoint.replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def parse_classes(text: str, num_classes: int) -> list[int]:
@@ -150,9 +148,6 @@ def run(
         grid(images.reshape(len(chosen), per_class, *images.shape[1:])[:, :shown].reshape(-1, *images.shape[1:]), shown), out
     )
     if npz is not None:
-        temporary = npz.with_name(f".tmp-{npz.name}")
-        with temporary.open("wb") as file:
+        with checkpoint.replacing(npz) as temporary, temporary.open("wb") as file:
             np.savez(file, arr_0=images, arr_1=labels.cpu().numpy())
-        checkpoint.flush(temporary)
-        temporary.replace(npz)
     return config
