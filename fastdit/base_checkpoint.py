@@ -69,18 +69,18 @@ def convert(base: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
         crop = table[first : first + side, first : first + side].flatten(0, 1)
         out["positions"] = (crop.double() @ embed.T).float()
     for i in range(config.depth):
-        source, target = f"blocks.{i}.", f"blocks.{i}."
-        q, k = base[source + "attn.query_proj.weight"], base[source + "attn.key_proj.weight"]
-        norms = [base[source + f"attn.{name}_norm.weight"] for name in "qk"]
+        block = f"blocks.{i}."
+        q, k = base[block + "attn.query_proj.weight"], base[block + "attn.key_proj.weight"]
+        norms = [base[block + f"attn.{name}_norm.weight"] for name in "qk"]
         if rope:
             q, k = half_split(q, config.heads), half_split(k, config.heads)
             norms = [half_split(norm, config.heads if config.qk_norm == "full_width" else 1) for norm in norms]
-        out[target + "attention.qkv.weight"] = torch.cat((q, k, base[source + "attn.value_proj.weight"]))
-        out[target + "attention.q_weight"], out[target + "attention.k_weight"] = norms
-        out[target + "attention.out.weight"] = base[source + "attn.out_proj.weight"]
+        out[block + "attention.qkv.weight"] = torch.cat((q, k, base[block + "attn.value_proj.weight"]))
+        out[block + "attention.q_weight"], out[block + "attention.k_weight"] = norms
+        out[block + "attention.out.weight"] = base[block + "attn.out_proj.weight"]
         for ours, theirs in (("up", "lin_up"), ("down", "lin_down")):
             for part in ("weight", "bias"):
-                out[target + f"mlp.{ours}.{part}"] = base[source + f"MLP.{theirs}.{part}"]
+                out[block + f"mlp.{ours}.{part}"] = base[block + f"MLP.{theirs}.{part}"]
     return out | _modulations(base, config)
 
 

@@ -9,8 +9,8 @@ from fastdit.config import Config, InputError, parse
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    # `fastdit train key=value` without a file: the first positional is an override then
     words = arguments.settings + arguments.overrides
+    # `fastdit train key=value` without a file: the first positional is an override then
     path = words.pop(0) if words and "=" not in words[0] else None
     if arguments.resume is not None:
         words.append(f"train.resume={arguments.resume}")

@@ -44,14 +44,14 @@ def merge(shards: dict[str, Tensor], shapes: dict[str, torch.Size]) -> dict[str,
         parts[name].append((int(start), tensor))
     whole = {}
     for name, shape in shapes.items():
-        end = 0
-        for start, tensor in sorted(parts[name], key=lambda part: part[0]):
+        pieces, end = sorted(parts[name], key=lambda part: part[0]), 0
+        for start, tensor in pieces:
             if start != end:
                 raise ValueError(f"the shards of {name} leave a hole at element {end}")
             end += tensor.numel()
         if end != shape.numel():
             raise ValueError(f"the shards of {name} hold {end} of {shape.numel()} elements")
-        whole[name] = torch.cat([t for _, t in sorted(parts[name], key=lambda part: part[0])]).view(shape)
+        whole[name] = torch.cat([t for _, t in pieces]).view(shape)
     return whole
 
 

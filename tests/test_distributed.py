@@ -57,7 +57,7 @@ def test_engine_on_two_ranks(stage, precision, tmp_path, monkeypatch):
     And DeepSpeed compiles nothing at start: its build folder is not even made.
     """
     monkeypatch.setitem(ENVIRONMENT, "TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    worker = [HERE / "rank_worker.py", stage, precision]
+    worker = [HERE / "support" / "rank_worker.py", stage, precision]
     done = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *worker])
     assert "all checks passed" in done.stdout
     assert not (tmp_path / "extensions").exists()

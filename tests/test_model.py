@@ -1,21 +1,16 @@
 """The model: shapes, published sizes, adaLN-Zero, positions, dtypes, and what it must not do to a compiler or a GPU."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.testing
 
+import hot_loop
 from fastdit import kernels
 from fastdit.attention import MATMUL_MAX_TOKENS, attention
 from fastdit.config import PRESETS, from_dict
 from fastdit.model import DiT, TimeEmbedding, rope_tables, sincos_positions
-
-spec = importlib.util.spec_from_file_location("hot_loop", Path(__file__).with_name("hot_loop.py"))
-hot_loop = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hot_loop)
 
 
 def config(**model):

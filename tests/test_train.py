@@ -1,23 +1,18 @@
 """Training on one rank, in this process: logs, checkpoints, pictures, latents of an autoencoder, and every kind of bad input."""
 
 import fcntl
-import importlib.util
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import hot_loop
 from fastdit import autoencoder, checkpoint, cli
 from fastdit.config import InputError, parse
 from fastdit.train import train
-
-spec = importlib.util.spec_from_file_location("hot_loop", Path(__file__).with_name("hot_loop.py"))
-hot_loop = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hot_loop)
 
 TINY = [
     "model.preset=test/4", "train.batch_size=4", "train.warmup_steps=1", "train.lr=1e-3", "train.log_steps=2", "train.save_steps=2",

@@ -3,21 +3,16 @@
 Arguments: ZeRO stage, precision. Exits non-zero at the first failure.
 """
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import torch
 
+import hot_loop
 from fastdit import engine, flow
 from fastdit.config import from_dict
 from fastdit.data import builtin
 from fastdit.ema import ShardedEma, gather
 from fastdit.model import DiT
-
-spec = importlib.util.spec_from_file_location("hot_loop", Path(__file__).with_name("hot_loop.py"))
-hot_loop = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hot_loop)
 
 STEPS = 5
 READS = {(1, "bf16"): 2, (2, "bf16"): 3, (2, "fp32"): 2, (3, "bf16"): 1}  # host reads in engine.step, deepspeed 0.19.8
