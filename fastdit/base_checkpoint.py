@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit import checkpoint
@@ -56,7 +57,7 @@ def convert(base: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
         "patch_embedding.weight": (embed @ base["pos_enc.proj.weight"].double().flatten(1)).float(),
         "patch_embedding.bias": base["patch_emb.bias"],
         "time_embedding.map.weight": base["t_emb2.weight"],
-        "class_embedding.table.weight": torch.cat((base["c_emb.weight"].T, base["c_emb.weight"].new_zeros(1, config.class_width))),
+        "class_embedding.table.weight": F.pad(base["c_emb.weight"].T, (0, 0, 0, 1)),
         "class_embedding.map.weight": base["cond_MLP.weight"],
         "class_embedding.map.bias": base["cond_MLP.bias"],
         "output.weight": base["out_proj.weight"],
