@@ -1,6 +1,65 @@
-"""fastdit/ is the package `fastdit`, kernels/ is `fastdit.kernels` (a PyPI package owns the name `kernels`)."""
+"""fastdit/ is the package `fastdit`, kernels/ is `fastdit.kernels` (a PyPI package owns the name `kernels`), csrc/ is
+`fastdit.kernels._cpp`, the C++ kernels for CPUs: built when torch and a compiler are there; FASTDIT_BUILD_EXT=1 makes a build that
+fails an error, 0 leaves it out.
+"""
 
-from setuptools import setup
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+WANTED = os.environ.get("FASTDIT_BUILD_EXT", "auto")
+if WANTED not in ("0", "1", "auto"):
+    sys.exit(f"FASTDIT_BUILD_EXT={WANTED} must be 0, 1 or unset")
+
+
+def extensions() -> list[Extension]:
+    """The C++ kernels on torch's stable ABI (2.11 and newer), so that one build serves every Python and torch."""
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError:  # build isolation hides torch
+        if WANTED == "1":
+            sys.exit("FASTDIT_BUILD_EXT=1 needs torch at build time: pip install torch first, then use --no-build-isolation")
+        return []
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if WANTED == "0" or (WANTED == "auto" and not shutil.which(compiler)):
+        return []
+    return [
+        Extension(
+            "fastdit.kernels._cpp",
+            sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            include_dirs=include_paths(),
+            library_dirs=library_paths(),
+            libraries=["torch_cpu", "c10"],
+            define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
+            # psabi: vectors as wide as these pass by value only where they are inlined
+            extra_compile_args=["-std=c++20", "-O3", "-g0", "-Wno-psabi"],
+            language="c++",
+            optional=WANTED == "auto",
+            py_limited_api=True,
+        )
+    ]
+
+
+class BuildExtension(build_ext):
+    """Compiles the files side by side, one on each core."""
+
+    def build_extension(self, extension: Extension) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        compile_all = self.compiler.compile
+
+        def compile(sources, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return [file for files in pool.map(lambda source: compile_all([source], **options), sources) for file in files]
+
+        self.compiler.compile = compile
+        super().build_extension(extension)
+
 
 setup(
     name="fastdit",
@@ -10,6 +69,8 @@ setup(
     python_requires=">=3.10",
     packages=["fastdit", "fastdit.data", "fastdit.kernels"],
     package_dir={"fastdit.kernels": "kernels"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -8,6 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .library import EXTENSION
+
 BACKENDS = ("auto", "triton", "cpp", "reference")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -45,18 +47,20 @@ def keep_backend() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 
 def backend_in_use(device: torch.device) -> str:
-    """The backend that ops run on tensors of `device`: "triton" or "reference".
+    """The backend that ops run on tensors of `device`: "triton", "cpp" or "reference".
 
-    `auto` is Triton on CUDA and the reference elsewhere. Raises RuntimeError when the backend asked for cannot run there,
-    ValueError when FASTDIT_KERNELS names none.
+    `auto` is Triton on CUDA, C++ on a CPU if the extension was built, and else the reference. Raises RuntimeError when the
+    backend asked for cannot run there, ValueError when FASTDIT_KERNELS names none.
     """
     _check_name(_setting)
     if _setting == "auto":
-        return "triton" if device.type == "cuda" else "reference"
+        return "triton" if device.type == "cuda" else "cpp" if device.type == "cpu" and EXTENSION else "reference"
     if _setting == "triton" and device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
         raise RuntimeError(f"kernel backend 'triton' cannot run on {device.type}: set TRITON_INTERPRET=1 (CPU) or use 'auto'")
-    if _setting == "cpp":
-        raise RuntimeError("kernel backend 'cpp' is not built into this installation: use 'auto' or 'reference'")
+    if _setting == "cpp" and not EXTENSION:
+        raise RuntimeError("kernel backend 'cpp' is not built: install with FASTDIT_BUILD_EXT=1, or use 'auto' or 'reference'")
+    if _setting == "cpp" and device.type != "cpu":
+        raise RuntimeError(f"kernel backend 'cpp' cannot run on {device.type}: use 'auto'")
     return _setting
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_no_grad, check_shape, choose_backend, compute_dtype
-from .library import find, inner_contiguous, launch, register
+from .library import cpp, find, inner_contiguous, launch, register
 
 BLOCK = 1024  # 8 elements a thread on 4 warps: 128-bit accesses of bf16
 
@@ -95,6 +95,22 @@ def _backward_triton(grad: Tensor, t: Tensor, noise_dtype: torch.dtype) -> tuple
         grid = (B * triton.cdiv(W, BLOCK),)
         tensors = grad, t, grad_x0, grad_noise
         launch(flow_interpolate_backward_kernel, grid, grad, *tensors, grad.stride(0), t.stride(0), W, BLOCK, num_warps=4)
+    return grad_x0, grad_noise
+
+
+@register("flow_interpolate_forward_cpp(Tensor x0, Tensor noise, Tensor t) -> Tensor", _forward_fake)
+def _forward_cpp(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    out = _forward_fake(x0, noise, t)
+    if out.numel():
+        cpp.flow_interpolate_forward(per_sample(x0), per_sample(noise), t, out)
+    return out
+
+
+@register("flow_interpolate_backward_cpp(Tensor grad, Tensor t, ScalarType noise_dtype) -> (Tensor, Tensor)", _backward_fake)
+def _backward_cpp(grad: Tensor, t: Tensor, noise_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    grad_x0, grad_noise = _backward_fake(grad, t, noise_dtype)
+    if grad.numel():
+        cpp.flow_interpolate_backward(per_sample(grad), t, grad_x0, grad_noise)
     return grad_x0, grad_noise
 
 

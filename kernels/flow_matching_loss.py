@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_no_grad, check_shape, choose_backend, compute_dtype
 from .flow_interpolate import check_samples, per_sample
-from .library import find, launch, register
+from .library import cpp, find, launch, register
 
 BLOCK = 1024  # 8 elements a thread on 4 warps: 128-bit accesses of bf16
 
@@ -100,6 +100,26 @@ def _backward_triton(grad: Tensor, error: Tensor, weight: Tensor | None) -> Tens
         grid = (B * triton.cdiv(W, BLOCK),)
         strides = grad.stride(0), 0 if weight is None else weight.stride(0)
         launch(flow_matching_loss_backward_kernel, grid, error, grad, error, weight, grad_v, *strides, W, BLOCK, num_warps=4)
+    return grad_v
+
+
+@register(
+    "flow_matching_loss_forward_cpp(Tensor v, Tensor x0, Tensor noise, Tensor? weight, bool with_error) -> (Tensor, Tensor)",
+    _forward_fake,
+)
+def _forward_cpp(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None, with_error: bool) -> tuple[Tensor, Tensor]:
+    loss, error = _forward_fake(v, x0, noise, weight, with_error)
+    if not v.numel():
+        return loss.fill_(float("nan")), error  # as above
+    cpp.flow_matching_loss_forward(per_sample(v), per_sample(x0), per_sample(noise), weight, loss, error)
+    return loss, error
+
+
+@register("flow_matching_loss_backward_cpp(Tensor grad, Tensor error, Tensor? weight) -> Tensor", _backward_fake)
+def _backward_cpp(grad: Tensor, error: Tensor, weight: Tensor | None) -> Tensor:
+    grad_v = _backward_fake(grad, error, weight)
+    if error.numel():
+        cpp.flow_matching_loss_backward(grad, error.flatten(1), weight, grad_v)
     return grad_v
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_shape, check_tokens, choose_backend, compute_dtype
-from .library import find, inner_contiguous, launch, register
+from .library import cpp, find, inner_contiguous, launch, register
 from .partials import reduce_partials
 from .tuning import chunks, launch_for
 
@@ -118,6 +118,20 @@ def _backward(dr: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]
     )  # fmt: skip
     if parts > 1:
         reduce_partials(sums, dgate)
+    return dbranch, dgate
+
+
+@register("gated_residual_forward_cpp(Tensor x, Tensor branch, Tensor gate) -> Tensor", _forward_fake)
+def _forward_cpp(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    r = _forward_fake(x, branch, gate)
+    cpp.gated_residual_forward(inner_contiguous(x), inner_contiguous(branch), inner_contiguous(gate), r)
+    return r
+
+
+@register("gated_residual_backward_cpp(Tensor dr, Tensor branch, Tensor gate) -> (Tensor dbranch, Tensor dgate)", _backward_fake)
+def _backward_cpp(dr: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    dbranch, dgate = _backward_fake(dr, branch, gate)
+    cpp.gated_residual_backward(inner_contiguous(dr), inner_contiguous(branch), inner_contiguous(gate), dbranch, dgate)
     return dbranch, dgate
 
 

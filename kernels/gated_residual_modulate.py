@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_shape, choose_backend
 from .gated_residual import check_gated_residual, gated_residual_reference
-from .library import find, inner_contiguous, launch, load_columns, register
+from .library import cpp, find, inner_contiguous, launch, load_columns, register
 from .modulate import modulate_reference
 from .partials import common_dtype, reduce_partials
 from .tuning import check_width, chunks, launch_for
@@ -192,6 +192,35 @@ def _backward(
     )  # fmt: skip
     if parts > 1:
         reduce_partials(sums, dmodulation)
+    return dx, dbranch, dmodulation
+
+
+@register(
+    "gated_residual_modulate_forward_cpp(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, float eps)"
+    " -> (Tensor r, Tensor y, Tensor stats)",
+    _forward_fake,
+)
+def _forward_cpp(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    r, y, stats = _forward_fake(x, branch, gate, shift, scale, eps)
+    given = [inner_contiguous(t) for t in (x, branch, gate, shift, scale)]
+    cpp.gated_residual_modulate_forward(*given, eps, r, y, stats)
+    return r, y, stats
+
+
+@register(
+    "gated_residual_modulate_backward_cpp(Tensor? dr, Tensor dy, Tensor r, Tensor branch, Tensor stats, Tensor gate,"
+    " Tensor shift, Tensor scale) -> (Tensor dx, Tensor dbranch, Tensor dmodulation)",
+    _backward_fake,
+)
+def _backward_cpp(
+    dr: Tensor | None, dy: Tensor, r: Tensor, branch: Tensor, stats: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dbranch, dmodulation = _backward_fake(dr, dy, r, branch, stats, gate, shift, scale)
+    dr = None if dr is None else inner_contiguous(dr)
+    dy, branch, gate, scale = (inner_contiguous(t) for t in (dy, branch, gate, scale))
+    cpp.gated_residual_modulate_backward(dr, dy, r, branch, stats, gate, scale, dx, dbranch, dmodulation)
     return dx, dbranch, dmodulation
 
 

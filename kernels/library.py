@@ -1,4 +1,4 @@
-"""How every op is registered with torch.library and how every Triton kernel is launched.
+"""How every op is registered with torch.library, how every Triton kernel is launched, and where the C++ kernels are.
 
 An op has two library ops for each backend, `fastdit::<op>_forward_<backend>` and `fastdit::<op>_backward_<backend>`: functional
 (they allocate what they return, and nothing they return aliases an input or another output), opaque to the compiler, without
@@ -7,6 +7,7 @@ call where `custom_op` costs 11 and a registered autograd 25 more (pytorch #1771
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import triton
@@ -16,6 +17,15 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("fastdit", "FRAGMENT")
 # The kernels take strides as they come: Inductor must not change the layout of what it feeds them.
 _TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
+
+# The C++ kernels (csrc/), if setup.py built them: torch.ops.fastdit_cpp.<op>_forward and _backward write into what they are given.
+EXTENSION = next(Path(__file__).parent.glob("_cpp*.so"), None)
+if EXTENSION:
+    try:
+        torch.ops.load_library(EXTENSION)
+    except OSError as error:
+        raise ImportError(f"{EXTENSION} does not fit this torch {torch.__version__}: run launch/install.sh again") from error
+cpp = torch.ops.fastdit_cpp
 
 
 def register(schema: str, fake: Callable) -> Callable[[Callable], Callable]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_shape, check_tokens, choose_backend, compute_dtype
-from .library import find, inner_contiguous, launch, load_columns, register
+from .library import cpp, find, inner_contiguous, launch, load_columns, register
 from .partials import common_dtype, reduce_partials
 from .tuning import check_width, chunks, launch_for
 
@@ -152,6 +152,23 @@ def _backward(dy: Tensor, x: Tensor, stats: Tensor, shift: Tensor, scale: Tensor
     )  # fmt: skip
     if parts > 1:
         reduce_partials(sums, dmodulation)
+    return dx, dmodulation
+
+
+@register("modulate_forward_cpp(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor y, Tensor stats)", _forward_fake)
+def _forward_cpp(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, stats = _forward_fake(x, shift, scale, eps)
+    cpp.modulate_forward(inner_contiguous(x), inner_contiguous(shift), inner_contiguous(scale), eps, y, stats)
+    return y, stats
+
+
+@register(
+    "modulate_backward_cpp(Tensor dy, Tensor x, Tensor stats, Tensor shift, Tensor scale) -> (Tensor dx, Tensor dmodulation)",
+    _backward_fake,
+)
+def _backward_cpp(dy: Tensor, x: Tensor, stats: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dmodulation = _backward_fake(dy, x, stats, shift, scale)
+    cpp.modulate_backward(inner_contiguous(dy), inner_contiguous(x), stats, inner_contiguous(scale), dx, dmodulation)
     return dx, dmodulation
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from . import tuning
 from .dispatch import check_float, check_no_grad, check_shape, check_tokens, choose_backend, compute_dtype
-from .library import find, inner_contiguous, launch, register
+from .library import cpp, find, inner_contiguous, launch, register
 from .partials import common_dtype, reduce_partials
 
 WARPS = 4  # with 1024 elements of each half a tile, 8 a thread: 128-bit accesses of bf16
@@ -286,6 +286,40 @@ def _backward_triton(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, num_heads, e
     return dqkv, dweights
 
 
+def _forward_cpp_fake(qkv, q_weight, k_weight, cos, sin, num_heads, eps):
+    """As _forward_fake, but in head-major memory, which is what a batched matmul on a CPU takes without a copy."""
+    B, T, packed = qkv.shape
+    shape = B, num_heads, T, packed // (3 * num_heads)
+    return qkv.new_empty(shape).transpose(1, 2), qkv.new_empty(shape).transpose(1, 2)
+
+
+@register(
+    "qk_norm_rope_forward_cpp(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, int num_heads, "
+    "float eps) -> (Tensor, Tensor)",
+    _forward_cpp_fake,
+)
+def _forward_cpp(qkv, q_weight, k_weight, cos, sin, num_heads, eps):
+    q, k = _forward_cpp_fake(qkv, q_weight, k_weight, cos, sin, num_heads, eps)
+    if q.numel():
+        tables = [_table(t) for t in (q_weight, k_weight, cos, sin)]
+        cpp.qk_norm_rope_forward(inner_contiguous(qkv), *tables, eps, q, k)
+    return q, k
+
+
+@register(
+    "qk_norm_rope_backward_cpp(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
+    "Tensor? sin, int num_heads, float eps) -> (Tensor, Tensor)",
+    _backward_fake,
+)
+def _backward_cpp(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, num_heads, eps):
+    dqkv, dweights = _backward_fake(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, num_heads, eps)
+    if not dq.numel():
+        return dqkv, dweights.zero_()
+    grads, tables = [inner_contiguous(t) for t in (dq, dk, dv)], [_table(t) for t in (q_weight, k_weight, cos, sin)]
+    cpp.qk_norm_rope_backward(*grads, inner_contiguous(qkv), *tables, eps, dqkv, dweights)
+    return dqkv, dweights
+
+
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, q_weight, k_weight, cos, sin, num_heads, eps, backend):
@@ -320,8 +354,9 @@ def qk_norm_rope(
     qkv [B,T,3·N·D], packed as (q | k | v); q_weight, k_weight [D] or None (no norm); cos, sin fp32 [T,D/2] or None (no
     rotation). The rotation is half-split: with x1 | x2 the halves of a head, (x1·cos − x2·sin | x2·cos + x1·sin)
     (RoFormer, arXiv:2104.09864, with the pairs (j, j + D/2)). RMSNorm: x·rsqrt(mean(x²) + eps)·weight (arXiv:1910.07467,
-    equation 4). Returns q, k, v as [B,N,T,D] in the dtype of qkv: q and k are views of token-major [B,T,N,D] memory, v is a
-    view of qkv. Maths in fp32; gradients in the dtype of each input, those of q, k and v of any strides.
+    equation 4). Returns q, k, v as [B,N,T,D] in the dtype of qkv: q and k are views of token-major [B,T,N,D] memory (C++: of
+    head-major [B,N,T,D], which CPU matmuls take without a copy), v is a view of qkv. Maths in fp32; gradients in the dtype of
+    each input, those of q, k and v of any strides.
     Raises ValueError for other shapes, an odd head dim or one over 256, cos/sin that are not fp32 (fp64 with fp64 qkv) or that
     require grad, integer tensors, tensors on two devices, or fp64 outside the reference.
     """

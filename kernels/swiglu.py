@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, choose_backend, compute_dtype
-from .library import find, inner_contiguous, launch, register
+from .library import cpp, find, inner_contiguous, launch, register
 
 ROWS = 2  # rows a program: the backward then has 45 registers on sm_90, so 40 warps and 120 KB of loads an SM at once
 
@@ -103,6 +103,22 @@ def _backward_triton(grad: Tensor, packed: Tensor) -> Tensor:
         grid, options = _tile(*grad.shape)
         strides = grad.stride(0), flat.stride(0)
         launch(swiglu_backward_kernel, grid, packed, grad, flat, out, *strides, len(flat), grad.shape[-1], **options)
+    return out
+
+
+@register("swiglu_forward_cpp(Tensor packed) -> Tensor", _forward_fake)
+def _forward_cpp(packed: Tensor) -> Tensor:
+    out = _forward_fake(packed)
+    if out.numel():
+        cpp.swiglu_forward(_rows(packed), out)
+    return out
+
+
+@register("swiglu_backward_cpp(Tensor grad, Tensor packed) -> Tensor", _backward_fake)
+def _backward_cpp(grad: Tensor, packed: Tensor) -> Tensor:
+    out = _backward_fake(grad, packed)
+    if out.numel():
+        cpp.swiglu_backward(_rows(grad), _rows(packed), out)
     return out
 
 

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 stamp="$venv/.fastdit-installed"
-wanted=$(cat setup.py pyproject.toml launch/constraints.txt launch/install.sh && pwd)
+wanted=$(cat csrc/* setup.py pyproject.toml launch/constraints.txt launch/install.sh && pwd)
 [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 
 python3 - <<'PY' || exit 2

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from backends import BACKENDS
 from fastdit import kernels
 from fastdit.kernels.counter_random import philox
 
-BACKENDS = ["triton"]
 OPS = ["counter_uniform", "counter_normal"]
 IDS = torch.tensor([0, 5, 2**32 + 5, 2**40 + 3, 2**63 - 1])
 SEEDS = [0, 1, 0xDEADBEEF12345678, 2**64 - 1]

@@ -16,10 +16,24 @@ def arguments() -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(*shape, generator=generator) for shape in ((2, 7, 64), (2, 64), (2, 64)))
 
 
-def test_auto_is_triton_on_cuda_alone():
+def test_auto_is_triton_on_cuda_and_cpp_on_a_cpu(monkeypatch):
     with kernels.backend("auto"):
         assert kernels.backend_in_use(torch.device("cuda")) == "triton"
+        assert kernels.backend_in_use(torch.device("meta")) == "reference"
+        monkeypatch.setattr(dispatch, "EXTENSION", "built")
+        assert kernels.backend_in_use(CPU) == "cpp"
+        monkeypatch.setattr(dispatch, "EXTENSION", None)
         assert kernels.backend_in_use(CPU) == "reference"
+
+
+def test_cpp_needs_a_cpu_and_the_extension(monkeypatch):
+    with kernels.backend("cpp"):
+        monkeypatch.setattr(dispatch, "EXTENSION", "built")
+        with pytest.raises(RuntimeError, match=r"^kernel backend 'cpp' cannot run on cuda: use 'auto'"):
+            kernels.backend_in_use(torch.device("cuda"))
+        monkeypatch.setattr(dispatch, "EXTENSION", None)
+        with pytest.raises(RuntimeError, match=r"^kernel backend 'cpp' is not built: install with FASTDIT_BUILD_EXT=1"):
+            kernels.modulate(*arguments())
 
 
 def test_triton_needs_cuda_or_the_interpreter(monkeypatch):

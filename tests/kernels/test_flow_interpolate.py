@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from backends import BACKENDS
 from fastdit import kernels
 
-BACKENDS = ["triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 4, 8, 8), (2, 3, 7, 5), (5, 4, 16, 16), (3, 1)]
 

@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
+from backends import BACKENDS
 from fastdit import kernels
 
-BACKENDS = ["triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from backends import BACKENDS
 from fastdit import kernels
 
-BACKENDS = ["triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

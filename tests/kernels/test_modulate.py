@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from backends import BACKENDS
 from fastdit import kernels
 
-BACKENDS = ["triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
