@@ -4,13 +4,20 @@ fails an error, 0 leaves it out.
 """
 
 import os
+import platform
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+# Which one runs is chosen when it runs: what is built on one machine runs on another.
+ISA_FLAGS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bf16", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 WANTED = os.environ.get("FASTDIT_BUILD_EXT", "auto")
 if WANTED not in ("0", "1", "auto"):
     sys.exit(f"FASTDIT_BUILD_EXT={WANTED} must be 0, 1 or unset")
@@ -37,7 +44,15 @@ def extensions() -> list[Extension]:
             libraries=["torch_cpu", "c10"],
             define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
             # psabi: vectors as wide as these pass by value only where they are inlined
-            extra_compile_args=["-std=c++20", "-O3", "-g0", "-Wno-psabi"],
+            extra_compile_args=[
+                "-std=c++20",
+                "-O3",
+                "-g0",
+                "-fno-math-errno",
+                "-Wno-psabi",
+                "-Wno-maybe-uninitialized",
+                "-Wno-uninitialized",
+            ],
             language="c++",
             optional=WANTED == "auto",
             py_limited_api=True,
@@ -46,18 +61,21 @@ def extensions() -> list[Extension]:
 
 
 class BuildExtension(build_ext):
-    """Compiles the files side by side, one on each core."""
+    """Compiles every file of kernels once for each instruction set, files side by side, one on each core."""
 
     def build_extension(self, extension: Extension) -> None:
-        from concurrent.futures import ThreadPoolExecutor
+        compile_file = self.compiler.compile
 
-        compile_all = self.compiler.compile
+        def compile_one(source: str, isa: str, output_dir: str, extra_postargs: list[str], **options) -> list[str]:
+            flags = [f"-DFASTDIT_ISA={isa}", *ISA_FLAGS[isa], *extra_postargs]
+            return compile_file([source], output_dir=f"{output_dir}/{isa}", extra_postargs=flags, **options)
 
-        def compile(sources, **options):
+        def compile_all(sources: list[str], **options) -> list[str]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return [file for files in pool.map(lambda source: compile_all([source], **options), sources) for file in files]
+                jobs = [(s, isa) for s in sources for isa in (["baseline"] if s.endswith("ops.cpp") else ISA_FLAGS)]
+                return [file for files in pool.map(lambda job: compile_one(*job, **options), jobs) for file in files]
 
-        self.compiler.compile = compile
+        self.compiler.compile = compile_all
         super().build_extension(extension)
 
 

@@ -1,11 +1,13 @@
-// counter_uniform and counter_normal: Philox-4x32-10, as kernels/counter_random.py has it, 16 counters at a time.
+// counter_uniform and counter_normal: Philox-4x32-10, as kernels/counter_random.py has it, four counters at a time.
 #include "ops.h"
 #include "parallel.h"
 
-namespace fastdit {
+namespace fastdit::FASTDIT_ISA {
 namespace {
 
-typedef uint64_t Longs __attribute__((vector_size(128)));
+typedef uint32_t Words __attribute__((vector_size(16)));  // 4 counters: products of 64 bits are then 2 registers of SSE2
+typedef uint64_t Longs __attribute__((vector_size(32)));
+constexpr int64_t COUNTERS = 4;
 
 INLINE void multiply(Words a, uint32_t m, Words& high, Words& low) {
   const Longs product = __builtin_convertvector(a, Longs) * (uint64_t)m;
@@ -36,16 +38,16 @@ INLINE void normal_pair(uint32_t w0, uint32_t w1, float* out) {
 }  // namespace
 
 void counter_random_forward(View ids, int64_t key0, int64_t key1, int64_t stream, bool normal, View out) {
-  const int64_t B = out.size[0], W = out.size[1], blocks = (W + 4 * LANES - 1) / (4 * LANES);
-  parallel(B * blocks, 16, KERNEL {
+  const int64_t B = out.size[0], W = out.size[1], blocks = (W + 4 * COUNTERS - 1) / (4 * COUNTERS);
+  parallel(B * blocks, 64, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t b = unit / blocks, block = unit % blocks;
       const uint64_t id = ((const int64_t*)ids.data)[ids.at(b)];
-      const Words lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-      Words c[4] = {lanes + (uint32_t)(block * LANES), Words{} + (uint32_t)stream, Words{} + (uint32_t)id, Words{} + (uint32_t)(id >> 32)};
+      const Words lanes = {0, 1, 2, 3};
+      Words c[4] = {lanes + (uint32_t)(block * COUNTERS), Words{} + (uint32_t)stream, Words{} + (uint32_t)id, Words{} + (uint32_t)(id >> 32)};
       philox(c, key0, key1);
-      float values[4 * LANES];
-      for (int i = 0; i < LANES; i++)
+      float values[4 * COUNTERS];
+      for (int i = 0; i < COUNTERS; i++)
         for (int pair = 0; pair < 4; pair += 2) {
           float* at = values + 4 * i + pair;
           if (normal)
@@ -53,10 +55,10 @@ void counter_random_forward(View ids, int64_t key0, int64_t key1, int64_t stream
           else
             at[0] = unit_of(c[pair][i]), at[1] = unit_of(c[pair + 1][i]);
         }
-      const int64_t first = block * 4 * LANES, n = W - first < 4 * LANES ? W - first : 4 * LANES;
+      const int64_t first = block * 4 * COUNTERS, n = W - first < 4 * COUNTERS ? W - first : 4 * COUNTERS;
       memcpy((float*)out.data + b * W + first, values, n * sizeof(float));
     }
   });
 }
 
-}  // namespace fastdit
+}  // namespace

@@ -2,7 +2,7 @@
 #include "ops.h"
 #include "parallel.h"
 
-namespace fastdit {
+namespace fastdit::FASTDIT_ISA {
 namespace {
 
 constexpr int64_t BLOCK = 1024;  // elements of a sample in a unit: 4 KB of scratch a tensor
@@ -13,7 +13,7 @@ INLINE int64_t length(int64_t W, int64_t c) { return W - c < BLOCK ? W - c : BLO
 
 void flow_interpolate_forward(View x0, View noise, View t, View out) {
   const int64_t B = x0.size[0], W = x0.size[1], blocks = (W + BLOCK - 1) / BLOCK;
-  parallel(B * blocks, 8, KERNEL {
+  parallel(B * blocks, 8, [&](int64_t begin, int64_t end) {
     Floats x[BLOCK / LANES], z[BLOCK / LANES];
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t b = unit / blocks, c = unit % blocks * BLOCK, n = length(W, c);
@@ -28,7 +28,7 @@ void flow_interpolate_forward(View x0, View noise, View t, View out) {
 
 void flow_interpolate_backward(View grad, View t, View grad_x0, View grad_noise) {
   const int64_t B = grad.size[0], W = grad.size[1], blocks = (W + BLOCK - 1) / BLOCK;
-  parallel(B * blocks, 8, KERNEL {
+  parallel(B * blocks, 8, [&](int64_t begin, int64_t end) {
     Floats g[BLOCK / LANES], x[BLOCK / LANES];
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t b = unit / blocks, c = unit % blocks * BLOCK, n = length(W, c);
@@ -46,7 +46,7 @@ void flow_interpolate_backward(View grad, View t, View grad_x0, View grad_noise)
 
 void flow_matching_loss_forward(View v, View x0, View noise, View weight, View loss, View error) {
   const int64_t B = v.size[0], W = v.size[1];
-  parallel(B, 1, KERNEL {
+  parallel(B, 1, [&](int64_t begin, int64_t end) {
     Floats e[BLOCK / LANES], x[BLOCK / LANES], z[BLOCK / LANES];
     for (int64_t b = begin; b < end; b++) {
       Floats total = {};
@@ -69,7 +69,7 @@ void flow_matching_loss_forward(View v, View x0, View noise, View weight, View l
 
 void flow_matching_loss_backward(View grad, View error, View weight, View grad_v) {
   const int64_t B = error.size[0], W = error.size[1], blocks = (W + BLOCK - 1) / BLOCK;
-  parallel(B * blocks, 8, KERNEL {
+  parallel(B * blocks, 8, [&](int64_t begin, int64_t end) {
     Floats e[BLOCK / LANES];
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t b = unit / blocks, c = unit % blocks * BLOCK, n = length(W, c);
@@ -82,4 +82,4 @@ void flow_matching_loss_backward(View grad, View error, View weight, View grad_v
   });
 }
 
-}  // namespace fastdit
+}  // namespace

@@ -2,11 +2,11 @@
 #include "ops.h"
 #include "parallel.h"
 
-namespace fastdit {
+namespace fastdit::FASTDIT_ISA {
 
 void gated_residual_forward(View x, View branch, View gate, View r) {
   const int64_t B = x.size[0], T = x.size[1], H = x.size[2], V = vectors(H);
-  parallel(B * T, ROWS, KERNEL {
+  parallel(B * T, ROWS, [&](int64_t begin, int64_t end) {
     Scratch scratch(3 * V);
     Floats *row = scratch.data(), *added = row + V, *gates = added + V;
     for (int64_t m = begin; m < end; m++) {
@@ -23,7 +23,7 @@ void gated_residual_forward(View x, View branch, View gate, View r) {
 void gated_residual_backward(View dr, View branch, View gate, View dbranch, View dgate) {
   const int64_t B = branch.size[0], T = branch.size[1], H = branch.size[2], V = vectors(H), parts = (T + ROWS - 1) / ROWS;
   Scratch partials(B * parts * V);
-  parallel(B * parts, 1, KERNEL {
+  parallel(B * parts, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(3 * V);
     Floats *grad = scratch.data(), *added = grad + V, *gates = added + V;
     for (int64_t unit = begin; unit < end; unit++) {
@@ -44,4 +44,4 @@ void gated_residual_backward(View dr, View branch, View gate, View dbranch, View
   reduce_partials(partials, B, parts, 1, H, dgate);
 }
 
-}  // namespace fastdit
+}  // namespace

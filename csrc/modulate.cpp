@@ -3,7 +3,7 @@
 #include "ops.h"
 #include "parallel.h"
 
-namespace fastdit {
+namespace fastdit::FASTDIT_ISA {
 namespace {
 
 struct Rows {
@@ -16,7 +16,7 @@ INLINE Rows rows_of(int64_t unit, int64_t parts, int64_t T) {
 }
 
 INLINE void zero_dead_lanes(Floats* row, int64_t H) {
-  for (int64_t i = H; i < vectors(H) * LANES; i++) row[i / LANES][i % LANES] = 0;
+  for (int64_t i = H; i < vectors(H) * LANES; i++) ((float*)row)[i] = 0;
 }
 
 // Mean and 1/σ of a row, in two steps: E[x²] − mean² would cancel. The row is left centred.
@@ -63,7 +63,7 @@ INLINE void norm_backward(const Floats* dy, Floats* x, float mean, float rstd, c
 void modulate_forward(View x, View shift, View scale, double eps, View y, View stats) {
   const int64_t B = x.size[0], T = x.size[1], H = x.size[2], V = vectors(H), parts = (T + ROWS - 1) / ROWS;
   float* means = (float*)stats.data;
-  parallel(B * parts, 1, KERNEL {
+  parallel(B * parts, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(3 * V);
     Floats *row = scratch.data(), *scales = row + V, *shifts = scales + V;
     for (int64_t unit = begin; unit < end; unit++) {
@@ -86,7 +86,7 @@ void modulate_backward(View dy, View x, View stats, View scale, View dx, View dm
   const int64_t B = x.size[0], T = x.size[1], H = x.size[2], V = vectors(H), parts = (T + ROWS - 1) / ROWS;
   const float* means = (const float*)stats.data;
   Scratch partials(B * parts * 2 * V);
-  parallel(B * parts, 1, KERNEL {
+  parallel(B * parts, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(3 * V);
     Floats *row = scratch.data(), *grad = row + V, *scales = grad + V;
     for (int64_t unit = begin; unit < end; unit++) {
@@ -108,7 +108,7 @@ void modulate_backward(View dy, View x, View stats, View scale, View dx, View dm
 void gated_residual_modulate_forward(View x, View branch, View gate, View shift, View scale, double eps, View r, View y, View stats) {
   const int64_t B = x.size[0], T = x.size[1], H = x.size[2], V = vectors(H), parts = (T + ROWS - 1) / ROWS;
   float* means = (float*)stats.data;
-  parallel(B * parts, 1, KERNEL {
+  parallel(B * parts, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(5 * V);
     Floats *row = scratch.data(), *added = row + V, *gates = added + V, *scales = gates + V, *shifts = scales + V;
     for (int64_t unit = begin; unit < end; unit++) {
@@ -137,7 +137,7 @@ void gated_residual_modulate_backward(
   const int64_t B = r.size[0], T = r.size[1], H = r.size[2], V = vectors(H), parts = (T + ROWS - 1) / ROWS;
   const float* means = (const float*)stats.data;
   Scratch partials(B * parts * 3 * V);  // dgate, dshift, dscale
-  parallel(B * parts, 1, KERNEL {
+  parallel(B * parts, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(4 * V);
     Floats *row = scratch.data(), *other = row + V, *gates = other + V, *scales = gates + V;
     for (int64_t unit = begin; unit < end; unit++) {
@@ -167,4 +167,4 @@ void gated_residual_modulate_backward(
   reduce_partials(partials, B, parts, 3, H, dmodulation);
 }
 
-}  // namespace fastdit
+}  // namespace

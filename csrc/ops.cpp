@@ -7,9 +7,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <optional>
-
-#include "parallel.h"
 
 namespace fastdit {
 
@@ -42,41 +42,62 @@ double pass(double x) { return x; }
 int64_t pass(int64_t x) { return x; }
 bool pass(bool x) { return x; }
 
-template <auto kernel> struct Op;
-template <class... P, void (*kernel)(P...)> struct Op<kernel> {
-  static void call(typename Given<P>::type... arguments) { kernel(pass(arguments)...); }
+enum class Isa { baseline, avx2, avx512 };
+
+// The best instruction set here; FASTDIT_ISA=avx2 or baseline lowers it, for tests.
+Isa isa() {
+  static const Isa found = [] {
+    Isa best = Isa::baseline;
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16");
+    best = avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
+#endif
+    const char* limit = std::getenv("FASTDIT_ISA");
+    if (limit && !strcmp(limit, "baseline")) best = Isa::baseline;
+    if (limit && !strcmp(limit, "avx2") && best == Isa::avx512) best = Isa::avx2;
+    return best;
+  }();
+  return found;
+}
+
+template <auto on_avx512, auto on_avx2, auto on_baseline> struct Op;
+template <class... P, void (*on_avx512)(P...), void (*on_avx2)(P...), void (*on_baseline)(P...)>
+struct Op<on_avx512, on_avx2, on_baseline> {
+  static void call(typename Given<P>::type... arguments) {
+    const auto kernel = isa() == Isa::avx512 ? on_avx512 : isa() == Isa::avx2 ? on_avx2 : on_baseline;
+    kernel(pass(arguments)...);
+  }
 };
 
 }  // namespace
 }  // namespace fastdit
 
-#define FASTDIT_OPS(OP)                                                                                                              \
-  OP(modulate_forward, "Tensor? x, Tensor? shift, Tensor? scale, float eps, Tensor(a!)? y, Tensor(b!)? stats")                       \
-  OP(modulate_backward, "Tensor? dy, Tensor? x, Tensor? stats, Tensor? scale, Tensor(a!)? dx, Tensor(b!)? dmodulation")              \
-  OP(gated_residual_forward, "Tensor? x, Tensor? branch, Tensor? gate, Tensor(a!)? r")                                               \
-  OP(gated_residual_backward, "Tensor? dr, Tensor? branch, Tensor? gate, Tensor(a!)? dbranch, Tensor(b!)? dgate")                    \
-  OP(gated_residual_modulate_forward, "Tensor? x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, float eps, "           \
-                                      "Tensor(a!)? r, Tensor(b!)? y, Tensor(c!)? stats")                                             \
-  OP(gated_residual_modulate_backward, "Tensor? dr, Tensor? dy, Tensor? r, Tensor? branch, Tensor? stats, Tensor? gate, "            \
-                                       "Tensor? scale, Tensor(a!)? dx, Tensor(b!)? dbranch, Tensor(c!)? dmodulation")                \
-  OP(qk_norm_rope_forward, "Tensor? qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, "                  \
-                           "Tensor(a!)? q, Tensor(b!)? k")                                                                           \
-  OP(qk_norm_rope_backward, "Tensor? dq, Tensor? dk, Tensor? dv, Tensor? qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "     \
-                            "Tensor? sin, float eps, Tensor(a!)? dqkv, Tensor(b!)? dweights")                                        \
-  OP(swiglu_forward, "Tensor? packed, Tensor(a!)? out")                                                                              \
-  OP(swiglu_backward, "Tensor? grad, Tensor? packed, Tensor(a!)? grad_packed")                                                       \
-  OP(flow_interpolate_forward, "Tensor? x0, Tensor? noise, Tensor? t, Tensor(a!)? out")                                              \
-  OP(flow_interpolate_backward, "Tensor? grad, Tensor? t, Tensor(a!)? grad_x0, Tensor(b!)? grad_noise")                              \
-  OP(flow_matching_loss_forward, "Tensor? v, Tensor? x0, Tensor? noise, Tensor? weight, Tensor(a!)? loss, Tensor(b!)? error")        \
-  OP(flow_matching_loss_backward, "Tensor? grad, Tensor? error, Tensor? weight, Tensor(a!)? grad_v")                                 \
-  OP(counter_random_forward, "Tensor? ids, int key0, int key1, int stream, bool normal, Tensor(a!)? out")
-
 STABLE_TORCH_LIBRARY(fastdit_cpp, m) {
-#define DEFINE(name, arguments) m.def(#name "(" arguments ") -> ()");
-  FASTDIT_OPS(DEFINE)
+  m.def("modulate_forward(Tensor? x, Tensor? shift, Tensor? scale, float eps, Tensor(a!)? y, Tensor(b!)? stats) -> ()");
+  m.def("modulate_backward(Tensor? dy, Tensor? x, Tensor? stats, Tensor? scale, Tensor(a!)? dx, Tensor(b!)? dmodulation) -> ()");
+  m.def("gated_residual_forward(Tensor? x, Tensor? branch, Tensor? gate, Tensor(a!)? r) -> ()");
+  m.def("gated_residual_backward(Tensor? dr, Tensor? branch, Tensor? gate, Tensor(a!)? dbranch, Tensor(b!)? dgate) -> ()");
+  m.def("gated_residual_modulate_forward(Tensor? x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, float eps, Tensor(a!)? r, Tensor(b!)? y, Tensor(c!)? stats) -> ()");
+  m.def("gated_residual_modulate_backward(Tensor? dr, Tensor? dy, Tensor? r, Tensor? branch, Tensor? stats, Tensor? gate, Tensor? scale, Tensor(a!)? dx, Tensor(b!)? dbranch, Tensor(c!)? dmodulation) -> ()");
+  m.def("qk_norm_rope_forward(Tensor? qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, Tensor(a!)? q, Tensor(b!)? k) -> ()");
+  m.def("qk_norm_rope_backward(Tensor? dq, Tensor? dk, Tensor? dv, Tensor? qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, Tensor(a!)? dqkv, Tensor(b!)? dweights) -> ()");
+  m.def("swiglu_forward(Tensor? packed, Tensor(a!)? out) -> ()");
+  m.def("swiglu_backward(Tensor? grad, Tensor? packed, Tensor(a!)? grad_packed) -> ()");
+  m.def("flow_interpolate_forward(Tensor? x0, Tensor? noise, Tensor? t, Tensor(a!)? out) -> ()");
+  m.def("flow_interpolate_backward(Tensor? grad, Tensor? t, Tensor(a!)? grad_x0, Tensor(b!)? grad_noise) -> ()");
+  m.def("flow_matching_loss_forward(Tensor? v, Tensor? x0, Tensor? noise, Tensor? weight, Tensor(a!)? loss, Tensor(b!)? error) -> ()");
+  m.def("flow_matching_loss_backward(Tensor? grad, Tensor? error, Tensor? weight, Tensor(a!)? grad_v) -> ()");
+  m.def("counter_random_forward(Tensor? ids, int key0, int key1, int stream, bool normal, Tensor(a!)? out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdit_cpp, CPU, m) {
-#define IMPLEMENT(name, arguments) m.impl(#name, TORCH_BOX(&fastdit::Op<&fastdit::name>::call));
-  FASTDIT_OPS(IMPLEMENT)
+#if defined(__x86_64__)
+#define IMPLEMENT(name, parameters) \
+  m.impl(#name, TORCH_BOX((&fastdit::Op<&fastdit::avx512::name, &fastdit::avx2::name, &fastdit::baseline::name>::call)));
+#else
+#define IMPLEMENT(name, parameters) \
+  m.impl(#name, TORCH_BOX((&fastdit::Op<&fastdit::baseline::name, &fastdit::baseline::name, &fastdit::baseline::name>::call)));
+#endif
+  FASTDIT_KERNELS(IMPLEMENT)
 }

@@ -3,7 +3,7 @@
 #include "ops.h"
 #include "parallel.h"
 
-namespace fastdit {
+namespace fastdit::FASTDIT_ISA {
 namespace {
 
 constexpr int64_t HALF = 8;  // vectors of half a head at most: D <= 256
@@ -43,7 +43,7 @@ INLINE void rotate(Half& x, const Floats* cos, const Floats* sin, float sign, in
 void qk_norm_rope_forward(View qkv, View q_weight, View k_weight, View cos, View sin, double eps, View q, View k) {
   const int64_t B = q.size[0], T = q.size[1], N = q.size[2], D = q.size[3], h = D / 2, V = vectors(h);
   const View weights[2] = {q_weight, k_weight}, outs[2] = {q, k};
-  parallel(B * T, ROWS, KERNEL {
+  parallel(B * T, ROWS, [&](int64_t begin, int64_t end) {
     Half x, weight[2];
     Floats c[HALF], s[HALF];
     for (int which = 0; which < 2; which++)
@@ -77,7 +77,7 @@ void qk_norm_rope_backward(
   const int64_t M = B * T, parts = (M + ROWS - 1) / ROWS;
   const View weights[2] = {q_weight, k_weight}, grads[3] = {dq, dk, dv};
   Scratch partials(parts * 4 * V);  // of each part: the two halves of dq_weight, then of dk_weight
-  parallel(parts, 1, KERNEL {
+  parallel(parts, 1, [&](int64_t begin, int64_t end) {
     Half x, g, weight[2];
     Floats c[HALF], s[HALF];
     for (int which = 0; which < 2; which++)
@@ -124,4 +124,4 @@ void qk_norm_rope_backward(
   reduce_partials(partials, 1, parts, 4, h, dweights);
 }
 
-}  // namespace fastdit
+}  // namespace

@@ -2,48 +2,63 @@
 #include "ops.h"
 #include "parallel.h"
 
-namespace fastdit {
+namespace fastdit::FASTDIT_ISA {
 namespace {
 
-constexpr int64_t COLUMNS = 512;  // of fp32 scratch a tensor: 2 KB, so that all of them stay in the L1 cache
+template <class T>
+void forward(const View& packed, const View& out) {
+  const int64_t M = packed.size[0], F = packed.size[1] / 2;
+  parallel(M, ROWS, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++) {
+      const T *value = (const T*)packed.data + packed.at(m), *gate = value + F;
+      T* y = (T*)out.data + m * F;
+      const auto step = [&](const Floats& v, const Floats& g) { return v * g * sigmoid(g); };
+      int64_t c = 0;
+      for (; c + LANES <= F; c += LANES) store(y + c, step(load(value + c), load(gate + c)));
+      if (c < F) store(y + c, step(load(value + c, F - c), load(gate + c, F - c)), F - c);
+    }
+  });
+}
+
+template <class T>
+void backward(const View& grad, const View& packed, const View& grad_packed) {
+  const int64_t M = packed.size[0], F = packed.size[1] / 2;
+  parallel(M, ROWS, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++) {
+      const T *value = (const T*)packed.data + packed.at(m), *gate = value + F, *dy = (const T*)grad.data + grad.at(m);
+      T *dvalue = (T*)grad_packed.data + m * 2 * F, *dgate = dvalue + F;
+      const auto step = [](const Floats& d, const Floats& v, const Floats& g, Floats& dv, Floats& dg) {
+        const Floats s = sigmoid(g), ds = d * s;
+        dv = ds * g;
+        dg = ds * v * (Floats(1.0f) + g * (Floats(1.0f) - s));
+      };
+      Floats dv, dg;
+      int64_t c = 0;
+      for (; c + LANES <= F; c += LANES) {
+        step(load(dy + c), load(value + c), load(gate + c), dv, dg);
+        store(dvalue + c, dv);
+        store(dgate + c, dg);
+      }
+      if (c == F) continue;
+      step(load(dy + c, F - c), load(value + c, F - c), load(gate + c, F - c), dv, dg);
+      store(dvalue + c, dv, F - c);
+      store(dgate + c, dg, F - c);
+    }
+  });
+}
 
 }  // namespace
 
 void swiglu_forward(View packed, View out) {
-  const int64_t M = packed.size[0], F = packed.size[1] / 2;
-  parallel(M, ROWS, KERNEL {
-    Floats value[COLUMNS / LANES], gate[COLUMNS / LANES];
-    for (int64_t m = begin; m < end; m++)
-      for (int64_t c = 0; c < F; c += COLUMNS) {
-        const int64_t n = F - c < COLUMNS ? F - c : COLUMNS;
-        read(packed, packed.at(m) + c, n, value);
-        read(packed, packed.at(m) + F + c, n, gate);
-        for (int64_t i = 0; i < vectors(n); i++) value[i] *= gate[i] * sigmoid(gate[i]);
-        write(out, m * F + c, n, value);
-      }
-  });
+  if (packed.type == Type::bf16) return forward<BFloat16>(packed, out);
+  if (packed.type == Type::fp32) return forward<float>(packed, out);
+  forward<_Float16>(packed, out);
 }
 
 void swiglu_backward(View grad, View packed, View grad_packed) {
-  const int64_t M = packed.size[0], F = packed.size[1] / 2;
-  parallel(M, ROWS, KERNEL {
-    Floats dy[COLUMNS / LANES], value[COLUMNS / LANES], gate[COLUMNS / LANES];
-    for (int64_t m = begin; m < end; m++)
-      for (int64_t c = 0; c < F; c += COLUMNS) {
-        const int64_t n = F - c < COLUMNS ? F - c : COLUMNS;
-        read(packed, packed.at(m) + c, n, value);
-        read(packed, packed.at(m) + F + c, n, gate);
-        read(grad, grad.at(m) + c, n, dy);
-        for (int64_t i = 0; i < vectors(n); i++) {
-          const Floats s = sigmoid(gate[i]), dys = dy[i] * s;
-          const Floats dgate = dys * value[i] * (1.0f + gate[i] * (1.0f - s));
-          value[i] = dys * gate[i];
-          gate[i] = dgate;
-        }
-        write(grad_packed, m * 2 * F + c, n, value);
-        write(grad_packed, m * 2 * F + F + c, n, gate);
-      }
-  });
+  if (packed.type == Type::bf16) return backward<BFloat16>(grad, packed, grad_packed);
+  if (packed.type == Type::fp32) return backward<float>(grad, packed, grad_packed);
+  backward<_Float16>(grad, packed, grad_packed);
 }
 
-}  // namespace fastdit
+}  // namespace

@@ -1,6 +1,6 @@
-// Sixteen fp32 lanes, whatever the instruction set: one zmm, two ymm or four xmm registers. The order of every sum is that of these
-// lanes, so AVX2 and AVX-512 give the same bits. A kernel reads rows into fp32 lanes (in the L1 cache), computes, and rounds once
-// when it writes them; the lanes past the end of a row are read as zeros.
+// Sixteen fp32 lanes, whatever the instruction set: one zmm, two ymm or four 128-bit registers. The order of every sum is that of
+// these lanes. A kernel reads rows into fp32 lanes (in the L1 cache), computes, and rounds once when it writes them; the lanes past
+// the end of a row are read as zeros. Each file of kernels is compiled once for each instruction set, in a namespace of its own.
 #pragma once
 
 #include <cmath>
@@ -9,32 +9,53 @@
 #include <cstring>
 #include <new>
 
+#include "view.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #define INLINE inline __attribute__((always_inline))
 
-namespace fastdit {
+namespace fastdit::FASTDIT_ISA {
 
 constexpr int64_t LANES = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Shorts __attribute__((vector_size(32)));
-typedef _Float16 Halves __attribute__((vector_size(32)));
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+constexpr int PARTS = LANES / WIDTH;
+typedef float Part __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef int32_t IntPart __attribute__((vector_size(4 * WIDTH), may_alias));
 
 struct BFloat16 {
   uint16_t bits;
 };
 
-enum class Type { fp32, bf16, fp16 };
+struct Floats {
+  Part part[PARTS];
 
-// A tensor: sizes and strides in elements. `data` is null for an optional one that is not given.
-struct View {
-  void* data = nullptr;
-  Type type = Type::fp32;
-  int64_t size[4] = {}, stride[4] = {};
-
-  bool given() const { return data != nullptr; }
-  int64_t at(int64_t i, int64_t j = 0, int64_t k = 0) const { return i * stride[0] + j * stride[1] + k * stride[2]; }
+  Floats() = default;
+  INLINE Floats(float x) {
+    for (Part& p : part) p = x - Part{};
+  }
 };
+
+#define LANEWISE(symbol)                                            \
+  INLINE Floats operator symbol(Floats a, const Floats& b) {        \
+    for (int i = 0; i < PARTS; i++) a.part[i] = a.part[i] symbol b.part[i]; \
+    return a;                                                       \
+  }                                                                 \
+  INLINE Floats& operator symbol##=(Floats& a, const Floats& b) { return a = a symbol b; }
+LANEWISE(+)
+LANEWISE(-)
+LANEWISE(*)
+LANEWISE(/)
+#undef LANEWISE
 
 INLINE int64_t vectors(int64_t n) { return (n + LANES - 1) / LANES; }
 
@@ -53,60 +74,110 @@ class Scratch {
   Floats* data_;
 };
 
-INLINE Floats splat(float value) { return value - Floats{}; }
-
 INLINE Floats load(const float* p) {
   Floats v;
   memcpy(&v, p, sizeof v);
   return v;
 }
 
+INLINE void store(float* p, const Floats& v) { memcpy(p, &v, sizeof v); }
+
+// bf16 is the upper half of an fp32. Stores round to nearest, ties to even, and keep NaN; the AVX-512 instruction takes numbers
+// below 1.2e-38 as zero.
+#if defined(__AVX512F__)
 INLINE Floats load(const BFloat16* p) {
-  Shorts bits;
-  memcpy(&bits, p, sizeof bits);
-  return (Floats)(__builtin_convertvector(bits, Words) << 16);
+  Floats v;
+  v.part[0] = (Part)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+  return v;
 }
-
+INLINE void store(BFloat16* p, const Floats& v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v.part[0])); }
 INLINE Floats load(const _Float16* p) {
-  Halves v;
-  memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, Floats);
+  Floats v;
+  v.part[0] = (Part)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return v;
+}
+INLINE void store(_Float16* p, const Floats& v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v.part[0], 0)); }
+#elif defined(__AVX2__)
+INLINE Floats load(const BFloat16* p) {
+  Floats v;
+  for (int i = 0; i < PARTS; i++)
+    v.part[i] = (Part)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + i)), 16);
+  return v;
+}
+INLINE __m256i round_to_bf16(Part v) {
+  const __m256i bits = (__m256i)v, odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i number = (__m256i)_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_ORD_Q);
+  return _mm256_srli_epi32(_mm256_blendv_epi8(quiet, rounded, number), 16);
+}
+INLINE void store(BFloat16* p, const Floats& v) {
+  const __m256i packed = _mm256_packus_epi32(round_to_bf16(v.part[0]), round_to_bf16(v.part[1]));
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+INLINE Floats load(const _Float16* p) {
+  Floats v;
+  for (int i = 0; i < PARTS; i++) v.part[i] = (Part)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + i));
+  return v;
+}
+INLINE void store(_Float16* p, const Floats& v) {
+  for (int i = 0; i < PARTS; i++) _mm_storeu_si128((__m128i*)p + i, _mm256_cvtps_ph((__m256)v.part[i], 0));
+}
+#else
+INLINE Floats load(const BFloat16* p) {
+  uint32_t bits[LANES];
+  for (int i = 0; i < LANES; i++) bits[i] = (uint32_t)p[i].bits << 16;
+  Floats v;
+  memcpy(&v, bits, sizeof v);
+  return v;
+}
+INLINE void store(BFloat16* p, const Floats& v) {
+  uint32_t bits[LANES];
+  memcpy(bits, &v, sizeof v);
+  for (int i = 0; i < LANES; i++) {
+    const bool number = (bits[i] & 0x7fffffff) <= 0x7f800000;
+    p[i].bits = (number ? bits[i] + 0x7fff + ((bits[i] >> 16) & 1) : bits[i] | 0x400000) >> 16;
+  }
+}
+INLINE Floats load(const _Float16* p) {
+  float values[LANES];
+  for (int i = 0; i < LANES; i++) values[i] = p[i];
+  return load(values);
+}
+INLINE void store(_Float16* p, const Floats& v) {
+  float values[LANES];
+  store(values, v);
+  for (int i = 0; i < LANES; i++) p[i] = values[i];
+}
+#endif
+
+// The first n < LANES elements; the other lanes are zero.
+template <class T>
+INLINE Floats load(const T* p, int64_t n) {
+  T all[LANES] = {};
+  memcpy(all, p, n * sizeof(T));
+  return load(all);
 }
 
-INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
-
-// To nearest, ties to even; NaN stays NaN.
-INLINE void store(BFloat16* p, Floats v) {
-  Words bits = (Words)v;
-  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  rounded = v == v ? rounded : (bits >> 16) | 0x40;
-  Shorts out = __builtin_convertvector(rounded, Shorts);
-  memcpy(p, &out, sizeof out);
-}
-
-INLINE void store(_Float16* p, Floats v) {
-  Halves out = __builtin_convertvector(v, Halves);
-  memcpy(p, &out, sizeof out);
+template <class T>
+INLINE void store(T* p, const Floats& v, int64_t n) {
+  T all[LANES];
+  store(all, v);
+  memcpy(p, all, n * sizeof(T));
 }
 
 template <class T>
 INLINE void read_as(const T* p, int64_t n, Floats* out) {
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) out[i / LANES] = load(p + i);
-  if (i == n) return;
-  T tail[LANES] = {};
-  memcpy(tail, p + i, (n - i) * sizeof(T));
-  out[i / LANES] = load(tail);
+  if (i < n) out[i / LANES] = load(p + i, n - i);
 }
 
 template <class T>
 INLINE void write_as(T* p, int64_t n, const Floats* in) {
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) store(p + i, in[i / LANES]);
-  if (i == n) return;
-  T tail[LANES];
-  store(tail, in[i / LANES]);
-  memcpy(p + i, tail, (n - i) * sizeof(T));
+  if (i < n) store(p + i, in[i / LANES], n - i);
 }
 
 // n contiguous elements from element `offset` on.
@@ -123,35 +194,50 @@ INLINE void write(const View& t, int64_t offset, int64_t n, const Floats* in) {
 }
 
 INLINE float read_one(const View& t, int64_t offset) {
-  Floats v;
-  read(t, offset, 1, &v);
-  return v[0];
+  if (t.type == Type::bf16) {
+    const uint32_t bits = (uint32_t)((const BFloat16*)t.data)[offset].bits << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  return t.type == Type::fp32 ? ((const float*)t.data)[offset] : (float)((const _Float16*)t.data)[offset];
 }
 
-INLINE float sum(Floats v) {
+// Pairwise: lane i and i + 8, then 4, 2, 1.
+INLINE float sum(const Floats& v) {
+  float all[LANES];
+  store(all, v);
   for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) v[i] += v[i + half];
-  return v[0];
+    for (int i = 0; i < half; i++) all[i] += all[i + half];
+  return all[0];
 }
 
-// e^x within 2 units of the last place: 2^n times Taylor's polynomial on |r| <= ln(2)/2. Below -87.3 it stops at 1.2e-38; above
-// 88.3 it is infinite.
+// e^x within 2 units of the last place: 2^n times Taylor's polynomial of 2^f, |f| <= 1/2. Infinite above 88.7; below -87.3 it is 0
+// (AVX-512) or stops at 1.2e-38.
 INLINE Floats exp(Floats x) {
-  const auto overflow = x > 88.3f;
-  x = overflow ? splat(88.3f) : x;
-  x = x < -87.3f ? splat(-87.3f) : x;
-  Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5·2^23: the sum's low bits are the nearest integer n
-  Floats n = shifted - 12582912.0f;
-  Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Floats p = r * (1.0f / 5040) + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
-  return overflow ? splat(INFINITY) : (Floats)((Ints)p + ((Ints)shifted << 23));
+  constexpr float LOG2E = 1.44269504f, C[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f};
+  for (Part& part : x.part) {
+#if defined(__AVX512F__)
+    const Part n = (Part)_mm512_roundscale_ps((__m512)(part * LOG2E), 8);
+    const Part f = part * LOG2E - n;
+#else
+    part = part < -87.3f ? -87.3f - Part{} : part;
+    const Part high = part, limited = part > 88.0f ? 88.0f - Part{} : part;
+    const Part shifted = limited * LOG2E + 12582912.0f;  // 1.5·2^23: the low bits of the sum are the nearest integer n
+    const Part n = shifted - 12582912.0f, f = limited * LOG2E - n;
+#endif
+    Part p = C[0] - Part{};
+    for (int i = 1; i < 7; i++) p = p * f + C[i];
+#if defined(__AVX512F__)
+    part = (Part)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    p = (Part)((IntPart)p + ((IntPart)shifted << 23));
+    part = high > 88.7f ? INFINITY - Part{} : p;
+#endif
+  }
+  return x;
 }
 
-INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
+INLINE Floats sigmoid(const Floats& x) { return Floats(1.0f) / (Floats(1.0f) + exp(Floats(0.0f) - x)); }
 
-}  // namespace fastdit
+}  // namespace

