@@ -102,15 +102,9 @@ def cases(B: int, T: int, H: int, heads: int, hidden: int) -> dict[str, tuple]:
 def forward_backward(function: Callable, inputs: tuple) -> Callable[[], None]:
     """A call that runs the function and its gradients, given gradients of ones of its outputs' own dtypes."""
     wanted = [t for t in inputs if t.requires_grad]
-
-    def call() -> None:
-        out = function(*inputs)
-        out = out if isinstance(out, tuple) else (out,)
-        torch.autograd.grad(out, wanted, [ones(o) for o in out])
-
-    known: dict[tuple, Tensor] = {}
-    ones = lambda o: known.setdefault((o.shape, o.dtype), torch.ones(o.shape, dtype=o.dtype))
-    return call
+    outputs = lambda out: out if isinstance(out, tuple) else (out,)
+    ones = [torch.ones_like(out) for out in outputs(function(*inputs))]
+    return lambda: torch.autograd.grad(outputs(function(*inputs)), wanted, ones)
 
 
 def seconds(call: Callable[[], None], calls: int) -> float:

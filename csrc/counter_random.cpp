@@ -44,7 +44,8 @@ void counter_random_forward(View ids, int64_t key0, int64_t key1, int64_t stream
       const int64_t b = unit / blocks, block = unit % blocks;
       const uint64_t id = ((const int64_t*)ids.data)[ids.at(b)];
       const Words lanes = {0, 1, 2, 3};
-      Words c[4] = {lanes + (uint32_t)(block * COUNTERS), Words{} + (uint32_t)stream, Words{} + (uint32_t)id, Words{} + (uint32_t)(id >> 32)};
+      Words c[4] = {lanes + (uint32_t)(block * COUNTERS), Words{} + (uint32_t)stream, Words{} + (uint32_t)id,
+                    Words{} + (uint32_t)(id >> 32)};
       philox(c, key0, key1);
       float values[4 * COUNTERS];
       for (int i = 0; i < COUNTERS; i++)
@@ -61,4 +62,4 @@ void counter_random_forward(View ids, int64_t key0, int64_t key1, int64_t stream
   });
 }
 
-}  // namespace
+}  // namespace fastdit::FASTDIT_ISA

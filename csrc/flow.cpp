@@ -82,4 +82,4 @@ void flow_matching_loss_backward(View grad, View error, View weight, View grad_v
   });
 }
 
-}  // namespace
+}  // namespace fastdit::FASTDIT_ISA

@@ -35,8 +35,14 @@ View view(const std::optional<Tensor>& optional) {
 }
 
 // What torch passes for a parameter of a kernel, and back.
-template <class P> struct Given { using type = P; };
-template <> struct Given<View> { using type = std::optional<Tensor>; };
+template <class P>
+struct Given {
+  using type = P;
+};
+template <>
+struct Given<View> {
+  using type = std::optional<Tensor>;
+};
 View pass(const std::optional<Tensor>& t) { return view(t); }
 double pass(double x) { return x; }
 int64_t pass(int64_t x) { return x; }
@@ -61,7 +67,8 @@ Isa isa() {
   return found;
 }
 
-template <auto on_avx512, auto on_avx2, auto on_baseline> struct Op;
+template <auto on_avx512, auto on_avx2, auto on_baseline>
+struct Op;
 template <class... P, void (*on_avx512)(P...), void (*on_avx2)(P...), void (*on_baseline)(P...)>
 struct Op<on_avx512, on_avx2, on_baseline> {
   static void call(typename Given<P>::type... arguments) {
@@ -78,15 +85,25 @@ STABLE_TORCH_LIBRARY(fastdit_cpp, m) {
   m.def("modulate_backward(Tensor? dy, Tensor? x, Tensor? stats, Tensor? scale, Tensor(a!)? dx, Tensor(b!)? dmodulation) -> ()");
   m.def("gated_residual_forward(Tensor? x, Tensor? branch, Tensor? gate, Tensor(a!)? r) -> ()");
   m.def("gated_residual_backward(Tensor? dr, Tensor? branch, Tensor? gate, Tensor(a!)? dbranch, Tensor(b!)? dgate) -> ()");
-  m.def("gated_residual_modulate_forward(Tensor? x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, float eps, Tensor(a!)? r, Tensor(b!)? y, Tensor(c!)? stats) -> ()");
-  m.def("gated_residual_modulate_backward(Tensor? dr, Tensor? dy, Tensor? r, Tensor? branch, Tensor? stats, Tensor? gate, Tensor? scale, Tensor(a!)? dx, Tensor(b!)? dbranch, Tensor(c!)? dmodulation) -> ()");
-  m.def("qk_norm_rope_forward(Tensor? qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, Tensor(a!)? q, Tensor(b!)? k) -> ()");
-  m.def("qk_norm_rope_backward(Tensor? dq, Tensor? dk, Tensor? dv, Tensor? qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, Tensor(a!)? dqkv, Tensor(b!)? dweights) -> ()");
+  m.def(
+      "gated_residual_modulate_forward(Tensor? x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, float eps, "
+      "Tensor(a!)? r, Tensor(b!)? y, Tensor(c!)? stats) -> ()");
+  m.def(
+      "gated_residual_modulate_backward(Tensor? dr, Tensor? dy, Tensor? r, Tensor? branch, Tensor? stats, Tensor? gate, Tensor? "
+      "scale, Tensor(a!)? dx, Tensor(b!)? dbranch, Tensor(c!)? dmodulation) -> ()");
+  m.def(
+      "qk_norm_rope_forward(Tensor? qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, Tensor(a!)? q, "
+      "Tensor(b!)? k) -> ()");
+  m.def(
+      "qk_norm_rope_backward(Tensor? dq, Tensor? dk, Tensor? dv, Tensor? qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
+      "Tensor? sin, float eps, Tensor(a!)? dqkv, Tensor(b!)? dweights) -> ()");
   m.def("swiglu_forward(Tensor? packed, Tensor(a!)? out) -> ()");
   m.def("swiglu_backward(Tensor? grad, Tensor? packed, Tensor(a!)? grad_packed) -> ()");
   m.def("flow_interpolate_forward(Tensor? x0, Tensor? noise, Tensor? t, Tensor(a!)? out) -> ()");
   m.def("flow_interpolate_backward(Tensor? grad, Tensor? t, Tensor(a!)? grad_x0, Tensor(b!)? grad_noise) -> ()");
-  m.def("flow_matching_loss_forward(Tensor? v, Tensor? x0, Tensor? noise, Tensor? weight, Tensor(a!)? loss, Tensor(b!)? error) -> ()");
+  m.def(
+      "flow_matching_loss_forward(Tensor? v, Tensor? x0, Tensor? noise, Tensor? weight, Tensor(a!)? loss, Tensor(b!)? error) -> "
+      "()");
   m.def("flow_matching_loss_backward(Tensor? grad, Tensor? error, Tensor? weight, Tensor(a!)? grad_v) -> ()");
   m.def("counter_random_forward(Tensor? ids, int key0, int key1, int stream, bool normal, Tensor(a!)? out) -> ()");
 }

@@ -33,4 +33,4 @@ inline void reduce_partials(const Scratch& partials, int64_t n, int64_t parts, i
   });
 }
 
-}  // namespace
+}  // namespace fastdit::FASTDIT_ISA

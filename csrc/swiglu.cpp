@@ -61,4 +61,4 @@ void swiglu_backward(View grad, View packed, View grad_packed) {
   backward<_Float16>(grad, packed, grad_packed);
 }
 
-}  // namespace
+}  // namespace fastdit::FASTDIT_ISA

@@ -16,6 +16,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace fastdit::FASTDIT_ISA {
 
@@ -45,12 +46,12 @@ struct Floats {
   }
 };
 
-#define LANEWISE(symbol)                                            \
-  INLINE Floats operator symbol(Floats a, const Floats& b) {        \
+#define LANEWISE(symbol)                                                    \
+  INLINE Floats operator symbol(Floats a, const Floats& b) {                \
     for (int i = 0; i < PARTS; i++) a.part[i] = a.part[i] symbol b.part[i]; \
-    return a;                                                       \
-  }                                                                 \
-  INLINE Floats& operator symbol##=(Floats& a, const Floats& b) { return a = a symbol b; }
+    return a;                                                               \
+  }                                                                         \
+  INLINE Floats& operator symbol##=(Floats & a, const Floats & b) { return a = a symbol b; }
 LANEWISE(+)
 LANEWISE(-)
 LANEWISE(*)
@@ -90,7 +91,9 @@ INLINE Floats load(const BFloat16* p) {
   v.part[0] = (Part)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
   return v;
 }
-INLINE void store(BFloat16* p, const Floats& v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v.part[0])); }
+INLINE void store(BFloat16* p, const Floats& v) {
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v.part[0]));
+}
 INLINE Floats load(const _Float16* p) {
   Floats v;
   v.part[0] = (Part)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -166,6 +169,17 @@ INLINE void store(T* p, const Floats& v, int64_t n) {
   memcpy(p, all, n * sizeof(T));
 }
 
+// Whole vectors, and the rest of a row.
+template <class T>
+INLINE Floats load_some(const T* p, int64_t n) {
+  return n >= LANES ? load(p) : load(p, n);
+}
+
+template <class T>
+INLINE void store_some(T* p, const Floats& v, int64_t n) {
+  n >= LANES ? store(p, v) : store(p, v, n);
+}
+
 template <class T>
 INLINE void read_as(const T* p, int64_t n, Floats* out) {
   int64_t i = 0;
@@ -193,6 +207,20 @@ INLINE void write(const View& t, int64_t offset, int64_t n, const Floats* in) {
   write_as((_Float16*)t.data + offset, n, in);
 }
 
+// The elements of a tensor as T, from element `offset` on.
+template <class T>
+INLINE T* pointer(const View& t, int64_t offset = 0) {
+  return (T*)t.data + offset;
+}
+
+// f(T{}) for the type T of the tensors, which must agree.
+template <class F>
+void with_type(Type type, const F& f) {
+  if (type == Type::bf16) return f(BFloat16{});
+  if (type == Type::fp32) return f(float{});
+  f(_Float16{});
+}
+
 INLINE float read_one(const View& t, int64_t offset) {
   if (t.type == Type::bf16) {
     const uint32_t bits = (uint32_t)((const BFloat16*)t.data)[offset].bits << 16;
@@ -203,19 +231,40 @@ INLINE float read_one(const View& t, int64_t offset) {
   return t.type == Type::fp32 ? ((const float*)t.data)[offset] : (float)((const _Float16*)t.data)[offset];
 }
 
+// The first n lanes; the others zero.
+INLINE Floats keep(const Floats& v, int64_t n) {
+  float all[LANES] = {};
+  memcpy(all, &v, n * sizeof(float));
+  return load(all);
+}
+
 // Pairwise: lane i and i + 8, then 4, 2, 1.
 INLINE float sum(const Floats& v) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256 low = _mm512_castps512_ps256((__m512)v.part[0]);
+  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v.part[0]), 1));
+#else
+  const __m256 low = (__m256)v.part[0], high = (__m256)v.part[1];
+#endif
+  const __m256 eight = _mm256_add_ps(low, high);
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#else
   float all[LANES];
   store(all, v);
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) all[i] += all[i + half];
   return all[0];
+#endif
 }
 
 // e^x within 2 units of the last place: 2^n times Taylor's polynomial of 2^f, |f| <= 1/2. Infinite above 88.7; below -87.3 it is 0
 // (AVX-512) or stops at 1.2e-38.
 INLINE Floats exp(Floats x) {
-  constexpr float LOG2E = 1.44269504f, C[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f};
+  constexpr float LOG2E = 1.44269504f,
+                  C[] = {1.5403530e-4f, 1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f};
   for (Part& part : x.part) {
 #if defined(__AVX512F__)
     const Part n = (Part)_mm512_roundscale_ps((__m512)(part * LOG2E), 8);
@@ -240,4 +289,4 @@ INLINE Floats exp(Floats x) {
 
 INLINE Floats sigmoid(const Floats& x) { return Floats(1.0f) / (Floats(1.0f) + exp(Floats(0.0f) - x)); }
 
-}  // namespace
+}  // namespace fastdit::FASTDIT_ISA

@@ -153,10 +153,11 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """r = x + gate·branch (adaLN-Zero, DiT, arXiv:2212.09748, section 3.2).
 
     x, branch [B,T,H]; gate [B,H], any strides. Returns r [B,T,H] in the dtype of x. Maths in fp32; gradients in the dtype of
-    each input. Raises ValueError for other shapes, integer tensors, tensors on two devices, and fp64 where the kernels run.
+    each input. Where x and branch differ in dtype, C++ leaves the work to the reference.
+    Raises ValueError for other shapes, integer tensors, tensors on two devices, and fp64 where the kernels run.
     """
     check_gated_residual("gated_residual", x, branch, gate)
     backend = choose_backend("gated_residual", x, branch, gate)
-    if backend == "reference":
+    if backend == "reference" or (backend == "cpp" and x.dtype != branch.dtype):
         return gated_residual_reference(x, branch, gate)
     return _GatedResidual.apply(x, branch, gate, backend)

@@ -253,7 +253,8 @@ def gated_residual_modulate(
     """r = x + gate·branch and y = LN(r)·(1 + scale) + shift: the end of one half of a block and the start of the next.
 
     x, branch [B,T,H]; gate, shift, scale [B,H], any strides. Returns (r, y), both [B,T,H] in the dtype of x. Maths and
-    statistics in fp32; gradients in the dtype of each input.
+    statistics in fp32; gradients in the dtype of each input. Where x and branch differ in dtype, C++ leaves the work to the
+    reference.
     Raises ValueError for other shapes, integer tensors, tensors on two devices, and where the kernels run for fp64 or a width
     over 8192.
     """
@@ -263,7 +264,7 @@ def gated_residual_modulate(
     check_shape(op, "shift", shift, tuple(gate.shape))
     check_shape(op, "scale", scale, tuple(gate.shape))
     backend = choose_backend(op, x, branch, gate, shift, scale)
-    if backend == "reference":
+    if backend == "reference" or (backend == "cpp" and x.dtype != branch.dtype):
         return gated_residual_modulate_reference(x, branch, gate, shift, scale, eps)
     check_width(op, x.shape[2])
     return _GatedResidualModulate.apply(x, branch, gate, shift, scale, eps, backend)
