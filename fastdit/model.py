@@ -8,6 +8,7 @@ differs between layers, because each would cost a recompile.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastdit import kernels
 from fastdit.attention import attention
@@ -122,11 +123,37 @@ class Attention(nn.Module):
         return self.out(attention(q, k, v, self.kind))
 
 
+class _LinearBf16(torch.autograd.Function):
+    """F.linear with a bias that oneDNN adds inside of the matmul. F.linear itself first copies the bias to every row of the result:
+    14.1 ms against 12.8 at 2048x384x3072 on two Zen 4 cores."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = dy.flatten(0, -2)
+        return dy @ weight, rows.T @ x.flatten(0, -2), rows.sum(0)
+
+
+class Linear(nn.Linear):
+    """nn.Linear, fast in bf16 on a CPU too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+            return _LinearBf16.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+
 class Mlp(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.width, 2 * config.hidden)  # (value | gate)
-        self.down = nn.Linear(config.hidden, config.width)
+        self.up = Linear(config.width, 2 * config.hidden)  # (value | gate)
+        self.down = Linear(config.hidden, config.width)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.down(kernels.swiglu(self.up(y)))

@@ -257,6 +257,7 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path, capsys):
 
 
 def test_a_backend_that_cannot_run_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastdit.kernels.dispatch.EXTENSION", None)  # as where no compiler was
     for name in ("cpp", "cuda"):
         monkeypatch.setattr("fastdit.kernels.dispatch._setting", name)
         monkeypatch.setenv("FASTDIT_KERNELS", name)
