@@ -67,6 +67,9 @@ Isa isa() {
   return found;
 }
 
+// Its place in kernels/library.py's INSTRUCTION_SETS.
+int64_t isa_number() { return (int64_t)isa(); }
+
 template <auto on_avx512, auto on_avx2, auto on_baseline>
 struct Op;
 template <class... P, void (*on_avx512)(P...), void (*on_avx2)(P...), void (*on_baseline)(P...)>
@@ -106,6 +109,11 @@ STABLE_TORCH_LIBRARY(fastdit_cpp, m) {
       "()");
   m.def("flow_matching_loss_backward(Tensor? grad, Tensor? error, Tensor? weight, Tensor(a!)? grad_v) -> ()");
   m.def("counter_random_forward(Tensor? ids, int key0, int key1, int stream, bool normal, Tensor(a!)? out) -> ()");
+  m.def("isa() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastdit_cpp, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&fastdit::isa_number));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdit_cpp, CPU, m) {

@@ -62,6 +62,7 @@ def _info(_: argparse.Namespace) -> None:
 
     from fastdit import kernels
     from fastdit.engine import deepspeed_config
+    from fastdit.kernels import library
     from fastdit.telemetry import check_backend, device_name, versions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,7 +70,8 @@ def _info(_: argparse.Namespace) -> None:
     for name, version in versions().items():
         print(f"{name:20} {version}")
     print(f"{'device':20} {device_name(device)}")
-    print(f"{'C++ extension':20} none in this version")
+    built = library.EXTENSION and f"built, runs {library.INSTRUCTION_SETS[library.cpp.isa()]}"
+    print(f"{'C++ extension':20} {built or 'not built: install again with a C++ compiler and FASTDIT_BUILD_EXT=1'}")
     zero = deepspeed_config(Config(), 1)["zero_optimization"]
     overlap = "with" if zero["overlap_comm"] else "without"
     print(f"{'default ZeRO':20} stage {zero['stage']} {overlap} overlap, buckets of {zero['reduce_bucket_size']:,} elements")

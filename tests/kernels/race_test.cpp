@@ -1,0 +1,112 @@
+// Drives every C++ kernel on std::thread, for ThreadSanitizer: torch's own OpenMP pool reports races that are none. Odd shapes, more
+// units than threads; the results of 1, 2 and 4 threads must be equal to the last bit. Built and run by launch/sanitize.sh with
+// FASTDIT_ISA set to the namespace under test.
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/ops.h"
+
+namespace fastdit {
+
+int threads = 1;
+
+void parallel_for(int64_t units, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+  std::vector<std::thread> pool;
+  for (int i = 0; i < threads; i++) pool.emplace_back([=] { body(units * i / threads, units * (i + 1) / threads, context); });
+  for (std::thread& thread : pool) thread.join();
+}
+
+}  // namespace fastdit
+
+using namespace fastdit;
+
+namespace {
+
+constexpr int64_t B = 3, T = 77, N = 3, D = 38, H = N * D, F = 83, W = 1027;
+
+// A contiguous tensor that owns its memory, at its exact size, filled with numbers from -1 to 1.
+struct Memory {
+  std::vector<char> bytes;
+  View view;
+
+  Memory(Type type, std::vector<int64_t> sizes, int64_t item = 0) {
+    view.type = type;
+    int64_t count = 1;
+    for (int i = (int)sizes.size() - 1; i >= 0; i--) view.size[i] = sizes[i], view.stride[i] = count, count *= sizes[i];
+    item = item ? item : type == Type::fp32 ? 4 : 2;
+    bytes.resize(count * item);
+    view.data = bytes.data();
+    for (int64_t i = 0; i < count; i++) {
+      const float value = ((i * 7919) % 2000) / 1000.0f - 1;
+      uint32_t bits;
+      memcpy(&bits, &value, 4);
+      if (item == 4) memcpy(&bytes[4 * i], &bits, 4);
+      if (item == 8) memcpy(&bytes[8 * i], &i, 8);
+      const uint16_t upper = bits >> 16;
+      if (item == 2) memcpy(&bytes[2 * i], &upper, 2);
+    }
+  }
+  operator View() const { return view; }
+};
+
+// What all kernels wrote, one after the other.
+std::vector<char> run(Type E) {
+  namespace ops = fastdit::FASTDIT_ISA;
+  const Type S = Type::fp32;
+  Memory x(E, {B, T, H}), branch(E, {B, T, H}), dy(E, {B, T, H}), gate(E, {B, H}), shift(E, {B, H}), scale(S, {B, H});
+  Memory y(E, {B, T, H}), r(E, {B, T, H}), stats(S, {2, B, T}), dx(E, {B, T, H}), dbranch(E, {B, T, H});
+  Memory sums1(E, {B, 1, H}), sums2(S, {B, 2, H}), sums3(S, {B, 3, H});
+  Memory qkv(E, {B, T, 3 * H}), weight(E, {D}), cos(S, {T, D / 2}), sin(S, {T, D / 2}), q(E, {B, T, N, D}), k(E, {B, T, N, D});
+  Memory dq(E, {B, N, T, D}), dqkv(E, {B, T, 3 * H}), dweights(E, {2, D});
+  Memory packed(E, {B * T, 2 * F}), out(E, {B * T, F}), dout(E, {B * T, F}), dpacked(E, {B * T, 2 * F});
+  Memory x0(E, {B, W}), noise(S, {B, W}), t(S, {B}), xt(E, {B, W}), dnoise(S, {B, W}), loss(S, {B}), error(E, {B, W}), dv(E, {B, W});
+  Memory ids(S, {B}, 8), uniform(S, {B, W}), normal(S, {B, W});
+  std::vector<char> all;
+  const auto keep = [&](std::initializer_list<Memory*> written) {
+    for (Memory* memory : written) all.insert(all.end(), memory->bytes.begin(), memory->bytes.end());
+  };
+  ops::modulate_forward(x, shift, scale, 1e-5, y, stats);
+  ops::modulate_backward(dy, x, stats, scale, dx, sums2);
+  keep({&y, &stats, &dx, &sums2});
+  ops::gated_residual_forward(x, branch, gate, r);
+  ops::gated_residual_backward(dy, branch, gate, dbranch, sums1);
+  keep({&r, &dbranch, &sums1});
+  ops::gated_residual_modulate_forward(x, branch, gate, shift, scale, 1e-5, r, y, stats);
+  ops::gated_residual_modulate_backward(dy, dy, r, branch, stats, gate, scale, dx, dbranch, sums3);
+  keep({&r, &y, &stats, &dx, &dbranch, &sums3});
+  ops::gated_residual_modulate_backward(View{}, dy, r, branch, stats, gate, scale, dx, dbranch, sums3);
+  keep({&dx, &dbranch, &sums3});
+  ops::qk_norm_rope_forward(qkv, weight, weight, cos, sin, 1e-6, q, k);
+  ops::qk_norm_rope_backward(dq, dq, dq, qkv, weight, weight, cos, sin, 1e-6, dqkv, dweights);
+  keep({&q, &k, &dqkv, &dweights});
+  ops::swiglu_forward(packed, out);
+  ops::swiglu_backward(dout, packed, dpacked);
+  keep({&out, &dpacked});
+  ops::flow_interpolate_forward(x0, noise, t, xt);
+  ops::flow_interpolate_backward(xt, t, dv, dnoise);
+  keep({&xt, &dv, &dnoise});
+  ops::flow_matching_loss_forward(xt, x0, noise, t, loss, error);
+  ops::flow_matching_loss_backward(t, error, View{}, dv);
+  keep({&loss, &error, &dv});
+  ops::counter_random_forward(ids, 1, 2, 3, false, uniform);
+  ops::counter_random_forward(ids, 1, 2, 3, true, normal);
+  keep({&uniform, &normal});
+  return all;
+}
+
+}  // namespace
+
+int main() {
+  for (const Type type : {Type::fp32, Type::bf16, Type::fp16}) {
+    threads = 1;
+    const std::vector<char> expected = run(type);
+    for (const int count : {2, 4}) {
+      threads = count;
+      if (run(type) != expected) return fprintf(stderr, "type %d: %d threads give other bits than 1\n", (int)type, count), 1;
+    }
+  }
+  printf("1, 2 and 4 threads: %s\n", "the same bits");
+}
