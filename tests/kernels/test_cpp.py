@@ -1,4 +1,4 @@
-"""The C++ kernels: equal bits on a rerun and on any number of threads, close ones on other instruction sets, no sanitizer complains."""
+"""The C++ kernels: equal bits on a rerun and on any number of threads, close ones on other instruction sets, sanitizers silent."""
 
 import os
 import shutil
