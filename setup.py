@@ -87,6 +87,7 @@ setup(
     python_requires=">=3.10",
     packages=["fastdit", "fastdit.data", "fastdit.kernels"],
     package_dir={"fastdit.kernels": "kernels"},
+    package_data={"fastdit.data": ["imagenet_classes.txt"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
     install_requires=[
@@ -98,6 +99,7 @@ setup(
         "wandb>=0.20",
         "safetensors",
         "numpy",
+        "scipy",  # reads ImageNet's meta.mat
         "pillow",
         "matplotlib",
         "pyyaml",
@@ -106,7 +108,8 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         # pytest-benchmark 5.3 installs a fork over the files of py-cpuinfo, which deepspeed needs
-        "test": ["pytest", "pytest-benchmark<5.3", "ruff==0.17.6", "wheel"],
+        # scikit-image and scikit-learn carry the photographs that the tests make archives of
+        "test": ["pytest", "pytest-benchmark<5.3", "ruff==0.17.6", "wheel", "scikit-image", "scikit-learn"],
     },
     entry_points={"console_scripts": ["fastdit = fastdit.cli:main"]},
 )

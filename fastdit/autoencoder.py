@@ -3,6 +3,8 @@
 Images are fp32 [B,3 or 1,S,S] in [-1,1]; latents fp32 [B,c,s,s] in the model's own scale.
 """
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ class KL:
         except (OSError, ValueError) as error:
             first = str(error).strip().split("\n")[0]
             raise InputError(f"data.autoencoder={source} is neither 'pixels' nor a diffusers AutoencoderKL: {first}") from error
-        self.vae = vae.to(device).requires_grad_(False).eval()
+        self.vae = vae.float().to(device).requires_grad_(False).eval()
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         if image_size % factor:
             raise InputError(f"data.image_size={image_size} must be a multiple of {factor}, the factor of {source}")
@@ -43,11 +45,38 @@ class KL:
         self.scale, self.shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
         self.needs_noise = True
 
+    def sha256(self) -> str:
+        """A hash of the weights as they were loaded, in fp32."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def for_encoding(self, dtype: torch.dtype) -> "KL":
+        """The same, set up to encode many images: in `dtype`, channels last, compiled on CUDA."""
+        self.vae = self.vae.to(dtype=dtype, memory_format=torch.channels_last)
+        if self.vae.device.type == "cuda":
+            self.vae.encoder.compile(dynamic=False)
+        return self
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """[B,2,c,s,s]: mean and log-variance of the posterior. Grey images are taken as RGB."""
+        images = images.expand(-1, 3, -1, -1).to(self.vae.dtype)
+        if self.vae.dtype == torch.bfloat16:  # torch's bf16 convolutions are fast in this layout only
+            images = images.contiguous(memory_format=torch.channels_last)
+        posterior = self.vae.encode(images).latent_dist
+        return torch.stack((posterior.mean, posterior.logvar), dim=1)
+
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor) -> Tensor:
-        """A posterior sample, mean + std·noise; noise fp32 [B,c,s,s]. Grey images are taken as RGB."""
-        posterior = self.vae.encode(images.expand(-1, 3, -1, -1).to(self.vae.dtype)).latent_dist
-        return (posterior.mean.float() + posterior.std.float() * noise - self.shift) * self.scale
+        """A posterior sample, mean + std·noise; noise fp32 [B,c,s,s]."""
+        return self.draw(self.moments(images), noise)
+
+    def draw(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """A posterior sample of moments [B,2,c,s,s] in the model's own scale; noise fp32 [B,c,s,s]."""
+        mean, logvar = moments.float().unbind(1)
+        return (mean + torch.exp(0.5 * logvar) * noise - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -55,10 +84,35 @@ class KL:
         return self.vae.decode((latents / self.scale + self.shift).to(self.vae.dtype)).sample.float().clamp(-1, 1)
 
 
-def load(data: DataConfig, model: ModelConfig, image_channels: int, device: torch.device) -> Pixels | KL:
-    """The codec of a run. Raises InputError when it does not fit the model's input."""
+class CachedKL(KL):
+    """The autoencoder of cached latents: what it is given to encode are moments already."""
+
+    def __init__(self, source: str, manifest: dict, device: torch.device) -> None:
+        """manifest: of the latents. Raises InputError when they were made with other weights."""
+        super().__init__(source, manifest["image_size"], device)
+        if self.sha256() != manifest["autoencoder_sha256"]:
+            raise InputError(
+                f"data.autoencoder={source} is not the one that the latents were made with, {manifest['autoencoder']} "
+                f"(SHA-256 {manifest['autoencoder_sha256'][:12]}…): set data.autoencoder to that one, or encode again"
+            )
+
+    def encode(self, images: Tensor, noise: Tensor) -> Tensor:
+        """A posterior sample; images: moments [B,2,c,s,s]."""
+        return self.draw(images, noise)
+
+
+def load(
+    data: DataConfig, model: ModelConfig, image_channels: int, device: torch.device, manifest: dict | None = None
+) -> Pixels | KL:
+    """The codec of a run; manifest: of the cached latents that it trains on. Raises InputError when it does not fit the model."""
+    if data.autoencoder == "pixels" and manifest:
+        raise InputError(
+            f"data.source={data.source} holds latents: set data.autoencoder={manifest['autoencoder']}, which they were made with"
+        )
     if data.autoencoder == "pixels":
         codec = Pixels(image_channels, data.image_size)
+    elif manifest:
+        codec = CachedKL(data.autoencoder, manifest, device)
     else:
         codec = KL(data.autoencoder, data.image_size, device)
     if (codec.channels, codec.size) != (model.in_channels, model.input_size):

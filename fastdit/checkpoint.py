@@ -47,7 +47,11 @@ def flush(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write to, which replaces `path` whole at the end of the block: fsync, rename."""
     temporary = path.with_name(f".tmp-{path.name}")
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     flush(temporary)
     temporary.replace(path)
     flush(path.parent)
@@ -139,7 +143,7 @@ def _check_same_run(folder: Path, saved: Config, wanted: Config) -> None:
     random numbers or cuts the optimizer's state."""
     fixed = {
         "model": [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("preset", "attention")],
-        "data": ["source", "image_size", "autoencoder", "flip"],
+        "data": ["source", "image_size", "autoencoder", "flip", "crop"],
         "train": ["seed", "batch_size", "accumulation", "precision"],
         "zero": ["stage"],
     }

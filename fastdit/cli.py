@@ -1,4 +1,4 @@
-"""The command line: fastdit train | sample | import-base | info. Bad input ends with one sentence and exit code 2."""
+"""The command line. Bad input ends with one sentence and exit code 2."""
 
 import argparse
 import os
@@ -17,6 +17,27 @@ def _tune_allocator() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from fastdit.data.prepare import describe, prepare
+
+    path = lambda text: Path(text) if text else None
+    sources = [Path(source) for source in arguments.sources]
+    print(describe(prepare(sources, path(arguments.out), path(arguments.val), path(arguments.devkit), arguments.verify)))
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    from fastdit.data.encode import encode
+
+    manifest = encode(
+        Path(arguments.index), Path(arguments.out), arguments.autoencoder, arguments.image_size, arguments.dtype,
+        arguments.batch_size, arguments.split, arguments.max_bad_files, arguments.device,
+    )  # fmt: skip
+    if os.environ.get("RANK", "0") == "0":
+        size = sum(file["bytes"] for file in manifest["files"].values())
+        print(f"latents: {arguments.out} ({manifest['images']:,} images and their mirror images, {size / 2**30:.2f} GiB)")
+        print(f"train on them with data.source={arguments.out} data.autoencoder={arguments.autoencoder} data.flip=true")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -99,6 +120,46 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="print the resolved config as YAML and stop")
     train.set_defaults(run=_train)
 
+    prepare = commands.add_parser(
+        "prepare",
+        help="index archives or folders of images where they lie",
+        description="Make the index of a data set, in place: nothing is unpacked or copied. A run that was killed goes on where it "
+        "stopped. Images that cannot be decoded are left out and listed in bad_files.csv.",
+        epilog="example: fastdit prepare ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar "
+        "--devkit ILSVRC2012_devkit_t12.tar.gz",
+    )
+    prepare.add_argument(
+        "sources", nargs="+", metavar="SOURCE",
+        help="ImageNet's train archive, a folder of class folders, or tars of images (class: the folder in the path, or a .cls or "
+        ".json file beside the image); of a folder of tars, all",
+    )  # fmt: skip
+    prepare.add_argument("--out", metavar="INDEX", help="the index' folder (default: SOURCE.index, beside the source)")
+    prepare.add_argument("--val", metavar="SOURCE", help="validation images: ImageNet's archive (with --devkit), or as SOURCE")
+    prepare.add_argument(
+        "--devkit", metavar="TAR.GZ", help="ILSVRC2012_devkit_t12.tar.gz: classes of the validation archive, class names"
+    )
+    prepare.add_argument("--verify", action="store_true", help="first compare the archives with ImageNet's published MD5 sums")
+    prepare.set_defaults(run=_prepare)
+
+    encode = commands.add_parser(
+        "encode",
+        help="encode an index' images to latents",
+        description="Encode every image of an index, as it is and mirrored, to the mean and log-variance of an autoencoder's "
+        "latents. Works alone and under torchrun; a run that was killed goes on where it stopped.",
+        epilog="example: torchrun --nproc_per_node 8 -m fastdit.cli encode imagenet.index --autoencoder stabilityai/sd-vae-ft-ema "
+        "--out latents256",
+    )
+    encode.add_argument("index", metavar="INDEX", help="what `fastdit prepare` made")
+    encode.add_argument("--out", required=True, metavar="DIR", help="the folder of the latents")
+    encode.add_argument("--autoencoder", required=True, metavar="ID", help="folder or hub id of a diffusers AutoencoderKL")
+    encode.add_argument("--image-size", type=int, default=256, metavar="N", help="pixels, square (default: %(default)s)")
+    encode.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the autoencoder (default: %(default)s)")
+    encode.add_argument("--batch-size", type=int, default=32, metavar="N", help="images a rank (default: %(default)s)")
+    encode.add_argument("--split", choices=("train", "val"), default="train", help="default: %(default)s")
+    encode.add_argument("--max-bad-files", type=int, default=10, metavar="N", help="one more ends the run (default: %(default)s)")
+    encode.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA when there is one")
+    encode.set_defaults(run=_encode)
+
     sample = commands.add_parser("sample", help="draw images from a checkpoint")
     sample.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a run's folder (its newest checkpoint) or a checkpoint's"
@@ -108,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="classes",
         default="all",
         metavar="IDS",
-        help="class ids such as 3 or 207,360, or all (default: %(default)s)",
+        help='class ids or names such as 207,360 or "golden retriever,otter", or all (default: %(default)s)',
     )
     sample.add_argument("--per-class", type=int, default=1, metavar="N", help="images a class (default: %(default)s)")
     sample.add_argument("--steps", type=int, metavar="N", help="solver steps (default: the run's)")
@@ -148,7 +209,7 @@ def main(words: list[str] | None = None) -> int:
     # argparse takes no positional after an option behind a `nargs="*"`: overrides may come there all the same
     arguments, rest = parser.parse_known_args(words)
     arguments.overrides = rest
-    if words is None and arguments.command in ("train", "sample"):
+    if words is None and arguments.command in ("train", "sample", "encode"):
         _tune_allocator()
     if rest and (arguments.command != "train" or any(word.startswith("-") or "=" not in word for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -91,13 +91,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "mnist5k"  # the built-in digits
+    source: str = "mnist5k"  # the built-in digits | an index | latents | an archive or folder, which gets an index first
     image_size: int = 32  # pixels, square
     autoencoder: str = "pixels"  # pixels | a local folder or hub id of a diffusers AutoencoderKL
     flip: bool = False  # mirror each image with probability 1/2 (never for digits)
+    crop: str = "center"  # center: resize the short side, cut out the middle | random: torchvision's RandomResizedCrop
+    threads: int | None = None  # of DALI, a rank; none: the cores shared by the node's ranks
+    max_bad_files: int = 10  # that cannot be decoded, a rank: one more ends the run
+    resident: str = "auto"  # latents in the device's memory: true | false | auto, when they take less than a tenth of what is free
 
     def __post_init__(self) -> None:
-        _at_least("data", self, "image_size", 1)
+        for key, limit in (("image_size", 1), ("max_bad_files", 0)):
+            _at_least("data", self, key, limit)
+        if self.threads is not None:
+            _at_least("data", self, "threads", 1)
+        _one_of("data", self, "crop", ("center", "random"))
+        _one_of("data", self, "resident", ("auto", "true", "false"))
 
 
 @dataclass(frozen=True)
@@ -225,10 +234,10 @@ def _at_least(section: str, config: object, key: str, limit: float) -> None:
 def _one_of(section: str, config: object, key: str, choices: tuple) -> None:
     value = getattr(config, key)
     if value not in choices:
-        raise InputError(f"{section}.{key}={value} is unknown: {_nearest(str(value), [str(c) for c in choices])}")
+        raise InputError(f"{section}.{key}={value} is unknown: {nearest(str(value), [str(c) for c in choices])}")
 
 
-def _nearest(name: str, choices: list[str]) -> str:
+def nearest(name: str, choices: list[str]) -> str:
     close = difflib.get_close_matches(name, choices, n=1)
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"
 
@@ -244,8 +253,8 @@ def _convert(key: str, value: object, hint: object) -> object:
             value = float(value)
     if kind is float and type(value) is int:
         value = float(value)
-    if kind is str and type(value) in (int, float):
-        value = str(value)
+    if kind is str and type(value) in (int, float, bool):
+        value = str(value).lower() if type(value) is bool else str(value)
     if kind is float and type(value) is float and not math.isfinite(value):
         raise InputError(f"{key}={value} must be finite")
     if type(value) is not kind:
@@ -260,7 +269,7 @@ def from_dict(values: dict) -> Config:
     given: dict[str, dict] = {}
     for section, entries in values.items():
         if section not in sections:
-            raise InputError(f"config section {section!r} is unknown: {_nearest(str(section), list(sections))}")
+            raise InputError(f"config section {section!r} is unknown: {nearest(str(section), list(sections))}")
         entries = {} if entries is None else entries  # a section whose keys are all commented out
         if not isinstance(entries, dict):
             raise InputError(f"config section {section!r} holds {entries!r}, but it must hold keys with values")
@@ -268,12 +277,12 @@ def from_dict(values: dict) -> Config:
         for key, value in entries.items():
             if key not in hints:
                 names = [f"{section}.{name}" for name in hints]
-                raise InputError(f"config key {section}.{key} is unknown: {_nearest(f'{section}.{key}', names)}")
+                raise InputError(f"config key {section}.{key} is unknown: {nearest(f'{section}.{key}', names)}")
             given.setdefault(section, {})[key] = _convert(f"{section}.{key}", value, hints[key])
     model = given.setdefault("model", {})
     name = model.get("preset", ModelConfig.preset)
     if name not in PRESETS:
-        raise InputError(f"model.preset={name} is unknown: {_nearest(name, list(PRESETS))}")
+        raise InputError(f"model.preset={name} is unknown: {nearest(name, list(PRESETS))}")
     given["model"] = {**PRESETS[name], **model}
     return Config(**{section: sections[section](**entries) for section, entries in given.items()})
 

@@ -22,6 +22,7 @@ class Stream(IntEnum):
     POSTERIOR = 3
     FLIP = 4
     SAMPLE = 5
+    CROP = 6
 
 
 def sample_ids(step: int, first: int, count: int, device: torch.device) -> Tensor:

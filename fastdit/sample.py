@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastdit import autoencoder, checkpoint, kernels, samplers
-from fastdit.config import Config, InputError, SampleConfig
+from fastdit.config import Config, InputError, SampleConfig, nearest
+from fastdit.data.classes import imagenet_names
 from fastdit.engine import World
 from fastdit.flow import Stream
 from fastdit.telemetry import progress_bar
@@ -78,19 +79,36 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         picture.save(temporary, format="PNG")
 
 
-def parse_classes(text: str, num_classes: int) -> list[int]:
-    """ "3", "207,360" or "all" as class ids. Raises InputError for anything else or an id out of range."""
+def _class_of_name(name: str, names: list[str]) -> int:
+    """The class one of whose names (ImageNet's have several, "tench, Tinca tinca") is `name`. Raises InputError."""
+    ids: dict[str, list[int]] = {}
+    for i, synonyms in enumerate(names):
+        for synonym in synonyms.lower().split(", "):
+            ids.setdefault(synonym, []).append(i)
+    found = ids.get(name.lower(), [])
+    if len(found) != 1:
+        fix = f"it names classes {' and '.join(map(str, found))}: give the id" if found else nearest(name.lower(), list(ids))
+        raise InputError(f"--class {name!r} is not one class of this model: {fix}")
+    return found[0]
+
+
+def parse_classes(text: str, num_classes: int, names: list[str] | None = None) -> list[int]:
+    """ "3", "207,360", "golden retriever,otter" or "all" as class ids. names: of the classes, where they are known.
+
+    Raises InputError for anything else or an id out of range.
+    """
     if text == "all":
         return list(range(num_classes))
     classes = []
-    for part in text.split(","):
-        try:
-            value = int(part)
-        except ValueError as error:
-            raise InputError(f"--class {text!r} must be 'all' or class ids such as 3 or 207,360") from error
-        if not 0 <= value < num_classes:
-            raise InputError(f"--class {value} is out of range: this model's classes are 0 to {num_classes - 1}")
-        classes.append(value)
+    for part in map(str.strip, text.split(",")):
+        if part.lstrip("-").isdecimal():
+            if not 0 <= int(part) < num_classes:
+                raise InputError(f"--class {part} is out of range: this model's classes are 0 to {num_classes - 1}")
+            classes.append(int(part))
+        elif names:
+            classes.append(_class_of_name(part, names))
+        else:
+            raise InputError(f"--class {text!r} must be 'all' or class ids such as 3 or 207,360")
     return classes
 
 
@@ -123,9 +141,10 @@ def run(
         raise InputError(f"--per-class {per_class} must be at least 1")
     if not 0 <= seed < 2**64:
         raise InputError(f"--seed {seed} must be at least 0 and below 2^64")
-    model, config, _ = checkpoint.load_model(path, weights, device)
+    model, config, state = checkpoint.load_model(path, weights, device)
+    names = state.get("class_names") or (imagenet_names() if config.model.num_classes == 1000 else None)
     sampling = SampleConfig(**{**config.to_dict()["sample"], **overrides})
-    chosen = parse_classes(classes, config.model.num_classes)
+    chosen = parse_classes(classes, config.model.num_classes, names)
     for target in (out, npz):
         if target is not None:
             check_writable(target)
@@ -150,4 +169,7 @@ def run(
     if npz is not None:
         with checkpoint.replacing(npz) as temporary, temporary.open("wb") as file:
             np.savez(file, arr_0=images, arr_1=labels.cpu().numpy())
+    if names:
+        known = ", ".join(f"{i} ({names[i].split(', ')[0]})" for i in chosen[:SHOWN] if i < len(names))
+        print(f"classes: {known}{', …' * (len(chosen) > SHOWN)}")
     return config

@@ -12,9 +12,8 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from fastdit import autoencoder, checkpoint, engine, flow, kernels, sample, telemetry
+from fastdit import autoencoder, checkpoint, data, engine, flow, kernels, sample, telemetry
 from fastdit.config import Config, InputError
-from fastdit.data import builtin
 from fastdit.ema import ShardedEma, gather
 from fastdit.model import DiT
 
@@ -77,8 +76,10 @@ def train(config: Config) -> Path:
             print(f"already trained to step {state['step']} in {resume_from}: nothing to do (raise train.total_steps to go on)")
         return resume_from.parent.parent
     engine.together(world, lambda: telemetry.check_wandb(config))
-    loader = engine.together(world, lambda: builtin.load(config, world))
-    codec = engine.together(world, lambda: autoencoder.load(config.data, config.model, loader.channels, world.device))
+    place = engine.together(world, lambda: data.locate(config), everywhere=False)
+    loader = engine.together(world, lambda: data.load(config, place, world))
+    manifest = getattr(loader, "manifest", None)
+    codec = engine.together(world, lambda: autoencoder.load(config.data, config.model, loader.channels, world.device, manifest))
     run = Path(config.train.out) / config.train.name
     lock = engine.together(world, lambda: _lock_run_folder(run) if world.rank == 0 else None)
     Trainer(config, world, loader, codec, run, resume_from, state).loop()
@@ -145,7 +146,7 @@ class Trainer:
         settings, codec = self.config.train, self.codec
         for micro in range(settings.accumulation):
             images, labels = self.loader.batch(step, micro)
-            ids = flow.sample_ids(step, self.loader.first_index(micro), settings.batch_size, self.world.device)
+            ids = flow.sample_ids(step, self.loader.order.first_index(micro), settings.batch_size, self.world.device)
             noise = None
             if codec.needs_noise:
                 shape = (codec.channels, codec.size, codec.size)
@@ -162,7 +163,7 @@ class Trainer:
         dist.all_reduce(self.loss_sum)
         loss = self.loss_sum.item() / (self.summed_steps * self.config.train.accumulation * self.world.size)
         norm = float(self.engine.get_global_grad_norm())
-        self.log.write(done, epoch=round(done / self.loader.steps_per_epoch, 4), loss=loss, lr=lr, grad_norm=norm)
+        self.log.write(done, epoch=round(done / self.loader.order.steps_per_epoch, 4), loss=loss, lr=lr, grad_norm=norm)
         if not math.isfinite(loss):
             raise self._diverged(f"the mean loss of steps {done - self.summed_steps + 1} to {done} is {loss}")
         self.loss_sum.zero_()
@@ -177,7 +178,10 @@ class Trainer:
         dist.all_reduce(finite, dist.ReduceOp.MIN)
         if not finite.item():
             raise self._diverged(f"the loss or the weights at step {done} are not finite")
-        state = {"step": done, "summed_steps": self.summed_steps, "wandb_id": self.log.wandb_id, "versions": telemetry.versions()}
+        state = {
+            "step": done, "summed_steps": self.summed_steps, "wandb_id": self.log.wandb_id, "versions": telemetry.versions(),
+            "class_names": self.loader.class_names,
+        }  # fmt: skip
         checkpoint.save(self.run / "checkpoints", self.engine, self.ema, self.config, state, self.loss_sum, self.world)
 
     def _draw(self, done: int) -> None:

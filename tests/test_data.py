@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastdit import data
 from fastdit.config import InputError, from_dict
 from fastdit.data import builtin
 from fastdit.engine import World
@@ -63,7 +64,7 @@ def test_ranks_and_micro_steps_share_out_the_same_global_batch():
         parts = {}
         for r in ranks:
             for micro in (0, 1):
-                parts[r.first_index(micro)] = r.batch(step, micro)
+                parts[r.order.first_index(micro)] = r.batch(step, micro)
         together = [torch.cat([parts[first][i] for first in sorted(parts)]) for i in (0, 1)]
         assert torch.equal(together[0], whole.batch(step, 0)[0]) and torch.equal(together[1], whole.batch(step, 0)[1])
 
@@ -81,7 +82,6 @@ def test_flip_mirrors_half_of_the_images_by_name():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"data": {"source": "nowhere/imagenet.tar"}}, ["nowhere/imagenet.tar", "mnist5k"]),
         ({"data": {"image_size": 64}}, ["data.image_size=64", "32"]),
         ({"model": {"num_classes": 5}}, ["model.num_classes=5", "9"]),
         ({"train": {"batch_size": 5000}}, ["5000", "4500", "train.batch_size"]),
@@ -91,3 +91,8 @@ def test_wrong_data_is_one_sentence(given, words):
     with pytest.raises(InputError) as error:
         builtin.load(from_dict(given), world())
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_source_that_is_not_there_is_one_sentence():
+    with pytest.raises(InputError, match=r"data.source=nowhere/imagenet.tar is neither 'mnist5k' nor there"):
+        data.locate(from_dict({"data": {"source": "nowhere/imagenet.tar"}}))

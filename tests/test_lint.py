@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HOT = ["train.py", "engine.py", "flow.py", "samplers.py", "ema.py", "model.py", "attention.py", "autoencoder.py", "data/builtin.py"]
+HOT = ["train.py", "engine.py", "flow.py", "samplers.py", "ema.py", "model.py", "attention.py", "autoencoder.py"]
+HOT += [f"data/{name}.py" for name in ("builtin", "order", "loader", "latents", "transfer")]
 FILES = [ROOT / "fastdit" / name for name in HOT] + sorted((ROOT / "kernels").glob("*.py"))
 
 METHODS = {"item", "cpu", "tolist", "numpy", "cuda", "synchronize"}  # read or move device data on the host's time
@@ -20,6 +21,10 @@ ALLOWED = {
     ("train.py", "_save"): {"item"},  # once in save_steps
     ("train.py", "train"): {"print"},  # a finished run says so and ends
     ("engine.py", "initialize"): {"cpu"},  # once, before the first step
+    ("autoencoder.py", "sha256"): {"cpu", "numpy"},  # once, before the first step
+    ("order.py", "random_crops"): {"numpy"},  # on the host, in the threads that read ahead
+    ("loader.py", "_cut"): {"numpy"},
+    ("latents.py", "_fill"): {"numpy"},
     ("model.py", "make_frequencies"): {"torch.tensor"},  # at construction
     ("qk_norm_rope.py", "qk_norm_rope_forward_kernel"): {NARROW},  # which of q and k: compared, never an offset
     ("qk_norm_rope.py", "qk_norm_rope_backward_kernel"): {NARROW},  # which of q, k and v
@@ -66,6 +71,12 @@ def offences(source):
 def test_hot_code_neither_waits_nor_races(file):
     found = [o for o in offences(file.read_text()) if o[1] not in ALLOWED.get((file.name, o[0]), ())]
     assert not found
+
+
+def test_dalis_memory_becomes_torchs_in_one_place():
+    """It is used again while DALI runs ahead: nobody else may take a batch from it."""
+    users = [f.name for f in (ROOT / "fastdit").rglob("*.py") if "feed_ndarray" in (text := f.read_text()) or "dlpack" in text]
+    assert users == ["loader.py"]
 
 
 @pytest.mark.parametrize(

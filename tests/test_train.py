@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import autoencoders
 import hot_loop
 from fastdit import autoencoder, checkpoint, cli
 from fastdit.config import InputError, parse
@@ -85,15 +86,7 @@ def test_samples_from_the_command_line(trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny_autoencoder(tmp_path_factory):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae")
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    AutoencoderKL(block_out_channels=[4, 8], norm_num_groups=4, latent_channels=4, scaling_factor=0.5, **blocks).save_pretrained(
-        folder
-    )
-    return folder
+    return autoencoders.tiny(tmp_path_factory.mktemp("vae"))
 
 
 def test_autoencoder_is_a_posterior_sample_times_the_scaling_factor(tiny_autoencoder):

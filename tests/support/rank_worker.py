@@ -58,7 +58,7 @@ def main(stage: int, precision: str) -> None:
         for micro in range(config.train.accumulation):
             with hot_loop.HotLoopGuard() as guard:
                 images, labels = loader.batch(step, micro)
-                ids = flow.sample_ids(step, loader.first_index(micro), 4, world.device)
+                ids = flow.sample_ids(step, loader.order.first_index(micro), 4, world.device)
                 loss = flow.losses(ds, config.flow, 10, images, labels, 0, ids).mean()
                 ds.backward(loss)
             micro_syncs.append(guard.syncs)

@@ -1,0 +1,53 @@
+"""The names of ImageNet's 1000 classes, and what its development kit knows of them and of the validation images."""
+
+import io
+import re
+import tarfile
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+from fastdit.config import InputError
+
+WNID = re.compile(r"n\d{8}")
+FIRST, LAST = "n01440764", "n15075141"  # of the 1000 wnids of ILSVRC 2012, sorted
+
+
+class Devkit(NamedTuple):
+    """names: of each wnid; val: the wnid of each validation image, in the order of their numbers."""
+
+    names: dict[str, str]
+    val: list[str]
+
+
+def imagenet_names() -> list[str]:
+    """The 1000 names in the order of the sorted wnids: label 0 is "tench, Tinca tinca"."""
+    return resources.files("fastdit.data").joinpath("imagenet_classes.txt").read_text().splitlines()
+
+
+def are_imagenet(classes: list[str]) -> bool:
+    """Whether class ids are the 1000 wnids of ILSVRC 2012."""
+    return len(classes) == 1000 and (classes[0], classes[-1]) == (FIRST, LAST) and all(map(WNID.fullmatch, classes))
+
+
+def read_devkit(path: Path) -> Devkit:
+    """ILSVRC2012_devkit_t12.tar.gz: data/meta.mat and data/ILSVRC2012_validation_ground_truth.txt. Raises InputError."""
+    import scipy.io
+
+    wanted = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                base = member.name.rpartition("/")[2]
+                if base in wanted and member.isreg():
+                    wanted[base] = tar.extractfile(member).read()
+        if not all(wanted.values()):
+            raise ValueError("they are not in there")
+        synsets = scipy.io.loadmat(io.BytesIO(wanted["meta.mat"]), squeeze_me=True)["synsets"]
+        leaves = {int(s["ILSVRC2012_ID"]): (str(s["WNID"]), str(s["words"])) for s in synsets if s["num_children"] == 0}
+        truth = [leaves[int(line)][0] for line in wanted["ILSVRC2012_validation_ground_truth.txt"].split()]
+    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--devkit {path} is not ILSVRC2012_devkit_t12.tar.gz with its meta.mat and ground truth: {error}"
+        ) from error
+    return Devkit(dict(leaves.values()), truth)

@@ -1,0 +1,424 @@
+"""`fastdit prepare`: archives and folders of images -> an index, in place.
+
+A source is ImageNet's train archive (a tar of one tar a class), a folder of class folders, or tars of images whose class stands in
+a .cls or .json file beside the image (webdataset) or is the folder they lie in. It is cut into units (an inner tar, a class folder,
+a tar), and each unit into parts of PART images; a part that was scanned is written to <index>/.parts at once, so that a run that
+was killed goes on from there.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import mmap
+import os
+import re
+import shutil
+import struct
+import sys
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from fastdit.checkpoint import write_atomically
+from fastdit.config import InputError
+from fastdit.data import classes as imagenet
+from fastdit.data.index import FILE, FORMAT, Source, is_index, record, save_array
+from fastdit.telemetry import progress_bar
+
+PART = 4096  # images
+SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF"}  # that both Pillow and DALI decode
+LABEL_KEYS = ("label", "cls", "class", "class_id")  # of a .json beside an image
+IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000}
+# as torchvision lists them
+IMAGENET_MD5 = {
+    "train": "1d675b47d978889d74fa0da5fadfb00e",
+    "val": "29b22e2961454d5413ddabcf34fc5622",
+    "devkit": "fa75699e90414af021442c21a62c3abf",
+}
+
+
+class BadImage(Exception):
+    """An image that cannot be used, and why."""
+
+
+class Found(NamedTuple):
+    """An image that was found: its name, byte offset and length, pixels and class."""
+
+    name: str
+    offset: int
+    bytes: int
+    height: int
+    width: int
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A tar, from byte `start` of a source on, or a class folder."""
+
+    source: int
+    start: int
+    weight: int  # in the progress bar: bytes, or 1 for a folder
+    label: str | None  # of all its images
+
+
+class Part(NamedTuple):
+    """Some images of a unit; `next`: where the next part begins, None after the last."""
+
+    images: list[Found]
+    bad: list[tuple[str, str]]
+    next: int | None
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) from a JPEG's frame header (ITU T.81, B.2.2), None where there is none or it is no JPEG."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return struct.unpack(">HH", data[at + 5 : at + 9])
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def measure(data: bytes) -> tuple[int, int]:
+    """(height, width) of an encoded image. A JPEG with a frame header and an end marker is taken at its word; everything else is
+    decoded in full. Raises BadImage."""
+    if not data:
+        raise BadImage("the file is empty")
+    size = jpeg_size(data)
+    return size if size and 0 not in size and data[-2:] == b"\xff\xd9" else decode(data)
+
+
+def decode(data: bytes) -> tuple[int, int]:
+    """(height, width) of an image, decoded in full. Raises BadImage."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format not in FORMATS:
+                raise BadImage(f"{image.format} images cannot be read")
+            image.load()
+            return image.height, image.width
+    except Image.UnidentifiedImageError as error:
+        raise BadImage("it is no image") from error
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise BadImage(" ".join(str(error).split())) from error
+
+
+def _label_beside(member: tarfile.TarInfo, data: bytes) -> str | None:
+    """The class in a .cls (text) or .json file beside an image."""
+    if member.name.endswith(".cls"):
+        return data.decode().strip()
+    found = json.loads(data)
+    return next((str(found[key]) for key in LABEL_KEYS if isinstance(found, dict) and key in found), None)
+
+
+def _samples(tar: tarfile.TarFile, path: str) -> Iterator[list[tarfile.TarInfo]]:
+    """Runs of files that share their name up to its first dot: an image and what lies beside it. Raises InputError for a tar that
+    is damaged or ends too soon."""
+    run: list[tarfile.TarInfo] = []
+    key = last = None
+    while True:
+        try:
+            member = tar.next()  # checks the header's checksum
+        except tarfile.ReadError as error:
+            raise InputError(f"archive {path} is cut off or damaged after {last}: {error}; fetch it again") from error
+        tar.members.clear()  # tarfile would keep them all
+        if member is None:
+            break
+        last = member.name
+        if not member.isreg():
+            continue
+        folder, _, base = member.name.rpartition("/")
+        if run and (folder, base.split(".")[0]) != key:
+            yield run
+            run = []
+        key = (folder, base.split(".")[0])
+        run.append(member)
+    if run:
+        yield run
+    # tarfile takes a damaged header, and the end of the file, for the end of the archive; the real end is a block of zeros
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        where = f"after {last}" if last else "at its start"
+        raise InputError(f"archive {path} is cut off or damaged {where}, at byte {tar.offset}: fetch it again")
+
+
+def _open_tar(path: str, file: io.BufferedReader, start: int = 0) -> tarfile.TarFile:
+    file.seek(start)
+    try:
+        return tarfile.open(fileobj=file, mode="r:")
+    except tarfile.ReadError as error:
+        raise InputError(f"{path} is not a tar archive, or a compressed one: give an uncompressed .tar") from error
+
+
+def scan_tar(path: str, unit: Unit, start: int) -> Part:
+    """The images of a tar from byte `start`, the header of a file, on."""
+    images, bad = [], []
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+        for run in _samples(_open_tar(path, file, start), path):
+            if len(images) + len(bad) >= PART:
+                return Part(images, bad, run[0].offset)
+            content = lambda member: data[member.offset_data : member.offset_data + member.size]
+            label = unit.label
+            try:
+                for beside in run:
+                    if label is None and beside.name.endswith((".cls", ".json")):
+                        label = _label_beside(beside, content(beside))
+            except ValueError:  # neither UTF-8 nor JSON
+                bad.append((beside.name, "the label beside the image cannot be read"))
+                continue
+            for member in run:
+                name = PurePosixPath(member.name)
+                if name.suffix.lower() in SUFFIXES:
+                    try:
+                        size = measure(content(member))
+                    except BadImage as error:
+                        bad.append((member.name, str(error)))
+                    else:
+                        images.append(Found(member.name, member.offset_data, member.size, *size, label or name.parent.name or None))
+    return Part(images, bad, None)
+
+
+def scan_folder(path: str, unit: Unit, start: int) -> Part:
+    """The images of a folder from the `start`th in the order of their names on."""
+    files = sorted(
+        os.path.relpath(os.path.join(folder, file), path)
+        for folder, _, names in os.walk(path)
+        for file in names
+        if os.path.splitext(file)[1].lower() in SUFFIXES
+    )
+    images, bad = [], []
+    for file in files[start : start + PART]:
+        data = Path(path, file).read_bytes()
+        try:
+            images.append(Found(file, 0, len(data), *measure(data), unit.label))
+        except BadImage as error:
+            bad.append((file, str(error)))
+    return Part(images, bad, start + PART if start + PART < len(files) else None)
+
+
+def find_sources(paths: list[Path]) -> list[Source]:
+    """The archives, or the class folders, at some paths. Raises InputError."""
+    found: list[Path] = []
+    for path in paths:
+        try:
+            entries = sorted(path.iterdir()) if path.is_dir() else [path]
+            folders, tars = [p for p in entries if p.is_dir()], [p for p in entries if p.suffix == ".tar"]
+            found += (folders or tars) if path.is_dir() else [path]
+            if not (folders or tars) and path.is_dir():
+                raise InputError(f"{path} holds neither class folders nor .tar archives: give the folder above the images' folders")
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return [Source.of(path) for path in found]
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def find_units(sources: list[Source]) -> Iterator[Unit]:
+    """What the sources are made of: the inner tars of a tar of tars, named by their class; else the sources themselves."""
+    for i, source in enumerate(sources):
+        if os.path.isdir(source.path):
+            yield Unit(i, 0, 1, os.path.basename(source.path))
+            continue
+        with open(source.path, "rb") as file:
+            tar = _open_tar(source.path, file)
+            first = next(iter(tar), None)
+            if first is None or not first.name.endswith(".tar"):
+                yield Unit(i, 0, source.size, None)
+                continue
+            for run in _samples(_open_tar(source.path, file), source.path):
+                for member in run:
+                    if member.name.endswith(".tar"):
+                        yield Unit(i, member.offset_data, member.size, PurePosixPath(member.name).stem)
+
+
+def _scan_all(split: str, sources: list[Source], journal: Path) -> tuple[list[tuple[int, Part]], set[str]]:
+    """Every part of a split's units with its source, from the journal or scanned and added to it; the units' classes, those without
+    images too."""
+    units = list(find_units(sources))
+    parts, total = [], sum(unit.weight for unit in units)
+    unit_of_bar = {"unit": "B", "unit_scale": True} if total != len(units) else {"unit": "class"}
+    with progress_bar(total, description=f"scan {split}", **unit_of_bar) as bar:
+        for number, unit in enumerate(units):
+            path, before = sources[unit.source].path, bar.n
+            start: int | None = unit.start
+            while start is not None:
+                file = journal / f"{split}-{number:06d}-{start}.json"
+                if file.exists():
+                    images, bad, following = json.loads(file.read_text())
+                    part = Part([Found(*image) for image in images], bad, following)
+                else:
+                    part = (scan_folder if os.path.isdir(path) else scan_tar)(path, unit, start)
+                    write_atomically(file, json.dumps(part))
+                parts.append((unit.source, part))
+                start = part.next
+                bar.update(before + min(unit.weight, unit.weight if start is None else start - unit.start) - bar.n)
+    return parts, {unit.label for unit in units if unit.label is not None}
+
+
+def _labels(split: str, parts: list[tuple[int, Part]], sources: list[Source], devkit: imagenet.Devkit | None) -> list[list[str]]:
+    """The class of every image of every part. Raises InputError where one has none."""
+    labels = []
+    for source, part in parts:
+        of_part = []
+        for image in part.images:
+            number = re.search(r"ILSVRC2012_val_(\d{8})\.", image.name)
+            label = image.label
+            if split == "val" and number and devkit and int(number[1]) <= len(devkit.val):
+                label = devkit.val[int(number[1]) - 1]
+            if label is None:
+                fix = (
+                    "give --devkit ILSVRC2012_devkit_t12.tar.gz"
+                    if number
+                    else "put it into a class folder, or a .cls file beside it"
+                )
+                raise InputError(f"{sources[source].path}: image {image.name} has no class: {fix}")
+            of_part.append(label)
+        labels.append(of_part)
+    return labels
+
+
+def _class_ids(named: set[str]) -> list[str]:
+    """Class ids in the order of their labels: whole numbers are the labels themselves, anything else is sorted."""
+    if all(label.isdecimal() for label in named) and not any(len(label) > 1 and label[0] == "0" for label in named):
+        return [str(i) for i in range(max(map(int, named)) + 1)]
+    return sorted(named)
+
+
+def _write_rows(path: Path, parts: list[tuple[int, Part]], labels: list[list[str]], label_of: dict[str, int], first: int) -> int:
+    """Write a split's RECORDs, sources numbered from `first` on; how many."""
+    names = [[os.fsencode(image.name) for image in part.images] for _, part in parts]
+    rows = np.zeros(sum(map(len, names)), record(max((len(n) for of_part in names for n in of_part), default=0)))
+    at = 0
+    for (source, part), of_part, part_names in zip(parts, labels, names, strict=True):
+        for image, label, name in zip(part.images, of_part, part_names, strict=True):
+            rows[at] = (first + source, image.offset, image.bytes, image.height, image.width, label_of[label], name)
+            at += 1
+    save_array(path, rows)
+    return len(rows)
+
+
+def check_md5(paths: dict[str, Path]) -> None:
+    """Compare ImageNet's archives ("train" | "val" | "devkit") with the published MD5 sums. Raises InputError."""
+    with progress_bar(sum(p.stat().st_size for p in paths.values()), description="MD5", unit="B", unit_scale=True) as bar:
+        for role, path in paths.items():
+            digest = hashlib.md5(usedforsecurity=False)
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+                    bar.update(len(block))
+            if digest.hexdigest() != IMAGENET_MD5[role]:
+                raise InputError(
+                    f"{path} has the MD5 sum {digest.hexdigest()}, ImageNet's {role} archive has {IMAGENET_MD5[role]}: fetch it "
+                    "again"
+                )
+
+
+def default_index(source: Path) -> Path:
+    """Where the index of a source lies unless --out says otherwise: beside it."""
+    return source.resolve().with_name(f"{source.resolve().name}.index")
+
+
+@contextmanager
+def mending(out: Path) -> Iterator[None]:
+    """Turn an OSError, such as a full disk, into an InputError that says what is kept."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename or out}: {error.strerror or error}"
+        raise InputError(
+            f"{what}; what was done so far is kept, the same command goes on from there once that is mended"
+        ) from error
+
+
+def prepare(
+    sources: list[Path], out: Path | None = None, val: Path | None = None, devkit: Path | None = None, verify: bool = False
+) -> Path:
+    """Make, or finish, the index of some sources; returns its folder. Does nothing when it is there and fits them.
+
+    val: archive or folder of the validation images; devkit: ImageNet's, for the classes of its validation archive and the names of
+    all; verify: compare the MD5 sums of ImageNet's archives first. Raises InputError.
+    """
+    out = out or default_index(sources[0])
+    train_sources, val_sources = find_sources(sources), find_sources([val]) if val else []
+    request = {"train": [asdict(s) for s in train_sources], "val": [asdict(s) for s in val_sources]}
+    request["devkit"] = [asdict(s) for s in find_sources([devkit])] if devkit else []
+    if verify:
+        check_md5({role: p for role, p in (("train", sources[0]), ("val", val), ("devkit", devkit)) if p})
+    with mending(out):
+        out.mkdir(parents=True, exist_ok=True)
+        journal = out / ".parts"
+        if is_index(out) and json.loads((out / FILE).read_text())["request"] == request:
+            shutil.rmtree(journal, ignore_errors=True)
+            return out
+        begun = journal / "request.json"
+        if not begun.exists() or json.loads(begun.read_text()) != request:
+            shutil.rmtree(journal, ignore_errors=True)
+            journal.mkdir()
+            write_atomically(begun, json.dumps(request))
+        kit = imagenet.read_devkit(devkit) if devkit else None
+        scanned = {"train": _scan_all("train", train_sources, journal)}
+        if val:
+            scanned["val"] = _scan_all("val", val_sources, journal)
+        _write_index(out, scanned, {"train": train_sources, "val": val_sources}, kit, request)
+        shutil.rmtree(journal)
+    return out
+
+
+def _write_index(
+    out: Path, scanned: dict[str, tuple], sources: dict[str, list[Source]], devkit: imagenet.Devkit | None, request: dict
+) -> None:
+    """Join the parts of the splits to the files of an index, index.json last."""
+    labels = {split: _labels(split, parts, sources[split], devkit) for split, (parts, _) in scanned.items()}
+    of_split = {split: {label for part in labels[split] for label in part} | scanned[split][1] for split in scanned}
+    if not any(labels["train"]):
+        raise InputError(f"there are no images in {', '.join(s.path for s in sources['train'][:3])}: see `fastdit prepare --help`")
+    classes = _class_ids(of_split["train"])
+    if unknown := sorted(of_split.get("val", set()) - set(classes)):
+        raise InputError(f"the validation images have a class {unknown[0]!r} that the training images do not have")
+    (out / FILE).unlink(missing_ok=True)  # from here to the end there is no index
+    label_of = {name: i for i, name in enumerate(classes)}
+    counts, bad = {}, []
+    for split, (parts, _) in scanned.items():
+        counts[split] = _write_rows(out / f"{split}.npy", parts, labels[split], label_of, len(sources["train"]) * (split == "val"))
+        bad += [(split, sources[split][source].path, name, reason) for source, part in parts for name, reason in part.bad]
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([("split", "source", "file", "reason"), *bad])
+    write_atomically(out / "bad_files.csv", table.getvalue())
+    names = (
+        [devkit.names.get(c) for c in classes]
+        if devkit
+        else imagenet.imagenet_names()
+        if imagenet.are_imagenet(classes)
+        else [None]
+    )
+    found = {
+        "format": FORMAT, "images": counts, "bad_files": len(bad), "classes": classes,
+        "class_names": None if None in names else names, "request": request,
+    }  # fmt: skip
+    write_atomically(out / FILE, json.dumps(found, indent=1))
+    for split, count in counts.items():
+        if imagenet.are_imagenet(classes) and count + sum(b[0] == split for b in bad) != IMAGENET_COUNTS[split]:
+            print(f"fastdit: warning: ImageNet's {split} set has {IMAGENET_COUNTS[split]:,} images, not {count:,}", file=sys.stderr)
+
+
+def describe(folder: Path) -> str:
+    """What an index holds, in one line or two."""
+    found = json.loads((folder / FILE).read_text())
+    images = ", ".join(f"{count:,} {split} images" for split, count in found["images"].items())
+    bad = f"\n{found['bad_files']} bad files were left out: {folder / 'bad_files.csv'}" if found["bad_files"] else ""
+    return f"index: {folder} ({images}, {len(found['classes']):,} classes){bad}"
