@@ -1,32 +1,36 @@
-"""Checkpoints: written whole or not at all, and read back by training (to continue) and by sampling (weights only).
+"""Checkpoints: written whole or not at all, the same files for every ZeRO stage and number of ranks.
 
 A checkpoint is a folder <run>/checkpoints/step_NNNNNNNN:
-    weights_rank_RRRR.safetensors   this rank's fp32 shards, "raw/<parameter>@<first element>" and "ema/…": all that sampling needs
-    *_states.pt                     DeepSpeed's own files: bf16 weights, fp32 masters, optimizer, schedule
-    config.json, state.json         the run's settings; step, EMA updates, ranks, wandb id
-    manifest.json                   names and sizes of all the above, written last: a folder without it does not count
-It is written under a temporary name, flushed to disk and renamed. The newest folder whose manifest holds is the one to load.
+    weights_rank_RRRR.safetensors   the fp32 fragments that a rank owned, "<kind>/<parameter>@<first element>", of each kind: raw
+                                    (the masters), ema, exp_avg and exp_avg_sq (AdamW's)
+    config.json, state.json         the run's settings; step, optimizer and EMA updates, ranks, class names, wandb id
+    manifest.json                   names, sizes and SHA-256 of all the above, written last: a folder without it does not count
+It is written under a temporary name, flushed to disk and renamed. The newest folder whose manifest holds is the one to load. Every
+random number and the order of the data follow from seed and step: there is no other state.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdit.config import Config, InputError, ModelConfig, load_json
-from fastdit.ema import ShardedEma, merge
-from fastdit.engine import World
+from fastdit.ema import ShardedEma
+from fastdit.engine import T, World, continue_from, moments, steps_taken, together
 from fastdit.model import DiT
 
 MANIFEST = "manifest.json"
+FORMAT = 2
 LOG_SUM = "log/loss_sum"  # the running loss between two log lines
 
 
@@ -67,11 +71,21 @@ def _shard_file(rank: int) -> str:
     return f"weights_rank_{rank:04d}.safetensors"
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether every file of the folder's manifest is there with its size."""
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_whole(folder: Path, by_hash: bool = True) -> bool:
+    """Whether every file of the folder's manifest is there as it was written; by_hash=False compares the sizes alone."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+        files = json.loads((folder / MANIFEST).read_text())["files"].items()
+        if any((folder / name).stat().st_size != file["bytes"] for name, file in files):
+            return False
+        return not by_hash or all(sha256(folder / name) == file["sha256"] for name, file in files)
     except (OSError, json.JSONDecodeError, KeyError):
         return False
 
@@ -84,10 +98,10 @@ def find(path: Path) -> Path | None:
     return next((folder for folder in folders if is_whole(folder)), None)
 
 
-def _commit(temporary: Path, final: Path) -> None:
+def _commit(temporary: Path, final: Path, hashes: dict[str, str]) -> None:
     """Make a written and flushed folder count: manifest, rename."""
-    sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-    write_atomically(temporary / MANIFEST, json.dumps({"files": sizes}, indent=1))
+    files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": digest} for name, digest in sorted(hashes.items())}
+    write_atomically(temporary / MANIFEST, json.dumps({"files": files}, indent=1))
     shutil.rmtree(final, ignore_errors=True)  # one of the same step, which was not whole, or this run would have begun from it
     temporary.rename(final)
     flush(final.parent)
@@ -104,48 +118,77 @@ def save_weights(folder: Path, weights: dict[str, Tensor], config: Config, step:
     )
     (temporary / "config.json").write_text(config.to_json())
     (temporary / "state.json").write_text(json.dumps({"step": step, "ranks": 1, "origin": origin}, indent=1))
+    hashes = {}
     for file in temporary.iterdir():
         flush(file)
-    _commit(temporary, final)
+        hashes[file.name] = sha256(file)
+    _commit(temporary, final, hashes)
     return final
 
 
-def save(folder: Path, engine, ema: ShardedEma, config: Config, state: dict, loss_sum: Tensor, world: World) -> None:
-    """Write the checkpoint of state["step"] below `folder` (<run>/checkpoints). All ranks must call it."""
-    final = folder / folder_name(state["step"])
-    temporary = folder / f".tmp-{final.name}"
-    if world.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier(world.control)
-    engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
-    shards = {f"ema/{key}": average for key, average in ema.state_dict().items()}
-    shards |= {f"raw/{f.name}@{f.start}": f.master for f in ema.fragments}
+def _write_own(temporary: Path, engine, ema: ShardedEma, config: Config, state: dict, loss_sum: Tensor, world: World) -> dict:
+    """Write and flush this rank's files; their hashes."""
+    kinds = {"raw": [f.master for f in ema.fragments], "ema": ema.averages, **moments(engine, ema.fragments)}
+    shards = {f"{kind}/{f.name}@{f.start}": t for kind, own in kinds.items() for f, t in zip(ema.fragments, own, strict=True)}
     shards[LOG_SUM] = loss_sum
-    save_file({key: tensor.detach().cpu().clone() for key, tensor in shards.items()}, temporary / _shard_file(world.rank))
+    names = [_shard_file(world.rank)]
+    save_file({key: tensor.detach().cpu().clone() for key, tensor in shards.items()}, temporary / names[0])
     if world.rank == 0:
         (temporary / "config.json").write_text(config.to_json())
-        (temporary / "state.json").write_text(json.dumps({**state, "ema_updates": ema.updates, "ranks": world.size}, indent=1))
-    dist.barrier(world.control)
-    for file in temporary.iterdir():  # each node flushes what its ranks wrote
-        flush(file)
-    dist.barrier(world.control)
-    if world.rank == 0:
-        _commit(temporary, final)
-        whole = [old for old in sorted(folder.glob("step_*")) if old != final and is_whole(old)]
-        for old in whole[: len(whole) + 1 - config.train.keep_checkpoints]:
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        names += ["config.json", "state.json"]
+    for name in names:
+        flush(temporary / name)
+    return {name: sha256(temporary / name) for name in names}
+
+
+def save(folder: Path, engine, ema: ShardedEma, config: Config, state: dict, loss_sum: Tensor, world: World) -> None:
+    """Write the checkpoint of state["step"] below `folder` (<run>/checkpoints). All ranks must call it.
+
+    Raises InputError on all ranks when one of them cannot write; the checkpoints that are there stay.
+    """
+    final = folder / folder_name(state["step"])
+    temporary = folder / f".tmp-{final.name}"
+    train = config.train
+    state = {
+        **state, "format": FORMAT, "ema_updates": ema.updates, "optimizer_steps": steps_taken(engine), "ranks": world.size,
+        "global_batch": train.batch_size * train.accumulation * world.size, "micro_batches": train.accumulation * world.size,
+    }  # fmt: skip
+
+    def written(work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise InputError(f"checkpoint {final} cannot be written: {error}: free some space in {folder}") from error
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    together(world, lambda: written(begin), everywhere=False)
+    own = together(world, lambda: written(lambda: _write_own(temporary, engine, ema, config, state, loss_sum, world)))
+    hashes: list = [None] * world.size
+    dist.all_gather_object(hashes, own, group=world.control)
+
+    def commit() -> None:
+        _commit(temporary, final, {name: digest for of_rank in hashes for name, digest in of_rank.items()})
+        others = [old for old in sorted(folder.glob("step_*")) if old != final and is_whole(old, by_hash=False)]
+        kept = lambda old: train.keep_every and int(old.name.removeprefix("step_")) % train.keep_every == 0
+        passing = [old for old in others if not kept(old)]
+        for old in passing[: len(passing) + 1 - train.keep_checkpoints]:
             shutil.rmtree(old)
-    dist.barrier(world.control)
+
+    together(world, lambda: written(commit), everywhere=False)
 
 
 def _check_same_run(folder: Path, saved: Config, wanted: Config) -> None:
     """Raise InputError where a setting that a run cannot change on its way differs: the model, the data, and what names the
-    random numbers or cuts the optimizer's state."""
+    random numbers."""
     fixed = {
         "model": [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("preset", "attention")],
         "data": ["source", "image_size", "autoencoder", "flip", "crop"],
-        "train": ["seed", "batch_size", "accumulation", "precision"],
-        "zero": ["stage"],
+        "train": ["seed", "precision"],
     }
     for section, keys in fixed.items():
         for key in keys:
@@ -162,24 +205,63 @@ def check(folder: Path, config: Config, world: World) -> dict:
     state = json.loads((folder / "state.json").read_text())
     if "origin" in state:
         raise InputError(f"checkpoint {folder} was imported from {state['origin']}: it can be sampled from, not continued")
-    if state["ranks"] != world.size:
+    if state.get("format") != FORMAT:
+        raise InputError(f"checkpoint {folder} was written by another version of fastdit: it can be sampled from, not continued")
+    batch = config.train.batch_size * config.train.accumulation * world.size
+    if batch != state["global_batch"]:
         raise InputError(
-            f"checkpoint {folder} was written by {state['ranks']} ranks, but this run has {world.size}: start it with "
-            f"{state['ranks']}, or use another train.name"
+            f"checkpoint {folder} was trained with {state['global_batch']} images a step, but this run has {batch}: change "
+            f"train.batch_size or train.accumulation so that times the ranks they make {state['global_batch']}"
         )
     _check_same_run(folder, load_json(folder / "config.json"), config)
     return state
 
 
-def load(folder: Path, engine, ema: ShardedEma, state: dict, loss_sum: Tensor, world: World) -> None:
-    """Restore engine, EMA and the running loss from a checkpoint that `check` accepted. All ranks must call it."""
-    path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    if path is None:
-        raise RuntimeError(f"DeepSpeed found nothing to load in {folder}")
-    shards = load_file(folder / _shard_file(world.rank), device=str(world.device))
-    averages = {key.removeprefix("ema/"): t for key, t in shards.items() if key.startswith("ema/")}
-    ema.load_state_dict(averages, state["ema_updates"])
-    loss_sum.copy_(shards[LOG_SUM])
+class Shards:
+    """The fragments in a checkpoint's files, read as they are asked for."""
+
+    def __init__(self, folder: Path, ranks: int) -> None:
+        self.files = [safe_open(folder / _shard_file(rank), framework="pt") for rank in range(ranks)]
+        self.parts: dict[str, list] = {}  # "<kind>/<parameter>": (first element, elements, file, key) in order
+        for file in self.files:
+            for key in file.keys():  # noqa: SIM118 (no dict)
+                name, at, start = key.rpartition("@")
+                if at:
+                    self.parts.setdefault(name, []).append((int(start), file.get_slice(key).get_shape()[0], file, key))
+        for parts in self.parts.values():
+            parts.sort(key=lambda part: part[0])
+
+    def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
+        """Elements start .. start+count of a parameter, fp32 1-D. Raises ValueError at a hole."""
+        pieces, at = [], start
+        for first, length, file, key in self.parts.get(f"{kind}/{name}", ()):
+            if first <= at < first + length and at < start + count:
+                pieces.append(file.get_slice(key)[at - first : min(length, start + count - first)])
+                at += len(pieces[-1])
+        if at != start + count:
+            raise ValueError(f"the shards of {kind}/{name} leave a hole at element {at}")
+        return torch.cat(pieces) if pieces else torch.empty(0)
+
+    def whole(self, kind: str, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+        """Whole parameters of a kind."""
+        return {name: self.read(kind, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
+
+
+def load(folder: Path, engine, ema: ShardedEma, state: dict, loss_sum: Tensor, config: Config, world: World) -> None:
+    """Restore optimizer, schedule, EMA and the running loss from a checkpoint that `check` accepted, whose raw weights the engine
+    was made with. All ranks must call it."""
+    shards = Shards(folder, state["ranks"])
+    for kind, own in {"ema": ema.averages, **moments(engine, ema.fragments)}.items():
+        for f, tensor in zip(ema.fragments, own, strict=True):
+            tensor.copy_(shards.read(kind, f.name, f.start, f.master.numel()))
+    ema.updates = state["ema_updates"]
+    continue_from(engine, config, state["optimizer_steps"])
+    sums = [file.get_tensor(LOG_SUM) for file in shards.files]
+    micro_batches = config.train.accumulation * world.size
+    if (state["ranks"], state["micro_batches"]) == (world.size, micro_batches):
+        loss_sum.copy_(sums[world.rank])
+    elif world.rank == 0:  # a sum of means, over other micro-batches
+        loss_sum.copy_(torch.stack(sums).sum() * micro_batches / state["micro_batches"])
 
 
 def load_model(path: Path, weights: str, device: torch.device) -> tuple[DiT, Config, dict]:
@@ -192,15 +274,10 @@ def load_model(path: Path, weights: str, device: torch.device) -> tuple[DiT, Con
         raise InputError(f"there is no whole checkpoint in {path}: give a run's folder or one of its checkpoints/step_* folders")
     config = load_json(folder / "config.json")
     state = json.loads((folder / "state.json").read_text())
-    prefix = f"{weights}/"
-    shards: dict[str, Tensor] = {}
-    for rank in range(state["ranks"]):
-        file = load_file(folder / _shard_file(rank))
-        shards |= {key.removeprefix(prefix): t for key, t in file.items() if key.startswith(prefix)}
-    if not shards:
+    shards, model = Shards(folder, state["ranks"]), DiT(config.model)
+    if not any(name.startswith(f"{weights}/") for name in shards.parts):
         raise InputError(
             f"checkpoint {folder} holds no {weights} weights: it was imported with its averaged ones, use --weights ema"
         )
-    model = DiT(config.model)
-    model.load_state_dict(merge(shards, {name: p.shape for name, p in model.named_parameters()}))
+    model.load_state_dict(shards.whole(weights, {name: p.shape for name, p in model.named_parameters()}))
     return model.to(device).eval(), config, state

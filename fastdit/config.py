@@ -145,7 +145,9 @@ class TrainConfig:
     ema_every: int = 1  # steps between EMA updates
     log_steps: int = 25  # steps a log line; its loss is the mean over them
     save_steps: int = 400  # steps between checkpoints; the last step is always saved
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest ones
+    keep_every: int = 0  # and every checkpoint whose step is a multiple of this; 0: none
+    max_skipped_steps: int = 5  # in a row, whose loss or gradients were not finite: one more ends the run
     sample_steps: int = 400  # steps between grids of EMA samples; 0: none
     wandb: str = "disabled"  # disabled | offline | online
     wandb_project: str = "fastdit"
@@ -161,7 +163,7 @@ class TrainConfig:
             "keep_checkpoints",
         ):
             _at_least("train", self, key, 1)
-        for key in ("seed", "lr", "eps", "weight_decay", "warmup_steps", "clip", "sample_steps"):
+        for key in ("seed", "lr", "eps", "weight_decay", "warmup_steps", "clip", "sample_steps", "keep_every", "max_skipped_steps"):
             _at_least("train", self, key, 0)
         _one_of("train", self, "precision", ("bf16", "fp32"))
         _one_of("train", self, "compile", ("auto", "blocks", "none"))

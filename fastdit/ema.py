@@ -25,35 +25,6 @@ class ShardedEma:
         if self.averages:  # torch._foreach_* refuses empty lists, and a rank may own nothing
             torch._foreach_lerp_(self.averages, [f.master for f in self.fragments], 1 - decay)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The averages under "parameter@first element", fp32, 1-D: the shards of all ranks together tile every parameter."""
-        return {f"{f.name}@{f.start}": a for f, a in zip(self.fragments, self.averages, strict=True)}
-
-    def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
-        """Restore this rank's shard. Raises KeyError when the shards were cut otherwise."""
-        for fragment, average in zip(self.fragments, self.averages, strict=True):
-            average.copy_(state[f"{fragment.name}@{fragment.start}"])
-        self.updates = updates
-
-
-def merge(shards: dict[str, Tensor], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Whole parameters from the shards of all ranks ("parameter@first element" -> 1-D). Raises ValueError at a hole."""
-    parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in shapes}
-    for key, tensor in shards.items():
-        name, _, start = key.rpartition("@")
-        parts[name].append((int(start), tensor))
-    whole = {}
-    for name, shape in shapes.items():
-        pieces, end = sorted(parts[name], key=lambda part: part[0]), 0
-        for start, tensor in pieces:
-            if start != end:
-                raise ValueError(f"the shards of {name} leave a hole at element {end}")
-            end += tensor.numel()
-        if end != shape.numel():
-            raise ValueError(f"the shards of {name} hold {end} of {shape.numel()} elements")
-        whole[name] = torch.cat([t for _, t in pieces]).view(shape)
-    return whole
-
 
 @torch.no_grad()
 def gather(ema: ShardedEma, shapes: dict[str, torch.Size], world: World) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastdit.config import Config, InputError
 
 T = TypeVar("T")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 CONTROL_TIMEOUT = timedelta(minutes=60)  # rank 0 may hash and write for long while the others wait
 
 
@@ -162,16 +163,6 @@ def initialize(model: nn.Module, config: Config, world: World):
     return engine
 
 
-def apply_settings(engine, config: Config) -> None:
-    """Put this run's learning rate, betas, eps and weight decay over those that a checkpoint restored."""
-    train, scheduler = config.train, engine.lr_scheduler
-    scheduler.base_lrs = [train.lr]
-    for group in engine.optimizer.param_groups:
-        group.update(initial_lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
-        group["lr"] = train.lr * learning_rate_factor(config, scheduler.last_epoch)
-    scheduler._last_lr = [group["lr"] for group in engine.optimizer.param_groups]  # what get_lr reports until the next step
-
-
 def fragments(engine, world: World) -> list[Fragment]:
     """The fp32 masters that this rank owns, as live 1-D views, in the order of the model's parameters.
 
@@ -189,3 +180,45 @@ def fragments(engine, world: World) -> list[Fragment]:
             mapping = parameter._hp_mapping
             found.append(Fragment(name, mapping.lp_fragment_address.start, mapping.hp_fragment.detach()))
     return [fragment for fragment in found if fragment.master.numel()]
+
+
+def _states(engine) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """The flat fp32 tensors that this rank's AdamW steps, each with its state, which is made where there was no step yet."""
+    zero = engine.optimizer
+    # of ZeRO 3; of ZeRO 2, and 1 in fp32; of ZeRO 1 in bf16
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    flats = next(getattr(zero, name) for name in names if hasattr(zero, name))
+    for flat in flats:
+        state = zero.optimizer.state[flat]
+        if not state:
+            state["step"] = torch.zeros((), device=flat.device)
+            state |= {key: torch.zeros_like(flat) for key in MOMENTS}
+    return [(flat, zero.optimizer.state[flat]) for flat in flats]
+
+
+def moments(engine, owned: list[Fragment]) -> dict[str, list[Tensor]]:
+    """AdamW's exp_avg and exp_avg_sq of the fragments, as live 1-D views."""
+    found: dict[str, list[Tensor]] = {key: [] for key in MOMENTS}
+    for fragment in owned:
+        for flat, state in _states(engine):
+            first = (fragment.master.data_ptr() - flat.data_ptr()) // flat.element_size()
+            if 0 <= first < flat.numel():
+                for key in MOMENTS:
+                    found[key].append(state[key].narrow(0, first, fragment.master.numel()))
+    return found
+
+
+def steps_taken(engine) -> int:
+    """Optimizer steps, those that were skipped left out. Waits for the device."""
+    return int(_states(engine)[0][1]["step"].item())
+
+
+def continue_from(engine, config: Config, steps: int) -> None:
+    """Set optimizer and schedule to `steps` steps taken, with this run's learning rate, betas, eps and weight decay."""
+    for _, state in _states(engine):
+        state["step"].fill_(steps)
+    train, scheduler = config.train, engine.lr_scheduler
+    scheduler.last_epoch = steps
+    for group in engine.optimizer.param_groups:
+        group["lr"] = train.lr * learning_rate_factor(config, steps)
+    scheduler._last_lr = [group["lr"] for group in engine.optimizer.param_groups]  # what get_lr reports until the next step

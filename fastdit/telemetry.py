@@ -124,11 +124,17 @@ class Log:
         rate = (step - self.step) * self.batch / (now - self.time)
         self.time, self.step = now, step
         line = {"step": step, **values, "images_per_s": round(rate, 2), "time": round(time.time(), 3)}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self.event(line)
         if self.wandb:
             self.wandb.log({key: value for key, value in line.items() if key != "step"}, step=step)
-        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
+        loss = "none" if values["loss"] is None else f"{values['loss']:.4f}"
+        self.bar.set_postfix_str(f"loss {loss}, {rate:.0f} images/s", refresh=False)
+
+    def event(self, line: dict) -> None:
+        """A line of its own in metrics.jsonl."""
+        if self.speaks:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     @contextmanager
     def pause(self) -> Iterator[None]:

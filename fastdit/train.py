@@ -6,6 +6,7 @@ engine.step, where DeepSpeed fetches the gradient norm and the overflow flag one
 
 import fcntl
 import math
+import signal
 from pathlib import Path
 from typing import TextIO
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from fastdit import autoencoder, checkpoint, data, engine, flow, kernels, sample, telemetry
-from fastdit.config import Config, InputError
+from fastdit.config import Config, InputError, TrainConfig
 from fastdit.ema import ShardedEma, gather
 from fastdit.model import DiT
 
@@ -99,13 +100,16 @@ class Trainer:
         torch.manual_seed(config.train.seed)  # the same start on every rank
         model = DiT(config.model)
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
+        if resume_from:
+            model.load_state_dict(checkpoint.Shards(resume_from, state["ranks"]).whole("raw", self.shapes))
         self.engine = engine.initialize(model, config, world)
         self.ema = ShardedEma(engine.fragments(self.engine, world), config.train.ema_decay)
-        self.loss_sum = torch.zeros((), device=world.device)
+        self.loss_sum, self.step_loss = torch.zeros((), device=world.device), torch.zeros((), device=world.device)
         self.start, self.summed_steps = state["step"], state["summed_steps"]
+        self.told_to_stop = self.stop = 0.0  # this rank by a signal; all ranks, as agreed
+        self.skipped = self.skipped_in_a_row = 0  # since the last log line; up to now
         if resume_from:
-            checkpoint.load(resume_from, self.engine, self.ema, state, self.loss_sum, world)
-            engine.apply_settings(self.engine, config)
+            checkpoint.load(resume_from, self.engine, self.ema, state, self.loss_sum, config, world)
         self.log = engine.together(world, lambda: telemetry.Log(run, config, world, self.start, state["wandb_id"]))
         if world.rank == 0:
             checkpoint.write_atomically(run / "config.json", config.to_json())
@@ -124,12 +128,20 @@ class Trainer:
         )
 
     def loop(self) -> None:
+        """Train to the end, or to the first log line after SIGTERM (a cluster's preemption), which saves and ends the run."""
         settings = self.config.train
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "told_to_stop", 1.0))
+        try:
+            self._loop(settings)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            self.log.close()
+
+    def _loop(self, settings: TrainConfig) -> None:
         for step in range(self.start, settings.total_steps):
             lr = self.engine.get_lr()[0]  # of this step: engine.step moves the schedule on
-            self._step(step)
             done, last = step + 1, step + 1 == settings.total_steps
-            if done % settings.ema_every == 0:
+            if self._step(step) and done % settings.ema_every == 0:
                 self.ema.update()
             self.log.advance()
             if done % settings.log_steps == 0 or last:
@@ -137,13 +149,19 @@ class Trainer:
             with self.log.pause():
                 if settings.sample_steps and (done % settings.sample_steps == 0 or last):
                     self._draw(done)
-                if done % settings.save_steps == 0 or last:
+                if done % settings.save_steps == 0 or last or self.stop:
                     self._save(done)
-        self.log.close()
+            if self.stop and not last:
+                self.log.say(f"told to stop: saved step {done}, the same command continues")
+                return
 
-    def _step(self, step: int) -> None:
-        """One optimizer step: `accumulation` micro-steps on this rank's share of the global batch."""
+    def _step(self, step: int) -> bool:
+        """One optimizer step: `accumulation` micro-steps on this rank's share of the global batch; whether it was taken.
+
+        Where a loss or a gradient of any rank is not finite, DeepSpeed takes it on none.
+        """
         settings, codec = self.config.train, self.codec
+        self.step_loss.zero_()
         for micro in range(settings.accumulation):
             images, labels = self.loader.batch(step, micro)
             ids = flow.sample_ids(step, self.loader.order.first_index(micro), settings.batch_size, self.world.device)
@@ -155,25 +173,53 @@ class Trainer:
             loss = flow.losses(self.engine, self.config.flow, self.config.model.num_classes, x0, labels, settings.seed, ids).mean()
             self.engine.backward(loss)
             self.engine.step()
-            self.loss_sum += loss.detach()
-        self.summed_steps += 1
+            self.step_loss += loss.detach()
+        taken = self.engine.was_step_applied()
+        if taken:
+            self.loss_sum += self.step_loss
+            self.summed_steps += 1
+            self.skipped_in_a_row = 0
+        else:
+            self._note_skipped(step)
+        return taken
+
+    def _note_skipped(self, step: int) -> None:
+        """Count and log a step that was not taken, with its images; raises FloatingPointError when there were too many in a row."""
+        settings = self.config.train
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        mine = [int(i) for micro in range(settings.accumulation) for i in self.loader.order.images(step, micro)[0]]
+        images: list = [None] * self.world.size
+        dist.all_gather_object(images, mine, group=self.world.control)
+        self.log.event({"step": step + 1, "skipped_in_a_row": self.skipped_in_a_row, "images_of_ranks": images})
+        self.log.say(f"step {step + 1}: the loss or a gradient is not finite: skipped, {self.skipped_in_a_row} in a row")
+        if self.skipped_in_a_row > settings.max_skipped_steps:
+            raise self._diverged(f"{self.skipped_in_a_row} steps in a row, up to step {step + 1}, were not finite")
 
     def _write_log_line(self, done: int, lr: float) -> None:
-        """Read the device's loss sum, write the line, start the next sum."""
-        dist.all_reduce(self.loss_sum)
-        loss = self.loss_sum.item() / (self.summed_steps * self.config.train.accumulation * self.world.size)
+        """Read the device's loss sum, write the line, start the next sum. Here the ranks agree to stop, too."""
+        told = torch.full_like(self.loss_sum, self.told_to_stop)
+        sums = torch.stack([self.loss_sum, told])
+        dist.all_reduce(sums)
+        total, self.stop = sums.tolist()
+        steps = self.summed_steps * self.config.train.accumulation * self.world.size
+        loss = total / steps if steps else None  # None: all were skipped
         norm = float(self.engine.get_global_grad_norm())
-        self.log.write(done, epoch=round(done / self.loader.order.steps_per_epoch, 4), loss=loss, lr=lr, grad_norm=norm)
-        if not math.isfinite(loss):
+        epoch = round(done / self.loader.order.steps_per_epoch, 4)
+        self.log.write(done, epoch=epoch, loss=loss, lr=lr, grad_norm=norm if self.summed_steps else None, skipped=self.skipped)
+        if loss is not None and not math.isfinite(loss):
             raise self._diverged(f"the mean loss of steps {done - self.summed_steps + 1} to {done} is {loss}")
         self.loss_sum.zero_()
-        self.summed_steps = 0
+        self.summed_steps = self.skipped = 0
 
     def _diverged(self, what: str) -> FloatingPointError:
-        return FloatingPointError(f"{what}: stopped, nothing was saved since; lower train.lr and run the same command again")
+        found = checkpoint.find(self.run)
+        kept = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
+        return FloatingPointError(f"{what}: stopped, {kept}; lower train.lr and run the same command again")
 
     def _save(self, done: int) -> None:
-        """Write a checkpoint; raises FloatingPointError rather than replace good ones by weights that are not finite."""
+        """Write a checkpoint. Raises FloatingPointError rather than replace good ones by weights that are not finite, and
+        InputError where the last one of a run cannot be written; an earlier one is tried again at the next save."""
         finite = torch.stack([self.loss_sum.isfinite(), *(f.master.isfinite().all() for f in self.ema.fragments)]).all().int()
         dist.all_reduce(finite, dist.ReduceOp.MIN)
         if not finite.item():
@@ -182,7 +228,12 @@ class Trainer:
             "step": done, "summed_steps": self.summed_steps, "wandb_id": self.log.wandb_id, "versions": telemetry.versions(),
             "class_names": self.loader.class_names,
         }  # fmt: skip
-        checkpoint.save(self.run / "checkpoints", self.engine, self.ema, self.config, state, self.loss_sum, self.world)
+        try:
+            checkpoint.save(self.run / "checkpoints", self.engine, self.ema, self.config, state, self.loss_sum, self.world)
+        except InputError as error:
+            if self.stop or done == self.config.train.total_steps:
+                raise
+            self.log.say(f"warning: {error}; training goes on, the next save is at step {done + self.config.train.save_steps}")
 
     def _draw(self, done: int) -> None:
         """Write a grid of EMA samples, from a copy of the model that lives as long as the drawing."""

@@ -84,7 +84,7 @@ def test_one_rank_has_the_same_losses(two_ranks, tmp_path):
 def test_resumed_run_equals_the_uninterrupted_one(two_ranks, tmp_path):
     deepspeed(2, tmp_path, "train.total_steps=6")
     assert checkpoint.find(tmp_path / "r").name == "step_00000006"
-    (tmp_path / "r/checkpoints/step_00000006/mp_rank_00_model_states.pt").write_bytes(b"cut")  # as after a power loss
+    (tmp_path / "r/checkpoints/step_00000006/weights_rank_0001.safetensors").write_bytes(b"cut")  # as after a power loss
     assert checkpoint.find(tmp_path / "r").name == "step_00000004"
     deepspeed(2, tmp_path, "train.total_steps=8")  # from step 4, in the middle between two log lines
     assert losses(tmp_path) == losses(two_ranks)  # to the last bit, each line once
@@ -102,8 +102,22 @@ def test_checkpoint_of_two_ranks_is_one_model(two_ranks):
     assert all(torch.isfinite(p).all() for p, _ in pairs) and any((p != q).any() for p, q in pairs)
 
 
-def test_other_number_of_ranks_is_refused_with_exit_code_2(two_ranks):
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [2, 1])
+def test_another_number_of_ranks_goes_on(two_ranks, tmp_path, first):
+    """2 -> 1 and 1 -> 2 ranks, at the same global batch."""
+    on = lambda ranks: ["train.accumulation=2", "train.batch_size=4"] if ranks == 1 else []
+    deepspeed(first, tmp_path, "train.total_steps=4", *on(first))
+    deepspeed(3 - first, tmp_path, "train.total_steps=8", *on(3 - first))
+    wanted = losses(two_ranks)
+    found = losses(tmp_path)
+    assert list(found) == [3, 4, 6, 8]
+    for step in (3, 8):
+        assert found[step] == pytest.approx(wanted[step], rel=1e-2), step  # as for one rank above
+
+
+def test_another_global_batch_is_refused_with_exit_code_2(two_ranks):
     before = sorted(str(p) for p in two_ranks.rglob("*"))
-    done = deepspeed(1, two_ranks, "train.total_steps=10", expect=2)
-    assert "was written by 2 ranks, but this run has 1" in done.stderr
+    done = deepspeed(1, two_ranks, "train.total_steps=10", "train.batch_size=4", expect=2)
+    assert "trained with 8 images a step, but this run has 4" in done.stderr
     assert sorted(str(p) for p in two_ranks.rglob("*")) == before

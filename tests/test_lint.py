@@ -17,10 +17,11 @@ NARROW = "tl.program_id without .to(tl.int64)"
 
 # (file, function): what it may do, and why
 ALLOWED = {
-    ("train.py", "_write_log_line"): {"item", "float"},  # once in log_steps
+    ("train.py", "_write_log_line"): {"tolist", "float"},  # once in log_steps
     ("train.py", "_save"): {"item"},  # once in save_steps
     ("train.py", "train"): {"print"},  # a finished run says so and ends
     ("engine.py", "initialize"): {"cpu"},  # once, before the first step
+    ("engine.py", "steps_taken"): {"item"},  # once in save_steps
     ("autoencoder.py", "sha256"): {"cpu", "numpy"},  # once, before the first step
     ("order.py", "random_crops"): {"numpy"},  # on the host, in the threads that read ahead
     ("loader.py", "_cut"): {"numpy"},

@@ -1,8 +1,14 @@
 """Training on one rank, in this process: logs, checkpoints, pictures, latents of an autoencoder, and every kind of bad input."""
 
+import errno
 import fcntl
 import json
 import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +25,8 @@ TINY = [
     "model.preset=test/4", "train.batch_size=4", "train.warmup_steps=1", "train.lr=1e-3", "train.log_steps=2", "train.save_steps=2",
     "train.sample_steps=4", "sample.steps=2", "sample.solver=euler",
 ]  # fmt: skip
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set where a run began in this process
 
 
 def settings(out, *overrides):
@@ -41,7 +49,7 @@ def snapshot(folder):
 def test_a_run_leaves_what_it_should(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
-    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "time"}
+    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "skipped", "images_per_s", "time"}
     assert lines[0]["lr"] == 1e-3 and 0.5 < lines[0]["loss"] < 5 and lines[0]["grad_norm"] > 0
     assert [p.name for p in (trained / "checkpoints").glob("step_*")] == ["step_00000004"]
     assert not list(trained.rglob(".tmp*"))
@@ -208,7 +216,6 @@ def test_settings_that_change_on_the_way(tmp_path, capsys):
     assert [line["lr"] for line in lines_of(run).values()] == [1e-3, 1e-3, 5e-2, 5e-2]
     before = snapshot(run)
     for override in (
-        "zero.stage=1",
         "train.precision=fp32",
         "train.batch_size=8",
         "train.seed=3",
@@ -235,7 +242,7 @@ def test_pruning_keeps_whole_checkpoints_and_the_newest(tmp_path):
     run = train(parse(None, settings(tmp_path, "train.total_steps=8", "train.sample_steps=0", "train.keep_checkpoints=9")))
     folders = lambda: sorted(p.name[-1] for p in (run / "checkpoints").glob("step_*"))
     assert folders() == ["2", "4", "6", "8"]
-    (run / "checkpoints/step_00000008/mp_rank_00_model_states.pt").write_bytes(b"cut")
+    (run / "checkpoints/step_00000008/weights_rank_0000.safetensors").write_bytes(b"cut")
     train(parse(None, settings(tmp_path, "train.total_steps=7", *few)))
     assert checkpoint.find(run).name == "step_00000007"
     assert "7" in folders() and not {"2", "4", "6"} & set(folders())
@@ -279,10 +286,93 @@ def test_checkpoints_are_not_replaced_by_weights_that_diverged(tmp_path):
     assert state["step"] < 8 and all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"steps 1 to 2 is (nan|inf)"):
-        train(parse(None, settings(tmp_path, "train.total_steps=4", "train.lr=1e30", "train.clip=0", "train.precision=fp32")))
-    assert checkpoint.find(tmp_path / "r") is None
+def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path):
+    wild = ["train.lr=1e30", "train.clip=0", "train.precision=fp32", "train.max_skipped_steps=2", "train.log_steps=2"]
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row, up to step 4, were not finite: stopped, there is no"):
+        train(parse(None, settings(tmp_path, "train.total_steps=9", "train.save_steps=9", *wild)))
+    lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_in_a_row"] for line in lines if "skipped_in_a_row" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines] == [2, 2, 3, 4] and len(lines[0]["images_of_ranks"][0]) == 4
+
+
+def test_a_checkpoint_whose_bytes_changed_does_not_count(trained, tmp_path):
+    folder = tmp_path / "r/checkpoints/step_00000004"
+    shutil.copytree(trained / "checkpoints/step_00000004", folder)
+    weights = folder / "weights_rank_0000.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    assert checkpoint.find(tmp_path / "r") is None and checkpoint.is_whole(folder, by_hash=False)
+
+
+def test_every_kth_checkpoint_is_kept(tmp_path):
+    few = ["train.total_steps=7", "train.save_steps=1", "train.keep_checkpoints=1", "train.keep_every=3", "train.sample_steps=0"]
+    run = train(parse(None, settings(tmp_path, *few)))
+    assert sorted(p.name[-1] for p in (run / "checkpoints").glob("step_*")) == ["3", "6", "7"]
+
+
+def test_a_full_disk_keeps_the_checkpoints_before(tmp_path, capsys, monkeypatch):
+    """At a save on the way the run reports it and goes on; at the last it ends with exit code 2; each time the one before loads."""
+    save, fails = checkpoint.save_file, []
+
+    def full(shards, path):
+        if "step_00000004" in str(path) or fails:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(shards, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    words = settings(tmp_path, "train.total_steps=6", "train.sample_steps=0", "train.keep_checkpoints=9")
+    assert cli.main(["train", *words]) == 0
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "r/checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
+    fails.append(1)
+    before = snapshot(tmp_path / "r/checkpoints")
+    complains(
+        capsys,
+        ["train", *settings(tmp_path, "train.total_steps=8", "train.sample_steps=0")],
+        "No space left on device",
+        "free some",
+    )
+    assert snapshot(tmp_path / "r/checkpoints") == before and checkpoint.find(tmp_path / "r").name == "step_00000006"
+
+
+@pytest.mark.slow
+def test_a_file_size_limit_keeps_the_checkpoints_before(tmp_path):
+    words = [*settings(tmp_path, "train.sample_steps=0", "train.total_steps=2")]
+    command = [sys.executable, "-W", "ignore", "-m", "fastdit.cli", "train", *words]
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # the weights are 2.7 MB
+    done = subprocess.run(
+        [*command, "train.total_steps=4"], env=environment, preexec_fn=limit, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "cannot be written" in done.stderr, done.stderr[-3000:]
+    assert checkpoint.find(tmp_path / "r").name == "step_00000002"
+
+
+def test_sigterm_saves_and_ends_the_run(tmp_path):
+    """And the same command goes on to the same end."""
+    words = ["train.total_steps=60", "train.log_steps=3", "train.save_steps=1000", "train.sample_steps=0"]
+    whole = train(parse(None, settings(tmp_path, *words, "train.name=whole")))
+    command = [sys.executable, "-W", "ignore", "-m", "fastdit.cli", "train", *settings(tmp_path, *words)]
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "r/metrics.jsonl"
+    while not log.exists() or not log.read_text():
+        assert process.poll() is None, process.stderr.read()[-3000:]
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0 and "told to stop" in said, said[-3000:]
+    step = int(checkpoint.find(tmp_path / "r").name[-8:])
+    assert 0 < step < 60 and step % 3 == 0
+    run = train(parse(None, settings(tmp_path, *words)))
+    assert {s: line["loss"] for s, line in lines_of(run).items()} == {s: line["loss"] for s, line in lines_of(whole).items()}
 
 
 def test_dry_run_prints_a_config_that_reads_back(tmp_path, capsys):
