@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastdit.config import Config, InputError, ModelConfig, load_json
+from fastdit.config import Config, InputError, ModelConfig, from_dict, load_json
 from fastdit.ema import ShardedEma
 from fastdit.engine import T, World, continue_from, moments, steps_taken, together
 from fastdit.model import DiT
@@ -264,11 +264,43 @@ def load(folder: Path, engine, ema: ShardedEma, state: dict, loss_sum: Tensor, c
         loss_sum.copy_(torch.stack(sums).sum() * micro_batches / state["micro_batches"])
 
 
+def export(path: Path, weights: str, out: Path) -> int:
+    """Write a model's weights ("ema" | "raw") as one file `out` (.safetensors, fp32, whole parameters by their names) and what
+    sampling needs beside it as JSON; returns the step. Raises InputError."""
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out {out} must end in .safetensors")
+    model, config, state = load_model(path, weights, torch.device("cpu"))
+    about = {"config": config.to_dict(), "state": {**state, "weights": weights}}
+    try:
+        with replacing(out) as temporary:
+            save_file(dict(model.named_parameters()), temporary)
+        write_atomically(out.with_suffix(".json"), json.dumps(about, indent=1))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--out {out} cannot be written: {error}") from error
+    return state["step"]
+
+
+def _load_exported(path: Path, weights: str) -> tuple[DiT, Config, dict]:
+    try:
+        about = json.loads(path.with_suffix(".json").read_text())
+        config, state, tensors = from_dict(about["config"]), about["state"], load_file(path)
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise InputError(f"{path} and {path.with_suffix('.json').name} are not what `fastdit export` writes: {error}") from error
+    if state["weights"] != weights:
+        raise InputError(f"{path} holds the {state['weights']} weights: use --weights {state['weights']}")
+    model = DiT(config.model)
+    model.load_state_dict(tensors)
+    return model, config, state
+
+
 def load_model(path: Path, weights: str, device: torch.device) -> tuple[DiT, Config, dict]:
-    """The fp32 model of a checkpoint or of a run's newest one, its config and its state.json.
+    """The fp32 model of a checkpoint, of a run's newest one or of an exported file, its config and its state.json.
 
     weights: "ema" | "raw". Raises InputError when there is no whole checkpoint at `path`.
     """
+    if path.suffix == ".safetensors":
+        model, config, state = _load_exported(path, weights)
+        return model.to(device).eval(), config, state
     folder = find(path)
     if folder is None:
         raise InputError(f"there is no whole checkpoint in {path}: give a run's folder or one of its checkpoints/step_* folders")

@@ -1,11 +1,11 @@
-"""The command line. Bad input ends with one sentence and exit code 2."""
+"""The command line. Exit codes: 0; 1 for a run that diverged; 2 for bad input, after one sentence; 75 after SIGTERM, saved."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
-from fastdit.config import Config, InputError, parse
+from fastdit.config import Config, InputError, Stopped, parse
 
 # Huge pages, and what is freed is kept for the next step: without them a step on a CPU spends 8-12 % in page faults and TLB misses.
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184"
@@ -54,7 +54,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
     run = train(config)
     if os.environ.get("RANK", "0") == "0":
-        print(f"run: {run} (metrics.jsonl, samples/, checkpoints/)")
+        print(f"run: {run} (curves.png, metrics.jsonl, samples/, checkpoints/)")
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -69,6 +69,14 @@ def _sample(arguments: argparse.Namespace) -> None:
         Path(arguments.out), Path(arguments.npz) if arguments.npz else None,
     )  # fmt: skip
     print(f"picture: {arguments.out} (one row a class)")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from fastdit.checkpoint import export
+
+    out = Path(arguments.out)
+    step = export(Path(arguments.checkpoint), arguments.weights, out)
+    print(f"exported: {out} and {out.with_suffix('.json').name} ({arguments.weights} weights of step {step})")
 
 
 def _import_base(arguments: argparse.Namespace) -> None:
@@ -162,7 +170,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", help="draw images from a checkpoint")
     sample.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a run's folder (its newest checkpoint) or a checkpoint's"
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run's folder (its newest checkpoint), a checkpoint's or an exported file",
     )
     sample.add_argument(
         "--class",
@@ -189,6 +200,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--npz", metavar="NPZ", help="also write arr_0 (images uint8 [n,S,S,C]) and arr_1 (class ids)")
     sample.set_defaults(run=_sample)
+
+    export = commands.add_parser(
+        "export",
+        help="write a model's weights to one safetensors file",
+        description="Write a checkpoint's weights, of any ZeRO stage and number of ranks, to one safetensors file, with its config "
+        "as JSON beside it. `fastdit sample --checkpoint FILE` reads it.",
+    )
+    export.add_argument("checkpoint", metavar="DIR", help="a run's folder (its newest checkpoint) or a checkpoint's")
+    export.add_argument("--out", required=True, metavar="FILE.safetensors")
+    export.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: %(default)s")
+    export.set_defaults(run=_export)
 
     base = commands.add_parser("import-base", help="convert a checkpoint of the published base model")
     base.add_argument("pickle", metavar="model_Ns.pkl", help="the base model's weights; code in it is refused, never run")
@@ -219,6 +241,10 @@ def main(words: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # one sentence, not one a rank
             print(f"fastdit: {error}", file=sys.stderr)
         return 2
+    except Stopped as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fastdit: {error}", file=sys.stderr)
+        return 75  # EX_TEMPFAIL: try again
     except FloatingPointError as error:
         print(f"fastdit: {error}", file=sys.stderr)
         return 1

@@ -24,6 +24,10 @@ class InputError(Exception):
     """Bad input from the user: the command line prints its one sentence and exits with code 2."""
 
 
+class Stopped(Exception):
+    """A run was told to stop, saved and ended before its last step."""
+
+
 # name: width, depth, heads, hidden (SwiGLU), patch. hidden = 8/3·width rounded to a multiple of 128, so that parameters and
 # FLOPs match DiT's published 33/130/458/675 M; base/2 is the published base model; nano/4 is for the built-in digits.
 PRESETS = {

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from fastdit import kernels
-from fastdit.checkpoint import flush, write_atomically
+from fastdit.checkpoint import flush, replacing, write_atomically
 from fastdit.config import Config, InputError
 from fastdit.engine import World
 
@@ -83,6 +83,23 @@ def _kept_lines(text: str, last_step: int) -> str:
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
     return "".join(kept)
+
+
+def plot(run: Path) -> Path:
+    """Draw the loss and the images/s of a run's metrics.jsonl; returns the PNG."""
+    from matplotlib.figure import Figure
+
+    lines = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if line.get("loss") is not None]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2), ("loss", "images_per_s"), ("loss", "images per second"), strict=True):
+        axes.plot([line["step"] for line in lines], [line[key] for line in lines], linewidth=1)
+        axes.set(xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+    figure.suptitle(run.name)
+    path = run / "curves.png"
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path
 
 
 class Log:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from fastdit import autoencoder, checkpoint, data, engine, flow, kernels, sample, telemetry
-from fastdit.config import Config, InputError, TrainConfig
+from fastdit.config import Config, InputError, Stopped, TrainConfig
 from fastdit.ema import ShardedEma, gather
 from fastdit.model import DiT
 
@@ -67,7 +67,7 @@ def train(config: Config) -> Path:
     """Train to config.train.total_steps, continuing where an earlier run of the same name stopped. Returns the run's folder.
 
     Raises InputError for bad input, on all ranks and before anything is written; FloatingPointError when the loss or the
-    weights are not finite any more.
+    weights are not finite any more; Stopped after SIGTERM, when all is saved.
     """
     world = engine.start(config.train.device)
     telemetry.check_backend(world.device)
@@ -84,6 +84,8 @@ def train(config: Config) -> Path:
     run = Path(config.train.out) / config.train.name
     lock = engine.together(world, lambda: _lock_run_folder(run) if world.rank == 0 else None)
     Trainer(config, world, loader, codec, run, resume_from, state).loop()
+    if world.rank == 0:
+        telemetry.plot(run)
     if lock:
         lock.close()
     return run
@@ -152,8 +154,7 @@ class Trainer:
                 if done % settings.save_steps == 0 or last or self.stop:
                     self._save(done)
             if self.stop and not last:
-                self.log.say(f"told to stop: saved step {done}, the same command continues")
-                return
+                raise Stopped(f"told to stop by SIGTERM: saved step {done}, the same command continues")
 
     def _step(self, step: int) -> bool:
         """One optimizer step: `accumulation` micro-steps on this rank's share of the global batch; whether it was taken.

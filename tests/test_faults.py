@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastdit import checkpoint
 
@@ -182,6 +183,11 @@ def test_stages_and_ranks_agree(tmp_path):
                 micro = ["train.batch_size=4", "train.accumulation=2"] if ranks == 1 else []
                 run(out, ranks=ranks, overrides=[f"zero.stage={stage}", f"train.precision={precision}", *micro])
                 found[stage, ranks] = [line["loss"] for line in logged(out)]
+                for kind in ("raw", "ema"):  # one file of whole parameters, whatever the stage and the ranks
+                    file = out / f"{kind}.safetensors"
+                    checkpoint.export(out / "r", kind, file)
+                    exported, wanted = load_file(file), weights(out, kind)
+                    assert list(exported) and all(torch.equal(exported[name], wanted[name]) for name in wanted)
         for key, ours in found.items():
             largest = max(abs(a - b) / b for a, b in zip(ours, found[2, 2], strict=True))
             print(precision, key, f"{largest:.1e}")

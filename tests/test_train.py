@@ -53,6 +53,7 @@ def test_a_run_leaves_what_it_should(trained):
     assert lines[0]["lr"] == 1e-3 and 0.5 < lines[0]["loss"] < 5 and lines[0]["grad_norm"] > 0
     assert [p.name for p in (trained / "checkpoints").glob("step_*")] == ["step_00000004"]
     assert not list(trained.rglob(".tmp*"))
+    assert Image.open(trained / "curves.png").size == (1080, 480)
     assert Image.open(trained / "samples/step_00000004.png").size == (8 * 34 + 2, 10 * 34 + 2)
     assert json.loads((trained / "config.json").read_text())["model"]["width"] == 64
     assert list((trained / "wandb").glob("offline-run-*/*.wandb"))
@@ -75,6 +76,23 @@ def test_log_lines_after_the_checkpoint_are_cut(trained, tmp_path):
     train(parse(None, settings(tmp_path, "train.total_steps=4")))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 4] and lines[-1]["loss"] != 9
+
+
+def test_export_samples_the_same_pictures(trained, tmp_path, capsys):
+    words = ["--class", "3,7", "--per-class", "2"]
+    file = tmp_path / "model.safetensors"
+    for weights in ("raw", "ema"):
+        assert cli.main(["export", str(trained), "--out", str(file), "--weights", weights]) == 0
+        for source, picture in ((trained, "a.png"), (file, "b.png")):
+            out = ["--out", str(tmp_path / picture), "--weights", weights]
+            assert cli.main(["sample", "--checkpoint", str(source), *words, *out]) == 0
+        assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "model.json", "model.safetensors"]
+    complains(capsys, ["sample", "--checkpoint", str(file), "--weights", "raw"], "holds the ema weights")
+    complains(capsys, ["export", str(trained), "--out", str(tmp_path / "model.pt")], "must end in .safetensors")
+    complains(capsys, ["export", str(tmp_path), "--out", str(file)], "no whole checkpoint")
+    (tmp_path / "model.json").unlink()
+    complains(capsys, ["sample", "--checkpoint", str(file)], "not what `fastdit export` writes")
 
 
 def test_samples_from_the_command_line(trained, tmp_path):
@@ -368,7 +386,7 @@ def test_sigterm_saves_and_ends_the_run(tmp_path):
         assert process.poll() is None, process.stderr.read()[-3000:]
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 0 and "told to stop" in said, said[-3000:]
+    assert process.returncode == 75 and "told to stop" in said, said[-3000:]
     step = int(checkpoint.find(tmp_path / "r").name[-8:])
     assert 0 < step < 60 and step % 3 == 0
     run = train(parse(None, settings(tmp_path, *words)))

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Train on one node or on several: launch/train.sh [--restarts N] CONFIG.yaml [section.key=value …]
+#   GPUS=N          ranks of this node (default: all its GPUs, or 1 without any)
+#   HOSTFILE=FILE   several nodes, as DeepSpeed's launcher wants them ("host slots=8" a line; ssh without a password)
+# --restarts N: when the run fails, start it again from its newest whole checkpoint, N times at most. Not after bad input (exit code 2),
+# SIGINT or SIGTERM.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+bin=$(cd "${VENV:-.venv}/bin" && pwd) || { echo "run launch/install.sh first" >&2; exit 2; }
+export PATH="$bin:$PATH"
+restarts=0
+[ "${1:-}" = --restarts ] && { restarts=${2:?--restarts needs a number}; shift 2; }
+[ $# -gt 0 ] || { sed -n '2,6s/^# \?//p' "$0"; exit 2; }
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+[ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
+ranks=${GPUS:-$((gpus > 0 ? gpus : 1))}
+command=(deepspeed -q --no_local_rank --num_gpus "$ranks")
+[ -n "${HOSTFILE:-}" ] && command=(deepspeed -q --no_local_rank --hostfile "$HOSTFILE")
+
+stopped=
+trap 'stopped=1; kill -TERM "$child" 2>/dev/null' TERM INT
+for ((attempt = 0; ; attempt++)); do
+    "${command[@]}" --module fastdit.cli train "$@" &
+    child=$!
+    wait "$child"; code=$?
+    while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done  # a signal ends `wait`, not the run
+    [ "$code" -eq 0 ] || [ "$code" -eq 2 ] || [ -n "$stopped" ] || [ "$attempt" -ge "$restarts" ] && exit "$code"
+    echo "train.sh: exit code $code; restart $((attempt + 1)) of $restarts" >&2
+done

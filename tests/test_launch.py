@@ -1,0 +1,111 @@
+"""The launch scripts: restarts for real, Slurm's commands as stubs."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+VENV = Path(sys.executable).parent.parent
+OF_A_RUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in OF_A_RUN} | {"VENV": str(VENV), "OMP_NUM_THREADS": "1"}
+TINY = [
+    "model.preset=test/4",
+    "train.total_steps=4",
+    "train.sample_steps=0",
+    "train.save_steps=2",
+    "train.batch_size=4",
+    "train.name=r",
+]
+
+
+def script(path, text):
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def run(command, environment=ENVIRONMENT):
+    return subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def fake_launcher(folder, codes):
+    """A `deepspeed` that writes its arguments down and ends with one code after the other."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").symlink_to(sys.executable)
+    lines = [
+        "#!/bin/bash",
+        f'echo "$@" >> {folder}/calls',
+        f"codes=({' '.join(map(str, codes))})",
+        f"exit ${{codes[$(wc -l < {folder}/calls) - 1]}}",
+    ]
+    text = "\n".join(lines)
+    script(folder / "bin" / "deepspeed", text)
+    return {**ENVIRONMENT, "VENV": str(folder)}
+
+
+@pytest.mark.parametrize(
+    ("restarts", "codes", "calls", "code"), [(2, [1, 247, 0], 3, 0), (1, [1, 1, 0], 2, 1), (0, [1, 0], 1, 1), (3, [2, 0], 1, 2)]
+)
+def test_train_sh_restarts_a_bounded_number_of_times(tmp_path, restarts, codes, calls, code):
+    environment = fake_launcher(tmp_path, codes)
+    done = run([ROOT / "launch/train.sh", "--restarts", restarts, "c.yaml", "train.name=x"], environment)
+    assert done.returncode == code, done.stderr
+    made = (tmp_path / "calls").read_text().splitlines()
+    assert made == ["-q --no_local_rank --num_gpus 1 --module fastdit.cli train c.yaml train.name=x"] * calls
+    assert done.stderr.count("restart") == calls - 1
+
+
+def test_train_sh_takes_a_hostfile_and_says_how_it_is_used(tmp_path):
+    environment = {**fake_launcher(tmp_path, [0]), "HOSTFILE": "hosts"}
+    assert run([ROOT / "launch/train.sh", "c.yaml"], environment).returncode == 0
+    assert (tmp_path / "calls").read_text().startswith("-q --no_local_rank --hostfile hosts --module fastdit.cli train")
+    done = run([ROOT / "launch/train.sh"], environment)
+    assert done.returncode == 2 and "launch/train.sh [--restarts N] CONFIG.yaml" in done.stdout
+
+
+@pytest.mark.slow
+def test_train_sh_trains(tmp_path):
+    done = run([ROOT / "launch/train.sh", *TINY, f"train.out={tmp_path}"], {**ENVIRONMENT, "GPUS": "2"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "r/checkpoints/step_00000004").exists()
+    done = run([ROOT / "launch/train.sh", "--restarts", 3, *TINY, f"train.out={tmp_path}", "train.nonsense=1"])
+    assert done.returncode == 2 and done.stderr.count("fastdit: ") == 1
+
+
+SRUN = """#!/bin/bash
+shift
+for i in 0 1; do
+    SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
+    pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+exit ${code:-0}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [False, True])
+def test_slurm_starts_the_ranks_and_queues_again_after_sigterm(tmp_path, stops):
+    """With stubs of srun and scontrol that start two ranks here."""
+    (tmp_path / "stubs").mkdir()
+    told = "sleep 8 && pkill -TERM -f bin/fastdit.train.*$OUT &\n" if stops else ""
+    script(tmp_path / "stubs/srun", SRUN.replace("shift\n", f"shift\n{told}", 1))
+    script(tmp_path / "stubs/scontrol", f'#!/bin/bash\n[ "$1" = show ] && echo 127.0.0.1 || echo "$@" > {tmp_path}/scontrol\n')
+    variables = {
+        "SLURM_SUBMIT_DIR": ROOT, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_CPUS_PER_TASK": "1", "PATH": f"{tmp_path}/stubs:{VENV}/bin:{os.environ['PATH']}", "USER": "test", "OUT": tmp_path,
+    }  # fmt: skip
+    environment = ENVIRONMENT | {key: str(value) for key, value in variables.items()}
+    words = [*TINY, f"train.out={tmp_path}", "train.log_steps=2", "train.device=cpu"]
+    if stops:
+        words.append("train.total_steps=100000")
+    done = run(["bash", ROOT / "launch/slurm.sbatch", *words], environment)
+    assert done.returncode == (75 if stops else 0), done.stderr[-3000:]
+    if stops:
+        assert (tmp_path / "scontrol").read_text() == "requeue 7\n" and "told to stop by SIGTERM" in done.stderr
+    else:
+        assert (tmp_path / "r/checkpoints/step_00000004").exists() and not (tmp_path / "scontrol").exists()
