@@ -113,7 +113,7 @@ def engine_worker(case: str):
 
 
 def work(provider: str, case: str, threads: int) -> None:
-    """Answer each line of stdin, a step's number, with its loss and seconds; at the end with the peak memory in MB."""
+    """Answer each line of stdin, a step's number, with its loss, seconds and CPU seconds; at the end with the peak memory in MB."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print is none of the parent's
     torch.manual_seed(0)
@@ -121,9 +121,9 @@ def work(provider: str, case: str, threads: int) -> None:
     make = {"eager": eager_worker, "eager tuned": eager_worker, "plain": plain_worker, "engine": engine_worker}[provider]
     run = make(case)
     for line in sys.stdin:
-        start = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         loss = run(int(line))
-        print(loss, time.perf_counter() - start, file=answers, flush=True)
+        print(loss, time.perf_counter() - wall, time.process_time() - cpu, file=answers, flush=True)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(int(peak.split()[1]) / 1024, file=answers, flush=True)
 
@@ -142,10 +142,10 @@ class Worker:
     def turn(self, first: int) -> tuple[float, float]:
         """The loss of the last of TURN steps from `first` on, and the mean seconds of a step."""
         steps = [self.step(first + i) for i in range(TURN)]
-        return steps[-1][0], sum(seconds for _, seconds in steps) / TURN
+        return steps[-1][0], sum(seconds for _, seconds, _ in steps) / TURN
 
-    def step(self, number: int) -> tuple[float, float]:
-        """(loss, seconds)."""
+    def step(self, number: int) -> tuple[float, float, float]:
+        """(loss, seconds, CPU seconds of all threads)."""
         self.process.stdin.write(f"{number}\n")
         self.process.stdin.flush()
         return tuple(map(float, self.answer().split()))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -42,6 +43,13 @@ def device_name(device: torch.device) -> str:
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
     threads = torch.get_num_threads()
     return f"{model}, {threads} thread{'s' * (threads > 1)}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch's allocator held on a GPU, or the most that this process held in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def progress_bar(total: int, initial: int = 0, description: str | None = None, unit: str = "step", **options) -> tqdm:

@@ -7,6 +7,7 @@ engine.step, where DeepSpeed fetches the gradient norm and the overflow flag one
 import fcntl
 import math
 import signal
+import time
 from pathlib import Path
 from typing import TextIO
 
@@ -108,6 +109,7 @@ class Trainer:
         self.ema = ShardedEma(engine.fragments(self.engine, world), config.train.ema_decay)
         self.loss_sum, self.step_loss = torch.zeros((), device=world.device), torch.zeros((), device=world.device)
         self.start, self.summed_steps = state["step"], state["summed_steps"]
+        self.data_wait = 0.0  # seconds since the last log line that the host spent in getting batches
         self.told_to_stop = self.stop = 0.0  # this rank by a signal; all ranks, as agreed
         self.skipped = self.skipped_in_a_row = 0  # since the last log line; up to now
         if resume_from:
@@ -164,7 +166,9 @@ class Trainer:
         settings, codec = self.config.train, self.codec
         self.step_loss.zero_()
         for micro in range(settings.accumulation):
+            waits = time.perf_counter()
             images, labels = self.loader.batch(step, micro)
+            self.data_wait += time.perf_counter() - waits
             ids = flow.sample_ids(step, self.loader.order.first_index(micro), settings.batch_size, self.world.device)
             noise = None
             if codec.needs_noise:
@@ -207,11 +211,15 @@ class Trainer:
         loss = total / steps if steps else None  # None: all were skipped
         norm = float(self.engine.get_global_grad_norm())
         epoch = round(done / self.loader.order.steps_per_epoch, 4)
-        self.log.write(done, epoch=epoch, loss=loss, lr=lr, grad_norm=norm if self.summed_steps else None, skipped=self.skipped)
+        norm = norm if self.summed_steps else None
+        self.log.write(
+            done, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, skipped=self.skipped, data_wait_s=round(self.data_wait, 3),
+            peak_memory_gb=round(telemetry.peak_memory(self.world.device) / 1e9, 3),
+        )  # fmt: skip
         if loss is not None and not math.isfinite(loss):
             raise self._diverged(f"the mean loss of steps {done - self.summed_steps + 1} to {done} is {loss}")
         self.loss_sum.zero_()
-        self.summed_steps = self.skipped = 0
+        self.summed_steps, self.skipped, self.data_wait = 0, 0, 0.0
 
     def _diverged(self, what: str) -> FloatingPointError:
         found = checkpoint.find(self.run)

@@ -49,7 +49,9 @@ def snapshot(folder):
 def test_a_run_leaves_what_it_should(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
-    assert set(lines[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "skipped", "images_per_s", "time"}
+    told = {"loss", "lr", "grad_norm", "skipped", "data_wait_s", "peak_memory_gb", "images_per_s", "time"}
+    assert set(lines[0]) == {"step", "epoch"} | told
+    assert 0 <= lines[0]["data_wait_s"] < 5 and 0.1 < lines[0]["peak_memory_gb"] < 100
     assert lines[0]["lr"] == 1e-3 and 0.5 < lines[0]["loss"] < 5 and lines[0]["grad_norm"] > 0
     assert [p.name for p in (trained / "checkpoints").glob("step_*")] == ["step_00000004"]
     assert not list(trained.rglob(".tmp*"))

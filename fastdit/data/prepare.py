@@ -341,7 +341,7 @@ def mending(out: Path) -> Iterator[None]:
     except OSError as error:
         what = f"{error.filename or out}: {error.strerror or error}"
         raise InputError(
-            f"{what}; what was done so far is kept, the same command goes on from there once that is mended"
+            f"{what}; what was done so far is kept: the same command goes on once that is mended, or use another --out"
         ) from error
 
 
@@ -399,16 +399,13 @@ def _write_index(
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([("split", "source", "file", "reason"), *bad])
     write_atomically(out / "bad_files.csv", table.getvalue())
-    names = (
-        [devkit.names.get(c) for c in classes]
-        if devkit
-        else imagenet.imagenet_names()
-        if imagenet.are_imagenet(classes)
-        else [None]
-    )
+    names = None
+    if devkit and set(classes) <= set(devkit.names):
+        names = [devkit.names[c] for c in classes]
+    elif imagenet.are_imagenet(classes):
+        names = imagenet.imagenet_names()
     found = {
-        "format": FORMAT, "images": counts, "bad_files": len(bad), "classes": classes,
-        "class_names": None if None in names else names, "request": request,
+        "format": FORMAT, "images": counts, "bad_files": len(bad), "classes": classes, "class_names": names, "request": request,
     }  # fmt: skip
     write_atomically(out / FILE, json.dumps(found, indent=1))
     for split, count in counts.items():
