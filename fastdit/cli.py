@@ -101,7 +101,7 @@ def _info(_: argparse.Namespace) -> None:
     print(f"{'device':20} {device_name(device)}")
     built = library.EXTENSION and f"built, runs {library.INSTRUCTION_SETS[library.cpp.isa()]}"
     print(f"{'C++ extension':20} {built or 'not built: install again with a C++ compiler and FASTDIT_BUILD_EXT=1'}")
-    zero = deepspeed_config(Config(), 1)["zero_optimization"]
+    zero = deepspeed_config(Config(), 2)["zero_optimization"]
     overlap = "with" if zero["overlap_comm"] else "without"
     print(f"{'default ZeRO':20} stage {zero['stage']} {overlap} overlap, buckets of {zero['reduce_bucket_size']:,} elements")
     print(f"\nkernel backend on {device.type}:")

@@ -17,7 +17,7 @@ from PIL import Image
 
 import autoencoders
 import hot_loop
-from fastdit import autoencoder, checkpoint, cli
+from fastdit import autoencoder, checkpoint, cli, flow
 from fastdit.config import InputError, parse
 from fastdit.train import train
 
@@ -294,7 +294,7 @@ def test_the_loop_reads_nothing_on_the_host_but_in_engine_step(tmp_path):
         with hot_loop.HotLoopGuard() as guard:
             train(parse(None, settings(tmp_path, f"train.total_steps={total}", *quiet)))
         syncs.append(guard.syncs)
-    assert syncs[1] - syncs[0] == 3 * 3  # three reads a step in DeepSpeed 0.19.8 at ZeRO 2: see rank_worker.py
+    assert syncs[1] - syncs[0] == 3 * 2  # two reads a step in DeepSpeed 0.19.8 at ZeRO 1, which one rank has: see rank_worker.py
 
 
 def test_checkpoints_are_not_replaced_by_weights_that_diverged(tmp_path):
@@ -313,6 +313,21 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_in_a_row"] for line in lines if "skipped_in_a_row" in line] == [1, 2, 3]
     assert [line["step"] for line in lines] == [2, 2, 3, 4] and len(lines[0]["images_of_ranks"][0]) == 4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_one_step_with_nan_is_skipped(tmp_path, monkeypatch, precision):
+    losses = flow.losses
+
+    def faulty(model, config, null, x0, labels, seed, ids):
+        return losses(model, config, null, x0, labels, seed, ids) * (torch.nan if int(ids[0] >> 32) == 2 else 1)
+
+    monkeypatch.setattr(flow, "losses", faulty)
+    run = train(parse(None, settings(tmp_path, "train.total_steps=6", "train.sample_steps=0", f"train.precision={precision}")))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines if "loss" in line] == [0, 1, 0] and all(line.get("loss", 1) < 5 for line in lines)
+    model, _, state = checkpoint.load_model(run, "raw", torch.device("cpu"))
+    assert state["optimizer_steps"] == 5 and all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_a_checkpoint_whose_bytes_changed_does_not_count(trained, tmp_path):
