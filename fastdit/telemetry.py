@@ -103,6 +103,8 @@ def plot(run: Path) -> Path:
         axes.plot([line["step"] for line in lines], [line[key] for line in lines], linewidth=1)
         axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
+        if key == "images_per_s":
+            axes.set_ylim(bottom=0)
     figure.suptitle(run.name)
     path = run / "curves.png"
     with replacing(path) as temporary:

@@ -4,7 +4,6 @@ Shards of SHARD images are shared out among the ranks and written whole or not a
 there. Batches never cross a shard and the last is filled up: what a shard holds does not depend on the ranks.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from fastdit import autoencoder, engine
-from fastdit.checkpoint import write_atomically
+from fastdit.checkpoint import sha256, write_atomically
 from fastdit.config import InputError
 from fastdit.data.index import Index, open_index, save_array
 from fastdit.data.latents import MANIFEST
@@ -42,14 +41,6 @@ def _begin(out: Path, settings: dict) -> None:
     with mending(out):
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(begun, json.dumps(settings, indent=1))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def encode(
@@ -124,7 +115,7 @@ def _finish(out: Path, settings: dict, index: Index) -> dict:
     shards = sorted(out.glob("*_*.npy"))
     with progress_bar(len(shards), description="checksums", unit="file") as bar:
         for path in shards:
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
             bar.update()
     manifest = {**settings, "classes": index.classes, "class_names": index.class_names, "files": files}
     with mending(out):
