@@ -137,6 +137,7 @@ class TrainConfig:
     precision: str = "bf16"  # bf16 (fp32 masters) | fp32
     device: str = "auto"  # auto: CUDA when there is one | cpu | cuda
     compile: str = "auto"  # auto: blocks on CUDA below ZeRO 3 | blocks: each block, one graph for all | none
+    checkpoint: str = "none"  # of activations, for memory: none | light: SwiGLU's outputs again in the backward pass | full: blocks
     lr: float = 4e-3  # for the small model on digits; DiT and the base script train on ImageNet with 1e-4
     beta1: float = 0.9
     beta2: float = 0.95
@@ -171,6 +172,7 @@ class TrainConfig:
             _at_least("train", self, key, 0)
         _one_of("train", self, "precision", ("bf16", "fp32"))
         _one_of("train", self, "compile", ("auto", "blocks", "none"))
+        _one_of("train", self, "checkpoint", ("none", "light", "full"))
         _one_of("train", self, "device", ("auto", "cpu", "cuda"))
         _one_of("train", self, "schedule", ("constant", "cosine"))
         _one_of("train", self, "wandb", ("disabled", "offline", "online"))

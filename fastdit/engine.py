@@ -149,6 +149,7 @@ def initialize(model: nn.Module, config: Config, world: World):
     import deepspeed
 
     train = config.train
+    model.set_recompute(train.checkpoint)
     if compiles(config, world):
         for block in model.blocks:
             block.compile(dynamic=False, fullgraph=True)

@@ -5,10 +5,13 @@ N heads, D = H/N head dim, F SwiGLU hidden, L blocks. All widths come from Model
 differs between layers, because each would cost a recompile.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from fastdit import kernels
 from fastdit.attention import attention
@@ -149,14 +152,24 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+# Saves the inputs alone and runs the function again in the backward pass, up to the last tensor that this needs.
+recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
 class Mlp(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.up = Linear(config.width, 2 * config.hidden)  # (value | gate)
         self.down = Linear(config.hidden, config.width)
+        self.light = False  # recompute SwiGLU's output in the backward pass
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.down(kernels.swiglu(self.up(y)))
+        if self.light and self.training:
+            return recomputed(self._second_half, self.up(y))
+        return self._second_half(self.up(y))
+
+    def _second_half(self, packed: Tensor) -> Tensor:
+        return self.down(kernels.swiglu(packed))
 
 
 class Block(nn.Module):
@@ -198,7 +211,14 @@ class DiT(nn.Module):
         tables = rope_tables(config)
         self.register_buffer("cos", tables and tables[0], persistent=False)
         self.register_buffer("sin", tables and tables[1], persistent=False)
+        self.set_recompute("none")
         self.initialize()
+
+    def set_recompute(self, what: str) -> None:
+        """What training computes again in the backward pass: "none" | "light" (SwiGLU's outputs) | "full" (blocks)."""
+        self.recompute = what
+        for block in self.blocks:
+            block.mlp.light = what == "light"
 
     def initialize(self) -> None:
         """Xavier-uniform Linears with zero bias, N(0, 0.02) class table, and adaLN-Zero's zeros (DiT, section 3.2) when
@@ -266,5 +286,6 @@ class DiT(nn.Module):
         modulation = self.modulations(t, labels)
         y = kernels.modulate(x, modulation[0], modulation[1])
         for i, block in enumerate(self.blocks):
-            x, y = block(x, y, tuple(modulation[6 * i + 2 : 6 * i + 8]), self.cos, self.sin)
+            run = functools.partial(recomputed, block) if self.recompute == "full" and self.training else block
+            x, y = run(x, y, tuple(modulation[6 * i + 2 : 6 * i + 8]), self.cos, self.sin)
         return self.unpatchify(self.output(y))

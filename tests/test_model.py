@@ -201,12 +201,41 @@ def test_modulation_backward_never_slices_the_large_tensor():
     assert guard.counts["aten.unbind"] >= 3  # two groups and the final norm
 
 
-def test_one_graph_serves_all_blocks_in_training_and_sampling():
+def kept_by_a_forward(recompute, dtype):
+    """Widths of activations that a token and block keep for the backward pass, and the gradients of that."""
+    torch.manual_seed(0)
+    B, L, H = 2, 4, 128
+    m = DiT(config(depth=L, width=H, heads=2, hidden=3 * H, input_size=64, patch_size=4)).to(dtype).train()
+    m.set_recompute(recompute)
+    x, t, labels = torch.randn(B, 1, 64, 64), torch.rand(B), torch.tensor([1, 2])
+    m(x, t, labels).sum().backward()
+    m.zero_grad()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        v = m(x, t, labels)
+    kept = sum(event.self_cpu_memory_usage for event in profile.events())
+    v.square().mean().backward()
+    return kept / (L * B * 256 * H * dtype.itemsize), [p.grad for p in m.parameters()]
+
+
+@pytest.mark.parametrize(("dtype", "none"), [(torch.float32, 22.6), (torch.bfloat16, 26.7)])
+def test_recomputing_keeps_less_and_changes_no_bit(dtype, none):
+    """fp32: x, y, qkv 3, q 1, k 1, attention 1, …; bf16 on a CPU also keeps the attention's probabilities."""
+    kept, wanted = kept_by_a_forward("none", dtype)
+    assert kept == pytest.approx(none, abs=0.1)
+    for recompute, expected in (("light", none - 3), ("full", 2.35)):  # SwiGLU's output is 3 widths here; a block's inputs are 2
+        kept, gradients = kept_by_a_forward(recompute, dtype)
+        assert kept == pytest.approx(expected, abs=0.1), recompute
+        assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+
+
+@pytest.mark.parametrize("recompute", ["none", "light", "full"])
+def test_one_graph_serves_all_blocks_in_training_and_sampling(recompute):
     """28 blocks that are compiled one by one must share their graphs: more than eight would silently run eager."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
     m = DiT(config(depth=28, width=16, heads=1, hidden=16, input_size=8, patch_size=4))
+    m.set_recompute(recompute)
     for block in m.blocks:
         block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):

@@ -315,6 +315,16 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path):
     assert [line["step"] for line in lines] == [2, 2, 3, 4] and len(lines[0]["images_of_ranks"][0]) == 4
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_recomputing_activations_has_the_same_losses(tmp_path, stage):
+    found = []
+    for recompute in ("none", "light", "full"):
+        words = ["train.total_steps=3", "train.log_steps=1", "train.sample_steps=0", f"zero.stage={stage}"]
+        run = train(parse(None, settings(tmp_path, *words, f"train.checkpoint={recompute}", f"train.name={recompute}")))
+        found.append([line["loss"] for line in lines_of(run).values()])
+    assert found[0] == found[1] == found[2] and len(found[0]) == 3
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_one_step_with_nan_is_skipped(tmp_path, monkeypatch, precision):
     losses = flow.losses
