@@ -2,7 +2,8 @@
 
 A checkpoint is a folder <run>/checkpoints/step_NNNNNNNN:
     weights_rank_RRRR.safetensors   the fp32 fragments that a rank owned, "<kind>/<parameter>@<first element>", of each kind: raw
-                                    (the masters), ema, exp_avg and exp_avg_sq (AdamW's)
+                                    (the masters), ema, further averages (ema_0.9999), exp_avg and
+                                    exp_avg_sq (AdamW's)
     config.json, state.json         the run's settings; step, optimizer and EMA updates, ranks, class names, wandb id
     manifest.json                   names, sizes and SHA-256 of all the above, written last: a folder without it does not count
 It is written under a temporary name, flushed to disk and renamed. The newest folder whose manifest holds is the one to load. Every
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from fastdit.config import Config, InputError, ModelConfig, from_dict, load_json
 from fastdit.ema import ShardedEma
-from fastdit.engine import T, World, continue_from, moments, steps_taken, together
+from fastdit.engine import MOMENTS, T, World, continue_from, moments, steps_taken, together
 from fastdit.model import DiT
 
 MANIFEST = "manifest.json"
@@ -128,7 +129,7 @@ def save_weights(folder: Path, weights: dict[str, Tensor], config: Config, step:
 
 def _write_own(temporary: Path, engine, ema: ShardedEma, config: Config, state: dict, loss_sum: Tensor, world: World) -> dict:
     """Write and flush this rank's files; their hashes."""
-    kinds = {"raw": [f.master for f in ema.fragments], "ema": ema.averages, **moments(engine, ema.fragments)}
+    kinds = {"raw": [f.master for f in ema.fragments], **ema.all, **moments(engine, ema.fragments)}
     shards = {f"{kind}/{f.name}@{f.start}": t for kind, own in kinds.items() for f, t in zip(ema.fragments, own, strict=True)}
     shards[LOG_SUM] = loss_sum
     names = [_shard_file(world.rank)]
@@ -230,6 +231,7 @@ class Shards:
                     self.parts.setdefault(name, []).append((int(start), file.get_slice(key).get_shape()[0], file, key))
         for parts in self.parts.values():
             parts.sort(key=lambda part: part[0])
+        self.kinds = sorted({name.partition("/")[0] for name in self.parts})
 
     def read(self, kind: str, name: str, start: int, count: int) -> Tensor:
         """Elements start .. start+count of a parameter, fp32 1-D. Raises ValueError at a hole."""
@@ -251,7 +253,9 @@ def load(folder: Path, engine, ema: ShardedEma, state: dict, loss_sum: Tensor, c
     """Restore optimizer, schedule, EMA and the running loss from a checkpoint that `check` accepted, whose raw weights the engine
     was made with. All ranks must call it."""
     shards = Shards(folder, state["ranks"])
-    for kind, own in {"ema": ema.averages, **moments(engine, ema.fragments)}.items():
+    for kind, own in {**ema.all, **moments(engine, ema.fragments)}.items():
+        if kind not in shards.kinds and kind != "ema":
+            continue  # a decay that is new begins at the weights of now
         for f, tensor in zip(ema.fragments, own, strict=True):
             tensor.copy_(shards.read(kind, f.name, f.start, f.master.numel()))
     ema.updates = state["ema_updates"]
@@ -265,8 +269,10 @@ def load(folder: Path, engine, ema: ShardedEma, state: dict, loss_sum: Tensor, c
 
 
 def export(path: Path, weights: str, out: Path) -> int:
-    """Write a model's weights ("ema" | "raw") as one file `out` (.safetensors, fp32, whole parameters by their names) and what
-    sampling needs beside it as JSON; returns the step. Raises InputError."""
+    """Write a model's weights ("ema" | "raw" | "ema_0.9999") as one safetensors file of whole fp32 parameters by their names.
+
+    What sampling needs besides lies beside it as JSON. Returns the step. Raises InputError.
+    """
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out} must end in .safetensors")
     model, config, state = load_model(path, weights, torch.device("cpu"))
@@ -296,7 +302,7 @@ def _load_exported(path: Path, weights: str) -> tuple[DiT, Config, dict]:
 def load_model(path: Path, weights: str, device: torch.device) -> tuple[DiT, Config, dict]:
     """The fp32 model of a checkpoint, of a run's newest one or of an exported file, its config and its state.json.
 
-    weights: "ema" | "raw". Raises InputError when there is no whole checkpoint at `path`.
+    weights: "ema" | "raw" | a further average such as "ema_0.9999". Raises InputError when there is no whole checkpoint at `path`.
     """
     if path.suffix == ".safetensors":
         model, config, state = _load_exported(path, weights)
@@ -307,9 +313,8 @@ def load_model(path: Path, weights: str, device: torch.device) -> tuple[DiT, Con
     config = load_json(folder / "config.json")
     state = json.loads((folder / "state.json").read_text())
     shards, model = Shards(folder, state["ranks"]), DiT(config.model)
-    if not any(name.startswith(f"{weights}/") for name in shards.parts):
-        raise InputError(
-            f"checkpoint {folder} holds no {weights} weights: it was imported with its averaged ones, use --weights ema"
-        )
+    if weights not in shards.kinds or weights in MOMENTS:
+        held = ", ".join(kind for kind in shards.kinds if kind not in MOMENTS)
+        raise InputError(f"checkpoint {folder} holds no {weights} weights: use --weights with one of {held}")
     model.load_state_dict(shards.whole(weights, {name: p.shape for name, p in model.named_parameters()}))
     return model.to(device).eval(), config, state

@@ -190,7 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
     sample.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="averaged weights or those of the last step (default: %(default)s)"
+        "--weights",
+        default="ema",
+        metavar="ema|raw|ema_D",
+        help="averaged, of the last step, or a decay of train.ema_more (default: ema)",
     )
     sample.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model's weights and activations (default: %(default)s)"
@@ -209,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("checkpoint", metavar="DIR", help="a run's folder (its newest checkpoint) or a checkpoint's")
     export.add_argument("--out", required=True, metavar="FILE.safetensors")
-    export.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: %(default)s")
+    export.add_argument("--weights", default="ema", metavar="ema|raw|ema_D", help="as of `fastdit sample` (default: ema)")
     export.set_defaults(run=_export)
 
     base = commands.add_parser("import-base", help="convert a checkpoint of the published base model")

@@ -147,6 +147,7 @@ class TrainConfig:
     warmup_steps: int = 50
     clip: float = 1.0  # gradient norm; 0: no clipping
     ema_decay: float = 0.99
+    ema_more: list[float] = field(default_factory=list)  # decays of further averages, such as [0.999,0.9999]
     ema_every: int = 1  # steps between EMA updates
     log_steps: int = 25  # steps a log line; its loss is the mean over them
     save_steps: int = 400  # steps between checkpoints; the last step is always saved
@@ -176,9 +177,10 @@ class TrainConfig:
         _one_of("train", self, "device", ("auto", "cpu", "cuda"))
         _one_of("train", self, "schedule", ("constant", "cosine"))
         _one_of("train", self, "wandb", ("disabled", "offline", "online"))
-        for key in ("beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, key) < 1:
-                raise InputError(f"train.{key}={getattr(self, key)} must be at least 0 and below 1")
+        shares = {"beta1": self.beta1, "beta2": self.beta2, "ema_decay": self.ema_decay}
+        for key, value in [*shares.items(), *(("ema_more", decay) for decay in self.ema_more)]:
+            if not 0 <= value < 1:
+                raise InputError(f"train.{key}={value} must be at least 0 and below 1")
         if self.seed >= 2**63:
             raise InputError(f"train.seed={self.seed} must be below 2^63")
         if not self.name or "/" in self.name or self.name.startswith(".") or len(self.name) > 200:
@@ -252,6 +254,10 @@ def nearest(name: str, choices: list[str]) -> str:
 
 def _convert(key: str, value: object, hint: object) -> object:
     """`value` (from YAML) as the type `hint` of the field `key`, or InputError."""
+    if typing.get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise InputError(f"{key}={value!r} must be a list, such as [0.999,0.9999]")
+        return [_convert(key, each, typing.get_args(hint)[0]) for each in value]
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and types.NoneType in allowed:
         return None

@@ -14,16 +14,25 @@ class ShardedEma:
     the random start of a short run.
     """
 
-    def __init__(self, fragments: list[Fragment], decay: float) -> None:
-        self.fragments, self.decay, self.updates = fragments, decay, 0
-        self.averages = [f.master.clone() for f in fragments]
+    def __init__(self, fragments: list[Fragment], decay: float, *more: float) -> None:
+        """more: decays of further averages, kept beside the first."""
+        self.fragments, self.updates = fragments, 0
+        self.kinds = {"ema": decay, **{f"ema_{d:g}": d for d in more}}  # as they are called in checkpoints
+        self.all = {kind: [f.master.clone() for f in fragments] for kind in self.kinds}
+
+    @property
+    def averages(self) -> list[Tensor]:
+        """Of the first decay."""
+        return self.all["ema"]
 
     @torch.no_grad()
     def update(self) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        ramp = (1 + self.updates) / (10 + self.updates)
         self.updates += 1
-        if self.averages:  # torch._foreach_* refuses empty lists, and a rank may own nothing
-            torch._foreach_lerp_(self.averages, [f.master for f in self.fragments], 1 - decay)
+        if not self.fragments:  # torch._foreach_* refuses empty lists, and a rank may own nothing
+            return
+        for kind, decay in self.kinds.items():
+            torch._foreach_lerp_(self.all[kind], [f.master for f in self.fragments], 1 - min(decay, ramp))
 
 
 @torch.no_grad()

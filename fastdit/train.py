@@ -106,7 +106,7 @@ class Trainer:
         if resume_from:
             model.load_state_dict(checkpoint.Shards(resume_from, state["ranks"]).whole("raw", self.shapes))
         self.engine = engine.initialize(model, config, world)
-        self.ema = ShardedEma(engine.fragments(self.engine, world), config.train.ema_decay)
+        self.ema = ShardedEma(engine.fragments(self.engine, world), config.train.ema_decay, *config.train.ema_more)
         self.loss_sum, self.step_loss = torch.zeros((), device=world.device), torch.zeros((), device=world.device)
         self.start, self.summed_steps = state["step"], state["summed_steps"]
         self.data_wait = 0.0  # seconds since the last log line that the host spent in getting batches

@@ -23,3 +23,16 @@ def test_ema_is_the_plain_recurrence_with_its_ramp():
 
 def test_a_rank_may_own_nothing():
     ShardedEma([], 0.9).update()
+
+
+def test_several_decays_are_each_their_own_recurrence():
+    g = torch.Generator().manual_seed(0)
+    master = torch.randn(7, generator=g)
+    both, alone = ShardedEma([Fragment("a", 0, master)], 0.5, 0.9), ShardedEma([Fragment("a", 0, master)], 0.9)
+    first = ShardedEma([Fragment("a", 0, master)], 0.5)
+    for _ in range(30):
+        master.add_(torch.randn(7, generator=g))
+        for ema in (both, alone, first):
+            ema.update()
+    assert list(both.all) == ["ema", "ema_0.9"]
+    assert torch.equal(both.all["ema_0.9"][0], alone.averages[0]) and torch.equal(both.averages[0], first.averages[0])
