@@ -203,10 +203,13 @@ class SampleConfig:
 class ZeroConfig:
     stage: int = 2  # ZeRO stage 1 | 2 | 3
     bucket: int = 50_000_000  # elements of a reduce or gather bucket
+    offload: bool = False  # fp32 masters and AdamW's moments in host memory, stepped there
 
     def __post_init__(self) -> None:
         _one_of("zero", self, "stage", (1, 2, 3))
         _at_least("zero", self, "bucket", 1)
+        if self.offload and self.stage == 1:
+            raise InputError("zero.offload=true needs zero.stage=2 or 3")
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
     train, zero = config.train, config.zero
     # On one rank ZeRO 2 has nothing to cut or to overlap, but copies every gradient three times: in bf16, stage 1 takes half of its
     # time over a plain loop (11 % of a step of S/2 on a Xeon instead of 24 %).
-    stage = 1 if world_size == 1 and zero.stage == 2 and train.precision == "bf16" else zero.stage
+    stage = 1 if world_size == 1 and zero.stage == 2 and train.precision == "bf16" and not zero.offload else zero.stage
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if zero.offload else {}
     return {
         "train_batch_size": train.batch_size * train.accumulation * world_size,
         "train_micro_batch_size_per_gpu": train.batch_size,
@@ -119,7 +120,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
             "reduce_scatter": True,
             "reduce_bucket_size": zero.bucket,
             "allgather_bucket_size": zero.bucket,
+            **offload,
         },
+        "zero_force_ds_cpu_optimizer": False,  # offload steps torch's AdamW too
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the device twice a micro-step
         "wall_clock_breakdown": False,

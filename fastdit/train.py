@@ -229,7 +229,8 @@ class Trainer:
     def _save(self, done: int) -> None:
         """Write a checkpoint. Raises FloatingPointError rather than replace good ones by weights that are not finite, and
         InputError where the last one of a run cannot be written; an earlier one is tried again at the next save."""
-        finite = torch.stack([self.loss_sum.isfinite(), *(f.master.isfinite().all() for f in self.ema.fragments)]).all().int()
+        masters = (f.master.isfinite().all().to(self.world.device) for f in self.ema.fragments)  # with offload they are on the host
+        finite = torch.stack([self.loss_sum.isfinite(), *masters]).all().int()
         dist.all_reduce(finite, dist.ReduceOp.MIN)
         if not finite.item():
             raise self._diverged(f"the loss or the weights at step {done} are not finite")
