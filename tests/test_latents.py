@@ -133,6 +133,7 @@ def test_another_batch_size_changes_roundings_only(index, vae, latents, tmp_path
     assert difference < bound
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_same_bytes(index, vae, latents, tmp_path):
     process = patient(words(index, tmp_path / "latents", vae), ranks=2, script=tmp_path / "encode.py")
     _, problems = process.communicate()

@@ -315,6 +315,7 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path):
     assert [line["step"] for line in lines] == [2, 2, 3, 4] and len(lines[0]["images_of_ranks"][0]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_offload_trains_resumes_and_has_the_same_losses(tmp_path, stage, monkeypatch):
     """bf16, 8 steps: 1e-3, as one optimizer's sums are in another order; on a CPU the masters are where they were."""
