@@ -92,7 +92,8 @@ def test_ten_kills_leave_no_trace(tmp_path):
     assert not list((killed / "r/checkpoints").glob(".tmp*"))
 
 
-@pytest.mark.parametrize(("fault", "victim"), [("own", 1), pytest.param("rename", 0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "victim"), [("own", 1), ("rename", 0)])
 def test_a_kill_in_a_save_leaves_the_one_before(whole, tmp_path, fault, victim):
     run(tmp_path, fault, victim, expect=1)
     assert checkpoint.find(tmp_path / "r").name == "step_00000002"

@@ -141,6 +141,7 @@ def test_two_ranks_write_the_same_bytes(index, vae, latents, tmp_path):
     assert contents(tmp_path / "latents") == contents(latents)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(index, vae, latents, tmp_path):
     out, seed = tmp_path / "latents", random.randrange(1000)
     print("seed", seed)

@@ -228,7 +228,7 @@ def test_recomputing_keeps_less_and_changes_no_bit(dtype, none):
         assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
 
 
-@pytest.mark.parametrize("recompute", ["none", "light", "full"])
+@pytest.mark.parametrize("recompute", ["none", "light", pytest.param("full", marks=pytest.mark.slow)])
 def test_one_graph_serves_all_blocks_in_training_and_sampling(recompute):
     """28 blocks that are compiled one by one must share their graphs: more than eight would silently run eager."""
     torch._dynamo.reset()
