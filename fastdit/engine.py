@@ -221,7 +221,7 @@ def steps_taken(engine) -> int:
 
 
 def continue_from(engine, config: Config, steps: int) -> None:
-    """Set optimizer and schedule to `steps` steps taken, with this run's learning rate, betas, eps and weight decay."""
+    """Set optimizer and schedule to `steps` steps taken. Betas, eps and weight decay are this run's since `initialize`."""
     for _, state in _states(engine):
         state["step"].fill_(steps)
     train, scheduler = config.train, engine.lr_scheduler

@@ -55,15 +55,19 @@ class Order:
 
     def images(self, step: int, micro: int) -> tuple[np.ndarray, int]:
         """int64 [B], the images of this rank's micro-step; and the epoch."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        first = within * self.global_batch + self.first_index(micro)
-        return self._permutation(epoch)[first : first + self.batch_size], epoch
+        epoch, place = self._place(step, micro)
+        return self._permutation(epoch)[place], epoch
 
     def images_on(self, device: torch.device, step: int, micro: int) -> tuple[Tensor, int]:
         """`images`, as a slice of a permutation that lies on the device: nothing is copied but once an epoch."""
+        epoch, place = self._place(step, micro)
+        return self._permutation_on(device, epoch)[place], epoch
+
+    def _place(self, step: int, micro: int) -> tuple[int, slice]:
+        """The epoch, and this rank's part of its permutation."""
         epoch, within = divmod(step, self.steps_per_epoch)
         first = within * self.global_batch + self.first_index(micro)
-        return self._permutation_on(device, epoch)[first : first + self.batch_size], epoch
+        return epoch, slice(first, first + self.batch_size)
 
     def flips(self, images: Tensor, epoch: int) -> Tensor:
         """bool [B]: which of the images int64 [B] are mirrored in an epoch, half of them."""
