@@ -1,7 +1,7 @@
 """From a model to pictures: samples of given classes, on one rank or shared by all, and the grid they are shown in."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +22,17 @@ SHOWN = 10  # images a class in the grid of `fastdit sample`, at most
 
 
 @torch.no_grad()
-def generate(
+def stream(
     model: nn.Module, codec, config: SampleConfig, labels: Tensor, ids: Tensor, seed: int, null: int,
     advance: Callable[[], object] = lambda: None,
-) -> np.ndarray:  # fmt: skip
-    """Images uint8 [n,S,S,C] of the classes labels int64 [n].
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """Images uint8 [b,S,S,C] of the classes labels int64 [n], batch after batch in their order.
 
     ids int64 [n] name the starting noise: image i depends on (seed, ids[i], labels[i]) and not on its batch or rank. `advance`
     is called after each solver step of each batch.
     """
     model_config = model.config
     shape = (model_config.in_channels, model_config.input_size, model_config.input_size)
-    images = []
     for batch_labels, batch_ids in zip(labels.split(BATCH), ids.split(BATCH), strict=True):
         x = kernels.counter_normal(seed, Stream.SAMPLE, batch_ids, shape)
         velocity = samplers.guided(model, batch_labels, null, config.guidance)
@@ -41,8 +40,12 @@ def generate(
             x = point
             advance()
         pixels = ((codec.decode(x) + 1) * 127.5).round().to(torch.uint8)
-        images.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
-    return np.concatenate(images)
+        yield pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def generate(*arguments) -> np.ndarray:
+    """All images of `stream`, uint8 [n,S,S,C]."""
+    return np.concatenate(list(stream(*arguments)))
 
 
 def generate_on_all_ranks(
