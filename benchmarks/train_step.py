@@ -99,8 +99,8 @@ def engine_worker(case: str):
     train = TrainConfig(
         batch_size=size, lr=LR, weight_decay=WEIGHT_DECAY, beta2=0.999, clip=0.0, schedule="constant", warmup_steps=0
     )
-    config = Config(model=comparable(*shape), train=train)
     world = engine.start("cpu")
+    config = engine.settle(Config(model=comparable(*shape), train=train), world.device)
     model = engine.initialize(fastdit_model(EagerDiT(config.model)), config, world)
 
     def run(step: int) -> float:

@@ -90,7 +90,7 @@ def _info(_: argparse.Namespace) -> None:
     import torch
 
     from fastdit import kernels
-    from fastdit.engine import deepspeed_config
+    from fastdit.engine import deepspeed_config, settle
     from fastdit.kernels import library
     from fastdit.telemetry import check_backend, device_name, versions
 
@@ -101,7 +101,9 @@ def _info(_: argparse.Namespace) -> None:
     print(f"{'device':20} {device_name(device)}")
     built = library.EXTENSION and f"built, runs {library.INSTRUCTION_SETS[library.cpp.isa()]}"
     print(f"{'C++ extension':20} {built or 'not built: install again with a C++ compiler and FASTDIT_BUILD_EXT=1'}")
-    zero = deepspeed_config(Config(), 2)["zero_optimization"]
+    config = settle(Config(), device)
+    print(f"{'precision':20} auto is {config.train.precision} here")
+    zero = deepspeed_config(config, 2)["zero_optimization"]
     overlap = "with" if zero["overlap_comm"] else "without"
     print(f"{'default ZeRO':20} stage {zero['stage']} {overlap} overlap, buckets of {zero['reduce_bucket_size']:,} elements")
     print(f"\nkernel backend on {device.type}:")
@@ -161,7 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--out", required=True, metavar="DIR", help="the folder of the latents")
     encode.add_argument("--autoencoder", required=True, metavar="ID", help="folder or hub id of a diffusers AutoencoderKL")
     encode.add_argument("--image-size", type=int, default=256, metavar="N", help="pixels, square (default: %(default)s)")
-    encode.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the autoencoder (default: %(default)s)")
+    encode.add_argument(
+        "--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="of the autoencoder (default: bf16 where fast)"
+    )
     encode.add_argument("--batch-size", type=int, default=32, metavar="N", help="images a rank (default: %(default)s)")
     encode.add_argument("--split", choices=("train", "val"), default="train", help="default: %(default)s")
     encode.add_argument("--max-bad-files", type=int, default=10, metavar="N", help="one more ends the run (default: %(default)s)")

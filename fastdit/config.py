@@ -134,7 +134,7 @@ class TrainConfig:
     total_steps: int = 1200
     batch_size: int = 64  # images a device and micro-step
     accumulation: int = 1  # micro-steps a step
-    precision: str = "bf16"  # bf16 (fp32 masters) | fp32
+    precision: str = "auto"  # auto: bf16 where the device computes in it, else fp32 | bf16 (fp32 masters) | fp32
     device: str = "auto"  # auto: CUDA when there is one | cpu | cuda
     compile: str = "auto"  # auto: blocks on CUDA below ZeRO 3 | blocks: each block, one graph for all | none
     checkpoint: str = "none"  # of activations, for memory: none | light: SwiGLU's outputs again in the backward pass | full: blocks
@@ -171,7 +171,7 @@ class TrainConfig:
             _at_least("train", self, key, 1)
         for key in ("seed", "lr", "eps", "weight_decay", "warmup_steps", "clip", "sample_steps", "keep_every", "max_skipped_steps"):
             _at_least("train", self, key, 0)
-        _one_of("train", self, "precision", ("bf16", "fp32"))
+        _one_of("train", self, "precision", ("auto", "bf16", "fp32"))
         _one_of("train", self, "compile", ("auto", "blocks", "none"))
         _one_of("train", self, "checkpoint", ("none", "light", "full"))
         _one_of("train", self, "device", ("auto", "cpu", "cuda"))

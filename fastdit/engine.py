@@ -1,6 +1,7 @@
 """The only file that knows DeepSpeed: distributed start, the ZeRO engine, and who owns which fp32 master weights."""
 
 import atexit
+import dataclasses
 import math
 import os
 import socket
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdit.config import Config, InputError
+from fastdit.model import native_bf16
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -99,8 +101,21 @@ def together(world: World, work: Callable[[], T], everywhere: bool = True) -> T:
     return result if everywhere else outcomes[0][0]
 
 
+def precision(wanted: str, device: torch.device) -> str:
+    """bf16 or fp32 as wanted; "auto" is bf16 where the device has fast matmuls in it."""
+    if wanted == "auto":
+        return "bf16" if native_bf16(device) else "fp32"
+    return wanted
+
+
+def settle(config: Config, device: torch.device) -> Config:
+    """The config with what is "auto" about its precision decided for a device."""
+    train = dataclasses.replace(config.train, precision=precision(config.train.precision, device))
+    return dataclasses.replace(config, train=train)
+
+
 def deepspeed_config(config: Config, world_size: int) -> dict:
-    """The DeepSpeed configuration of a run."""
+    """The DeepSpeed configuration of a run, whose precision is settled."""
     train, zero = config.train, config.zero
     # On one rank ZeRO 2 has nothing to cut or to overlap, but copies every gradient three times: in bf16, stage 1 takes half of its
     # time over a plain loop (11 % of a step of S/2 on a Xeon instead of 24 %).
@@ -111,7 +126,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
         "train_micro_batch_size_per_gpu": train.batch_size,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.clip,
-        "bf16": {"enabled": train.precision == "bf16"},
+        "bf16": {"enabled": {"bf16": True, "fp32": False}[train.precision]},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": stage,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from fastdit import autoencoder, checkpoint, data, engine, flow, kernels, sample, telemetry
 from fastdit.config import Config, InputError, Stopped, TrainConfig
 from fastdit.ema import ShardedEma, gather
-from fastdit.model import DiT
+from fastdit.model import DiT, native_bf16
 
 GRID_CLASSES, GRID_COLUMNS = 10, 8  # of the sample grids during training
 
@@ -71,6 +71,7 @@ def train(config: Config) -> Path:
     weights are not finite any more; Stopped after SIGTERM, when all is saved.
     """
     world = engine.start(config.train.device)
+    config = engine.settle(config, world.device)
     telemetry.check_backend(world.device)
     resume_from, state = engine.together(world, lambda: _checkpoint_to_resume(config, world), everywhere=False)
     if state["step"] >= config.train.total_steps:
@@ -130,6 +131,8 @@ class Trainer:
             f"ZeRO-{self.config.zero.stage}, {train.precision}, {blocks} blocks, {backend} kernels; "
             f"from step {self.start} to {train.total_steps}"
         )
+        if train.precision == "bf16" and not native_bf16(self.world.device):
+            self.log.say("warning: bf16 matmuls are emulated on this device, and far slower than with train.precision=fp32")
 
     def loop(self) -> None:
         """Train to the end, or to the first log line after SIGTERM (a cluster's preemption), which saves and ends the run."""

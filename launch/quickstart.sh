@@ -21,6 +21,6 @@ fi
 run=runs/quickstart
 deepspeed -q --no_local_rank --num_gpus "$ranks" --module fastdit.cli train launch/quickstart.yaml train.batch_size=$((global_batch / ranks))
 unset OMP_NUM_THREADS
-fastdit sample --checkpoint "$run" --per-class 20 --dtype bf16 --out "$run/grid.png" --npz "$run/samples.npz"
+fastdit sample --checkpoint "$run" --per-class 20 --out "$run/grid.png" --npz "$run/samples.npz"
 python -m fastdit.digits "$run/samples.npz"
 echo "ten digits of each class, a row a class: $PWD/$run/grid.png"

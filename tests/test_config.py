@@ -52,7 +52,7 @@ def test_wrong_override_is_one_sentence(override, words):
         ("model", "qk_norm", ["head", "none", "full_width"]),
         ("model", "time_embedding", ["sinusoidal", "base"]),
         ("model", "attention", ["auto", "flash", "sdpa", "matmul"]),
-        ("train", "precision", ["bf16", "fp32"]),
+        ("train", "precision", ["auto", "bf16", "fp32"]),
         ("train", "compile", ["auto", "blocks", "none"]),
         ("train", "device", ["auto", "cpu", "cuda"]),
         ("train", "schedule", ["constant", "cosine"]),

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 TINY = [
     "model.preset=test/4",
+    "train.precision=bf16",
     "train.schedule=constant",
     "train.lr=1e-3",
     "train.warmup_steps=2",

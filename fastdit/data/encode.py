@@ -44,12 +44,13 @@ def _begin(out: Path, settings: dict) -> None:
 
 
 def encode(
-    source: Path, out: Path, autoencoder_id: str, image_size: int = 256, dtype: str = "bf16", batch_size: int = 32,
+    source: Path, out: Path, autoencoder_id: str, image_size: int = 256, dtype: str = "auto", batch_size: int = 32,
     split: str = "train", max_bad_files: int = 10, device: str = "auto",
 ) -> dict:  # fmt: skip
     """Encode a split of an index with a diffusers AutoencoderKL; returns the manifest. All ranks must call it. Raises InputError,
     and FloatingPointError for moments that are not finite."""
     world = engine.start(device)
+    dtype = engine.precision(dtype, world.device)
     index = engine.together(world, lambda: open_index(source))
     rows = engine.together(world, lambda: index.rows(split))
     codec = engine.together(world, lambda: autoencoder.KL(autoencoder_id, image_size, world.device))
