@@ -26,6 +26,7 @@ from eager_reference import EagerDiT, comparable, fastdit_model, train_step
 from fastdit import engine, flow, kernels, telemetry
 from fastdit.cli import ALLOCATOR
 from fastdit.config import Config, TrainConfig
+from fastdit.model import native_bf16
 
 # width, depth, heads, hidden, class width, batch; shape of the GEMM whose rate is the bound
 CASES = {
@@ -66,8 +67,26 @@ def velocity_loss(model, x0: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -
     return kernels.flow_matching_loss(model(kernels.flow_interpolate(x0, noise, t), t, labels), x0, noise).mean()
 
 
+def plain_fp32_worker(case: str):
+    """fp32 weights and torch's fused AdamW, no engine."""
+    shape, size, _ = CASES[case]
+    model = fastdit_model(EagerDiT(comparable(*shape)))
+    optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=WEIGHT_DECAY, fused=True)
+
+    def run(step: int) -> float:
+        loss = velocity_loss(model, *batch(step, size))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return run
+
+
 def plain_worker(case: str):
-    """bf16 weights with fp32 masters and torch's fused AdamW, no engine."""
+    """bf16 weights with fp32 masters and torch's fused AdamW, no engine; in fp32 where bf16 is emulated."""
+    if not native_bf16(torch.device("cpu")):
+        return plain_fp32_worker(case)
     shape, size, _ = CASES[case]
     model = fastdit_model(EagerDiT(comparable(*shape)))
     masters = [p.detach().clone() for p in model.parameters()]

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +28,12 @@ from torch import Tensor
 
 from fastdit.config import Config, InputError, ModelConfig, from_dict, load_json
 from fastdit.ema import ShardedEma
-from fastdit.engine import MOMENTS, T, World, continue_from, moments, steps_taken, together
+from fastdit.engine import MOMENTS, T, World, continue_from, control_group, moments, steps_taken, together
 from fastdit.model import DiT
 
 MANIFEST = "manifest.json"
-FORMAT = 2
-LOG_SUM = "log/loss_sum"  # the running loss between two log lines
+FORMAT = 3
+LOG_SUMS = "log/sums"  # of the losses since the last log line
 
 
 def folder_name(step: int) -> str:
@@ -127,14 +128,18 @@ def save_weights(folder: Path, weights: dict[str, Tensor], config: Config, step:
     return final
 
 
-def _write_own(temporary: Path, engine, ema: ShardedEma, config: Config, state: dict, loss_sum: Tensor, world: World) -> dict:
-    """Write and flush this rank's files; their hashes."""
+def _snapshot(engine, ema: ShardedEma, sums: Tensor) -> dict[str, Tensor]:
+    """This rank's part of a checkpoint, copied to the host: training may go on."""
     kinds = {"raw": [f.master for f in ema.fragments], **ema.all, **moments(engine, ema.fragments)}
     shards = {f"{kind}/{f.name}@{f.start}": t for kind, own in kinds.items() for f, t in zip(ema.fragments, own, strict=True)}
-    shards[LOG_SUM] = loss_sum
-    names = [_shard_file(world.rank)]
-    save_file({key: tensor.detach().cpu().clone() for key, tensor in shards.items()}, temporary / names[0])
-    if world.rank == 0:
+    return {key: tensor.detach().cpu().clone() for key, tensor in (shards | {LOG_SUMS: sums}).items()}
+
+
+def _write_own(temporary: Path, shards: dict[str, Tensor], config: Config, state: dict, rank: int) -> dict[str, str]:
+    """Write and flush this rank's files; their hashes."""
+    names = [_shard_file(rank)]
+    save_file(shards, temporary / names[0])
+    if rank == 0:
         (temporary / "config.json").write_text(config.to_json())
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         names += ["config.json", "state.json"]
@@ -143,18 +148,12 @@ def _write_own(temporary: Path, engine, ema: ShardedEma, config: Config, state: 
     return {name: sha256(temporary / name) for name in names}
 
 
-def save(folder: Path, engine, ema: ShardedEma, config: Config, state: dict, loss_sum: Tensor, world: World) -> None:
-    """Write the checkpoint of state["step"] below `folder` (<run>/checkpoints). All ranks must call it.
-
-    Raises InputError on all ranks when one of them cannot write; the checkpoints that are there stay.
-    """
+def _write(folder: Path, shards: dict[str, Tensor], config: Config, state: dict, world: World) -> None:
+    """Write the checkpoint of state["step"] below `folder`. All ranks must call it. Raises InputError on all of them when one
+    cannot write; the checkpoints that are there stay."""
     final = folder / folder_name(state["step"])
     temporary = folder / f".tmp-{final.name}"
     train = config.train
-    state = {
-        **state, "format": FORMAT, "ema_updates": ema.updates, "optimizer_steps": steps_taken(engine), "ranks": world.size,
-        "global_batch": train.batch_size * train.accumulation * world.size, "micro_batches": train.accumulation * world.size,
-    }  # fmt: skip
 
     def written(work: Callable[[], T]) -> T:
         try:
@@ -168,7 +167,7 @@ def save(folder: Path, engine, ema: ShardedEma, config: Config, state: dict, los
         temporary.mkdir(parents=True)
 
     together(world, lambda: written(begin), everywhere=False)
-    own = together(world, lambda: written(lambda: _write_own(temporary, engine, ema, config, state, loss_sum, world)))
+    own = together(world, lambda: written(lambda: _write_own(temporary, shards, config, state, world.rank)))
     hashes: list = [None] * world.size
     dist.all_gather_object(hashes, own, group=world.control)
 
@@ -181,6 +180,42 @@ def save(folder: Path, engine, ema: ShardedEma, config: Config, state: dict, los
             shutil.rmtree(old)
 
     together(world, lambda: written(commit), everywhere=False)
+
+
+class Saver:
+    """Writes a run's checkpoints in a thread, one at a time, while training goes on."""
+
+    def __init__(self, folder: Path, config: Config, world: World) -> None:
+        """folder: <run>/checkpoints. All ranks must make it."""
+        self.folder, self.config = folder, config
+        self.world = world._replace(control=control_group())  # the thread's own: the loop uses the other meanwhile
+        self.thread = self.error = None
+
+    def save(self, engine, ema: ShardedEma, state: dict, sums: Tensor) -> None:
+        """Copy the state to the host and begin to write it, when the last checkpoint is written. state: of state.json; sums: of the
+        log line that is not written yet. Raises the InputError of the last one. All ranks must call it."""
+        self.wait()
+        train, ranks = self.config.train, self.world.size
+        state = {
+            **state, "format": FORMAT, "ema_updates": ema.updates, "optimizer_steps": steps_taken(engine), "ranks": ranks,
+            "global_batch": train.batch_size * train.accumulation * ranks,
+        }  # fmt: skip
+        self.thread = threading.Thread(target=self._run, args=(_snapshot(engine, ema, sums), state))
+        self.thread.start()
+
+    def _run(self, shards: dict[str, Tensor], state: dict) -> None:
+        try:
+            _write(self.folder, shards, self.config, state, self.world)
+        except Exception as error:  # raised again where the loop waits
+            self.error = error
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what went wrong: InputError on all ranks when one of them could not write."""
+        if self.thread:
+            self.thread.join()
+        error, self.thread, self.error = self.error, None, None
+        if error:
+            raise error
 
 
 def _check_same_run(folder: Path, saved: Config, wanted: Config) -> None:
@@ -249,9 +284,9 @@ class Shards:
         return {name: self.read(kind, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
 
 
-def load(folder: Path, engine, ema: ShardedEma, state: dict, loss_sum: Tensor, config: Config, world: World) -> None:
-    """Restore optimizer, schedule, EMA and the running loss from a checkpoint that `check` accepted, whose raw weights the engine
-    was made with. All ranks must call it."""
+def load(folder: Path, engine, ema: ShardedEma, state: dict, sums: Tensor, config: Config, world: World) -> None:
+    """Restore optimizer, schedule, EMA and the log's sums from a checkpoint that `check` accepted, whose raw weights the engine was
+    made with. All ranks must call it."""
     shards = Shards(folder, state["ranks"])
     for kind, own in {**ema.all, **moments(engine, ema.fragments)}.items():
         if kind not in shards.kinds and kind != "ema":
@@ -260,12 +295,11 @@ def load(folder: Path, engine, ema: ShardedEma, state: dict, loss_sum: Tensor, c
             tensor.copy_(shards.read(kind, f.name, f.start, f.master.numel()))
     ema.updates = state["ema_updates"]
     continue_from(engine, config, state["optimizer_steps"])
-    sums = [file.get_tensor(LOG_SUM) for file in shards.files]
-    micro_batches = config.train.accumulation * world.size
-    if (state["ranks"], state["micro_batches"]) == (world.size, micro_batches):
-        loss_sum.copy_(sums[world.rank])
-    elif world.rank == 0:  # a sum of means, over other micro-batches
-        loss_sum.copy_(torch.stack(sums).sum() * micro_batches / state["micro_batches"])
+    of_ranks = [file.get_tensor(LOG_SUMS) for file in shards.files]
+    if state["ranks"] == world.size:
+        sums.copy_(of_ranks[world.rank])
+    elif world.rank == 0:
+        sums.copy_(torch.stack(of_ranks).sum(0))
 
 
 def export(path: Path, weights: str, out: Path) -> int:

@@ -136,7 +136,7 @@ class TrainConfig:
     accumulation: int = 1  # micro-steps a step
     precision: str = "auto"  # auto: bf16 where the device computes in it, else fp32 | bf16 (fp32 masters) | fp32
     device: str = "auto"  # auto: CUDA when there is one | cpu | cuda
-    compile: str = "auto"  # auto: blocks on CUDA below ZeRO 3 | blocks: each block, one graph for all | none
+    compile: str = "auto"  # auto: blocks on CUDA below ZeRO 3 | blocks: each block, one graph for all | model: one graph | none
     checkpoint: str = "none"  # of activations, for memory: none | light: SwiGLU's outputs again in the backward pass | full: blocks
     lr: float = 4e-3  # for the small model on digits; DiT and the base script train on ImageNet with 1e-4
     beta1: float = 0.9
@@ -153,6 +153,9 @@ class TrainConfig:
     save_steps: int = 400  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # the newest ones
     keep_every: int = 0  # and every checkpoint whose step is a multiple of this; 0: none
+    deterministic: bool = False  # bitwise resume on CUDA too: slower attention backward; on a CPU it always is
+    timeout_s: int = 600  # a collective that a rank does not join for so long ends the run
+    profile: str | None = None  # steps to trace on rank 0, such as 20-25: <run>/profile/ for Perfetto or chrome://tracing
     max_skipped_steps: int = 5  # in a row, whose loss or gradients were not finite: one more ends the run
     sample_steps: int = 400  # steps between grids of EMA samples; 0: none
     wandb: str = "disabled"  # disabled | offline | online
@@ -167,12 +170,13 @@ class TrainConfig:
             "log_steps",
             "save_steps",
             "keep_checkpoints",
+            "timeout_s",
         ):
             _at_least("train", self, key, 1)
         for key in ("seed", "lr", "eps", "weight_decay", "warmup_steps", "clip", "sample_steps", "keep_every", "max_skipped_steps"):
             _at_least("train", self, key, 0)
         _one_of("train", self, "precision", ("auto", "bf16", "fp32"))
-        _one_of("train", self, "compile", ("auto", "blocks", "none"))
+        _one_of("train", self, "compile", ("auto", "blocks", "model", "none"))
         _one_of("train", self, "checkpoint", ("none", "light", "full"))
         _one_of("train", self, "device", ("auto", "cpu", "cuda"))
         _one_of("train", self, "schedule", ("constant", "cosine"))
@@ -181,6 +185,10 @@ class TrainConfig:
         for key, value in [*shares.items(), *(("ema_more", decay) for decay in self.ema_more)]:
             if not 0 <= value < 1:
                 raise InputError(f"train.{key}={value} must be at least 0 and below 1")
+        if self.profile is not None:
+            first, dash, last = self.profile.partition("-")
+            if not (dash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+                raise InputError(f"train.profile={self.profile} must name steps such as 20-25")
         if self.seed >= 2**63:
             raise InputError(f"train.seed={self.seed} must be below 2^63")
         if not self.name or "/" in self.name or self.name.startswith(".") or len(self.name) > 200:
@@ -224,8 +232,10 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
 
     def __post_init__(self) -> None:
-        if self.zero.stage == 3 and self.train.compile == "blocks":
-            raise InputError("train.compile=blocks does not work with zero.stage=3, whose hooks break the graphs: use auto or none")
+        if self.zero.stage == 3 and self.train.compile in ("blocks", "model"):
+            raise InputError(
+                f"train.compile={self.train.compile} does not work with zero.stage=3, whose hooks break graphs: use auto or none"
+            )
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -6,7 +6,8 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from fastdit.config import Config, InputError
 from fastdit.model import native_bf16
+from fastdit.optimizer import OneRankAdamW
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,10 +48,11 @@ def _free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def start(device: str = "auto") -> World:
+def start(device: str = "auto", timeout_s: int = 600) -> World:
     """Join the processes that the launcher started (deepspeed, torchrun), or be the only one.
 
-    device: "auto" (CUDA when there is one) | "cpu" | "cuda". Raises InputError when there is no such device for this rank.
+    device: "auto" (CUDA when there is one) | "cpu" | "cuda". timeout_s: of collectives on the device; a rank that hangs ends the
+    job after so long. Raises InputError when there is no such device for this rank.
     On a CPU, DeepSpeed would compile its shared-memory collectives here: 70 s, and a lock file that makes later runs hang
     when it is killed. They are switched off; gloo does the work.
     """
@@ -76,10 +79,14 @@ def start(device: str = "auto") -> World:
     if not cuda:
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timedelta(seconds=timeout_s))
         atexit.register(dist.destroy_process_group)
-    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    return World(dist.get_rank(), dist.get_world_size(), place, control)
+    return World(dist.get_rank(), dist.get_world_size(), place, control_group())
+
+
+def control_group() -> dist.ProcessGroup:
+    """A gloo group of all ranks. All of them must make it."""
+    return dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
 
 
 def together(world: World, work: Callable[[], T], everywhere: bool = True) -> T:
@@ -114,22 +121,26 @@ def settle(config: Config, device: torch.device) -> Config:
     return dataclasses.replace(config, train=train)
 
 
+def shards(config: Config, world_size: int) -> bool:
+    """Whether ZeRO is in use. On one rank there is nothing to shard or to overlap, but ZeRO 1 and 2 copy every gradient up to three
+    times: 11 to 24 % of a step of S/2 in bf16 on a Xeon with AMX. Stage 3 and offload are taken at their word."""
+    return world_size > 1 or config.zero.stage == 3 or config.zero.offload
+
+
 def deepspeed_config(config: Config, world_size: int) -> dict:
     """The DeepSpeed configuration of a run, whose precision is settled."""
     train, zero = config.train, config.zero
-    # On one rank ZeRO 2 has nothing to cut or to overlap, but copies every gradient three times: in bf16, stage 1 takes half of its
-    # time over a plain loop (11 % of a step of S/2 on a Xeon instead of 24 %).
-    stage = 1 if world_size == 1 and zero.stage == 2 and train.precision == "bf16" and not zero.offload else zero.stage
+    sharded = shards(config, world_size)
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if zero.offload else {}
     return {
         "train_batch_size": train.batch_size * train.accumulation * world_size,
         "train_micro_batch_size_per_gpu": train.batch_size,
         "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": train.clip,
-        "bf16": {"enabled": {"bf16": True, "fp32": False}[train.precision]},
+        "gradient_clipping": train.clip if sharded else 0.0,  # OneRankAdamW clips by itself, and casts
+        "bf16": {"enabled": {"bf16": True, "fp32": False}[train.precision] and sharded},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
-            "stage": stage,
+            "stage": zero.stage if sharded else 0,
             "overlap_comm": True,  # off by default below stage 3
             "contiguous_gradients": True,
             "reduce_scatter": True,
@@ -156,29 +167,63 @@ def learning_rate_factor(config: Config, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def compiles(config: Config, world: World) -> bool:
-    """Whether the blocks are compiled. Not under ZeRO 3, whose hooks break the graph of every block."""
-    wanted = config.train.compile
-    return wanted == "blocks" or (wanted == "auto" and world.device.type == "cuda" and config.zero.stage < 3)
+def compiles(config: Config, world: World) -> str:
+    """What is compiled: "blocks", "model" or "none". Not under ZeRO 3, whose hooks break the graph of every block."""
+    if config.train.compile == "auto":
+        return "blocks" if world.device.type == "cuda" and config.zero.stage < 3 else "none"
+    return config.train.compile
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Bitwise the same results again on CUDA, where otherwise attention's backward adds up in any order. Before CUDA is in use.
+
+    cuBLAS and NCCL read their part from the environment, when they start.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.setdefault("NCCL_PROTO", "Simple")
+    before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs: it writes every new tensor once more
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def initialize(model: nn.Module, config: Config, world: World):
-    """The DeepSpeed engine of a model: ZeRO, fused AdamW on fp32 masters, schedule. Compiles the blocks first if asked."""
+    """The DeepSpeed engine of a model: ZeRO where there is something to shard, fused AdamW on fp32 masters, schedule.
+
+    Compiles blocks or model first if asked. The model must hold fp32 weights.
+    """
     import deepspeed
 
     train = config.train
     model.set_recompute(train.checkpoint)
-    if compiles(config, world):
-        for block in model.blocks:
-            block.compile(dynamic=False, fullgraph=True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), train.lr, (train.beta1, train.beta2), train.eps, train.weight_decay, fused=True
-    )
+    what = compiles(config, world)
+    for part in {"blocks": model.blocks, "model": [model], "none": []}[what]:
+        part.compile(dynamic=False, fullgraph=True)
+    options = dict(lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
+    sharded, bf16 = shards(config, world.size), train.precision == "bf16"
+    if sharded:
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **options)
+    else:
+        optimizer = OneRankAdamW(list(model.parameters()), train.clip, bf16, train.accumulation, **options)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
-    weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    weights = {} if not sharded else {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config, world.size)
     )
+    if not sharded:
+        engine.enable_backward_allreduce = False  # it would copy every gradient to a buffer and back
+        if bf16:
+            model.bfloat16()
+        return engine
     # DeepSpeed makes its masters from the bf16 parameters: give them back what that rounded away
     for fragment in fragments(engine, world):
         fragment.master.copy_(weights[fragment.name].flatten()[fragment.start : fragment.start + fragment.master.numel()])
@@ -188,11 +233,15 @@ def initialize(model: nn.Module, config: Config, world: World):
 def fragments(engine, world: World) -> list[Fragment]:
     """The fp32 masters that this rank owns, as live 1-D views, in the order of the model's parameters.
 
-    ZeRO 1 and 2 keep a private `_hp_mapping` on each parameter (None: not on this rank); ZeRO 3 cuts every parameter evenly.
+    On one rank they are whole; ZeRO 1 and 2 keep a private `_hp_mapping` on each parameter (None: not on this rank); ZeRO 3 cuts
+    every parameter evenly.
     """
     from deepspeed.utils import safe_get_local_fp32_param
 
     found = []
+    if isinstance(engine.optimizer, OneRankAdamW):
+        names = (name for name, _ in engine.module.named_parameters())
+        return [Fragment(name, 0, p.detach().view(-1)) for name, p in zip(names, engine.optimizer.masters, strict=True)]
     for name, parameter in engine.module.named_parameters():
         if hasattr(parameter, "ds_numel"):
             master = safe_get_local_fp32_param(parameter)
@@ -205,17 +254,17 @@ def fragments(engine, world: World) -> list[Fragment]:
 
 
 def _states(engine) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """The flat fp32 tensors that this rank's AdamW steps, each with its state, which is made where there was no step yet."""
+    """The fp32 tensors that this rank's AdamW steps, each with its state, which is made where there was no step yet."""
     zero = engine.optimizer
-    # of ZeRO 3; of ZeRO 2, and 1 in fp32; of ZeRO 1 in bf16
-    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    # of one rank; of ZeRO 3; of ZeRO 2, and 1 in fp32; of ZeRO 1 in bf16
+    names = ("masters", "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
     flats = next(getattr(zero, name) for name in names if hasattr(zero, name))
+    states = getattr(zero, "optimizer", zero).state
     for flat in flats:
-        state = zero.optimizer.state[flat]
-        if not state:
-            state["step"] = torch.zeros((), device=flat.device)
-            state |= {key: torch.zeros_like(flat) for key in MOMENTS}
-    return [(flat, zero.optimizer.state[flat]) for flat in flats]
+        if not states[flat]:
+            states[flat]["step"] = torch.zeros((), device=flat.device)
+            states[flat] |= {key: torch.zeros_like(flat) for key in MOMENTS}
+    return [(flat, states[flat]) for flat in flats]
 
 
 def moments(engine, owned: list[Fragment]) -> dict[str, list[Tensor]]:
@@ -226,7 +275,7 @@ def moments(engine, owned: list[Fragment]) -> dict[str, list[Tensor]]:
             first = (fragment.master.data_ptr() - flat.data_ptr()) // flat.element_size()
             if 0 <= first < flat.numel():
                 for key in MOMENTS:
-                    found[key].append(state[key].narrow(0, first, fragment.master.numel()))
+                    found[key].append(state[key].view(-1).narrow(0, first, fragment.master.numel()))
     return found
 
 

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fastdit import kernels
@@ -18,6 +19,8 @@ from fastdit.checkpoint import flush, replacing, write_atomically
 from fastdit.config import Config, InputError
 from fastdit.engine import World
 
+TIME_BINS = 8
+PHASES = ("data_wait", "forward_backward", "optimizer", "ema")
 PACKAGES = ("torch", "triton", "deepspeed", "diffusers", "nvidia-dali-cuda130", "wandb", "flash-attn")
 
 
@@ -50,6 +53,63 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def loss_sums(losses: Tensor, t: Tensor) -> Tensor:
+    """fp32 [1 + 2·TIME_BINS] of losses [B] at timesteps t [B] in (0,1): the sum of all; the sums and the numbers in bins of t.
+
+    By a product, in a fixed order: on CUDA an index add would take any.
+    """
+    bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+    one_hot = (bins[:, None] == torch.arange(TIME_BINS, device=t.device)).float()
+    return torch.cat((losses.sum()[None], losses @ one_hot, one_hot.sum(0)))
+
+
+class StepClock:
+    """Seconds that the phases of the steps take: on a GPU between events in its stream, on a CPU by the clock of the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda, self.spans = device.type == "cuda", []
+
+    @contextmanager
+    def phase(self, name: str, on_host: bool = False) -> Iterator[None]:
+        """Time what happens inside; on_host=True: by the clock of the host, for a wait of its own. Never waits for the device."""
+        now = time.perf_counter if on_host or not self.cuda else self._event
+        start = now()
+        yield
+        self.spans.append((name, start, now()))
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each phase since the last reading. On a GPU the work up to here must be done."""
+        totals = dict.fromkeys(PHASES, 0.0)
+        for name, start, end in self.spans:
+            totals[name] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+        self.spans.clear()
+        return totals
+
+
+def profiler(config: Config, run: Path, start_step: int, rank: int):
+    """A torch.profiler of the steps train.profile names, to be told of every step, or None: without the setting, on other ranks
+    than 0, and when a run continues behind them. Writes <run>/profile/steps_A-B.json."""
+    if config.train.profile is None or rank != 0:
+        return None
+    first, last = map(int, config.train.profile.split("-"))
+    skipped = first - 1 - start_step
+    if skipped < 0:
+        return None
+    path = run / "profile" / f"steps_{first}-{last}.json"
+
+    def write(profile: torch.profiler.profile) -> None:
+        path.parent.mkdir(exist_ok=True)
+        profile.export_chrome_trace(str(path))
+
+    schedule = torch.profiler.schedule(wait=skipped, warmup=0, active=last - first + 1, repeat=1)
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True)
 
 
 def progress_bar(total: int, initial: int = 0, description: str | None = None, unit: str = "step", **options) -> tqdm:
@@ -143,7 +203,7 @@ class Log:
         if self.speaks:
             self.bar.update()
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, **values: float | list | None) -> None:
         """One line after `step` steps: the values, and images/s by the wall clock since the last line."""
         if not self.speaks:
             return
@@ -153,7 +213,9 @@ class Log:
         line = {"step": step, **values, "images_per_s": round(rate, 2), "time": round(time.time(), 3)}
         self.event(line)
         if self.wandb:
-            self.wandb.log({key: value for key, value in line.items() if key != "step"}, step=step)
+            flat = {key: value for key, value in line.items() if key not in ("step", "loss_by_t")}
+            flat |= {f"loss_by_t/bin_{i}": value for i, value in enumerate(values["loss_by_t"])}
+            self.wandb.log(flat, step=step)
         loss = "none" if values["loss"] is None else f"{values['loss']:.4f}"
         self.bar.set_postfix_str(f"loss {loss}, {rate:.0f} images/s", refresh=False)
 

@@ -1,13 +1,14 @@
 """The training loop: batches in, one engine step each, EMA, log lines, sample grids, checkpoints.
 
 The loop never waits for the device: losses add up there and are read every log_steps. What a step reads on the host is read in
-engine.step, where DeepSpeed fetches the gradient norm and the overflow flag one after the other.
+engine.step: the gradient's norm on one rank, and with ZeRO also DeepSpeed's overflow flag.
 """
 
+import faulthandler
 import fcntl
 import math
 import signal
-import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
@@ -70,7 +71,13 @@ def train(config: Config) -> Path:
     Raises InputError for bad input, on all ranks and before anything is written; FloatingPointError when the loss or the
     weights are not finite any more; Stopped after SIGTERM, when all is saved.
     """
-    world = engine.start(config.train.device)
+    with engine.deterministic(config.train.deterministic):
+        return _train(config)
+
+
+def _train(config: Config) -> Path:
+    faulthandler.register(signal.SIGUSR1)  # kill -USR1 prints where a run hangs
+    world = engine.start(config.train.device, config.train.timeout_s)
     config = engine.settle(config, world.device)
     telemetry.check_backend(world.device)
     resume_from, state = engine.together(world, lambda: _checkpoint_to_resume(config, world), everywhere=False)
@@ -108,13 +115,14 @@ class Trainer:
             model.load_state_dict(checkpoint.Shards(resume_from, state["ranks"]).whole("raw", self.shapes))
         self.engine = engine.initialize(model, config, world)
         self.ema = ShardedEma(engine.fragments(self.engine, world), config.train.ema_decay, *config.train.ema_more)
-        self.loss_sum, self.step_loss = torch.zeros((), device=world.device), torch.zeros((), device=world.device)
+        size = 1 + 2 * telemetry.TIME_BINS  # see telemetry.loss_sums: of the steps since the last log line; of this step
+        self.sums, self.step_sums = torch.zeros(size, device=world.device), torch.zeros(size, device=world.device)
         self.start, self.summed_steps = state["step"], state["summed_steps"]
-        self.data_wait = 0.0  # seconds since the last log line that the host spent in getting batches
+        self.clock, self.saver = telemetry.StepClock(world.device), checkpoint.Saver(run / "checkpoints", config, world)
         self.told_to_stop = self.stop = 0.0  # this rank by a signal; all ranks, as agreed
         self.skipped = self.skipped_in_a_row = 0  # since the last log line; up to now
         if resume_from:
-            checkpoint.load(resume_from, self.engine, self.ema, state, self.loss_sum, config, world)
+            checkpoint.load(resume_from, self.engine, self.ema, state, self.sums, config, world)
         self.log = engine.together(world, lambda: telemetry.Log(run, config, world, self.start, state["wandb_id"]))
         if world.rank == 0:
             checkpoint.write_atomically(run / "config.json", config.to_json())
@@ -122,13 +130,15 @@ class Trainer:
 
     def _say_start(self, model: DiT) -> None:
         train, found = self.config.train, telemetry.versions()
-        blocks = "compiled" if engine.compiles(self.config, self.world) else "eager"
+        what = engine.compiles(self.config, self.world)
+        compiled = "eager" if what == "none" else f"compiled {what}"
         backend = kernels.backend_in_use(self.world.device)
+        sharding = f"ZeRO-{self.config.zero.stage}" if engine.shards(self.config, self.world.size) else "nothing to shard"
         self.log.say(
             f"fastdit {found['fastdit']}: {model.num_parameters / 1e6:.2f} M parameters ({self.config.model.preset}), "
             f"{self.config.data.source}, {train.batch_size} images x {train.accumulation} micro-steps x {self.world.size} ranks\n"
             f"on {telemetry.device_name(self.world.device)}; torch {found['torch']}, deepspeed {found['deepspeed']}, "
-            f"ZeRO-{self.config.zero.stage}, {train.precision}, {blocks} blocks, {backend} kernels; "
+            f"{sharding}, {train.precision}, {compiled}, {backend} kernels; "
             f"from step {self.start} to {train.total_steps}"
         )
         if train.precision == "bf16" and not native_bf16(self.world.device):
@@ -139,18 +149,22 @@ class Trainer:
         settings = self.config.train
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "told_to_stop", 1.0))
         try:
-            self._loop(settings)
+            with telemetry.profiler(self.config, self.run, self.start, self.world.rank) or nullcontext() as profiler:
+                self._loop(settings, profiler)
         finally:
             signal.signal(signal.SIGTERM, before)
             self.log.close()
 
-    def _loop(self, settings: TrainConfig) -> None:
+    def _loop(self, settings: TrainConfig, profiler: torch.profiler.profile | None) -> None:
         for step in range(self.start, settings.total_steps):
             lr = self.engine.get_lr()[0]  # of this step: engine.step moves the schedule on
             done, last = step + 1, step + 1 == settings.total_steps
             if self._step(step) and done % settings.ema_every == 0:
-                self.ema.update()
+                with self.clock.phase("ema"):
+                    self.ema.update()
             self.log.advance()
+            if profiler:
+                profiler.step()
             if done % settings.log_steps == 0 or last:
                 self._write_log_line(done, lr)
             with self.log.pause():
@@ -167,24 +181,27 @@ class Trainer:
         Where a loss or a gradient of any rank is not finite, DeepSpeed takes it on none.
         """
         settings, codec = self.config.train, self.codec
-        self.step_loss.zero_()
+        self.step_sums.zero_()
         for micro in range(settings.accumulation):
-            waits = time.perf_counter()
-            images, labels = self.loader.batch(step, micro)
-            self.data_wait += time.perf_counter() - waits
+            with self.clock.phase("data_wait", on_host=True):
+                images, labels = self.loader.batch(step, micro)
             ids = flow.sample_ids(step, self.loader.order.first_index(micro), settings.batch_size, self.world.device)
             noise = None
             if codec.needs_noise:
                 shape = (codec.channels, codec.size, codec.size)
                 noise = kernels.counter_normal(settings.seed, flow.Stream.POSTERIOR, ids, shape)
-            x0 = codec.encode(images, noise)
-            loss = flow.losses(self.engine, self.config.flow, self.config.model.num_classes, x0, labels, settings.seed, ids).mean()
-            self.engine.backward(loss)
-            self.engine.step()
-            self.step_loss += loss.detach()
+            with self.clock.phase("forward_backward"):
+                x0 = codec.encode(images, noise)
+                null = self.config.model.num_classes
+                losses = flow.losses(self.engine, self.config.flow, null, x0, labels, settings.seed, ids)
+                self.engine.backward(losses.mean())
+                t = flow.sample_timesteps(self.config.flow, settings.seed, ids)  # again: B numbers
+                self.step_sums += telemetry.loss_sums(losses.detach(), t)
+            with self.clock.phase("optimizer"):
+                self.engine.step()
         taken = self.engine.was_step_applied()
         if taken:
-            self.loss_sum += self.step_loss
+            self.sums += self.step_sums
             self.summed_steps += 1
             self.skipped_in_a_row = 0
         else:
@@ -205,35 +222,41 @@ class Trainer:
             raise self._diverged(f"{self.skipped_in_a_row} steps in a row, up to step {step + 1}, were not finite")
 
     def _write_log_line(self, done: int, lr: float) -> None:
-        """Read the device's loss sum, write the line, start the next sum. Here the ranks agree to stop, too."""
-        told = torch.full_like(self.loss_sum, self.told_to_stop)
-        sums = torch.stack([self.loss_sum, told])
+        """Read the device's sums of losses, write the line, start the next sums. Here the ranks agree to stop, too."""
+        sums = torch.cat([self.sums, torch.full_like(self.sums[:1], self.told_to_stop)])
         dist.all_reduce(sums)
-        total, self.stop = sums.tolist()
-        steps = self.summed_steps * self.config.train.accumulation * self.world.size
-        loss = total / steps if steps else None  # None: all were skipped
-        norm = float(self.engine.get_global_grad_norm())
-        epoch = round(done / self.loader.order.steps_per_epoch, 4)
-        norm = norm if self.summed_steps else None
+        total, *of_bins, self.stop = sums.tolist()
+        samples = self.summed_steps * self.loader.order.global_batch
+        loss = total / samples if samples else None  # None: all were skipped
+        by_t = [
+            round(s / n, 6) if n else None
+            for s, n in zip(of_bins[: telemetry.TIME_BINS], of_bins[telemetry.TIME_BINS :], strict=True)
+        ]
+        seconds = self.clock.read()
+        slowest = torch.tensor(list(seconds.values()), device=self.world.device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        seconds = {f"{phase}_s": round(s, 3) for phase, s in zip(seconds, slowest.tolist(), strict=True)}
+        norm = float(self.engine.get_global_grad_norm()) if samples else None
         self.log.write(
-            done, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, skipped=self.skipped, data_wait_s=round(self.data_wait, 3),
-            peak_memory_gb=round(telemetry.peak_memory(self.world.device) / 1e9, 3),
+            done, epoch=round(done / self.loader.order.steps_per_epoch, 4), loss=loss, lr=lr, grad_norm=norm, skipped=self.skipped,
+            loss_by_t=by_t, **seconds, peak_memory_gb=round(telemetry.peak_memory(self.world.device) / 1e9, 3),
         )  # fmt: skip
         if loss is not None and not math.isfinite(loss):
             raise self._diverged(f"the mean loss of steps {done - self.summed_steps + 1} to {done} is {loss}")
-        self.loss_sum.zero_()
-        self.summed_steps, self.skipped, self.data_wait = 0, 0, 0.0
+        self.sums.zero_()
+        self.summed_steps = self.skipped = 0
 
     def _diverged(self, what: str) -> FloatingPointError:
+        self._finish_save(required=False)
         found = checkpoint.find(self.run)
         kept = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
         return FloatingPointError(f"{what}: stopped, {kept}; lower train.lr and run the same command again")
 
     def _save(self, done: int) -> None:
-        """Write a checkpoint. Raises FloatingPointError rather than replace good ones by weights that are not finite, and
-        InputError where the last one of a run cannot be written; an earlier one is tried again at the next save."""
+        """Begin to write a checkpoint; the last one of a run is written on return. Raises FloatingPointError rather than replace
+        good ones by weights that are not finite."""
         masters = (f.master.isfinite().all().to(self.world.device) for f in self.ema.fragments)  # with offload they are on the host
-        finite = torch.stack([self.loss_sum.isfinite(), *masters]).all().int()
+        finite = torch.stack([self.sums[0].isfinite(), *masters]).all().int()
         dist.all_reduce(finite, dist.ReduceOp.MIN)
         if not finite.item():
             raise self._diverged(f"the loss or the weights at step {done} are not finite")
@@ -241,12 +264,19 @@ class Trainer:
             "step": done, "summed_steps": self.summed_steps, "wandb_id": self.log.wandb_id, "versions": telemetry.versions(),
             "class_names": self.loader.class_names,
         }  # fmt: skip
+        self._finish_save(required=False)
+        self.saver.save(self.engine, self.ema, state, self.sums)
+        if self.stop or done == self.config.train.total_steps:
+            self._finish_save(required=True)
+
+    def _finish_save(self, required: bool) -> None:
+        """Wait for the checkpoint that is being written. Raises InputError if it could not be and is required; else says so."""
         try:
-            checkpoint.save(self.run / "checkpoints", self.engine, self.ema, self.config, state, self.loss_sum, self.world)
+            self.saver.wait()
         except InputError as error:
-            if self.stop or done == self.config.train.total_steps:
+            if required:
                 raise
-            self.log.say(f"warning: {error}; training goes on, the next save is at step {done + self.config.train.save_steps}")
+            self.log.say(f"warning: {error}; the checkpoints before it stay")
 
     def _draw(self, done: int) -> None:
         """Write a grid of EMA samples, from a copy of the model that lives as long as the drawing."""

@@ -53,7 +53,7 @@ def test_wrong_override_is_one_sentence(override, words):
         ("model", "time_embedding", ["sinusoidal", "base"]),
         ("model", "attention", ["auto", "flash", "sdpa", "matmul"]),
         ("train", "precision", ["auto", "bf16", "fp32"]),
-        ("train", "compile", ["auto", "blocks", "none"]),
+        ("train", "compile", ["auto", "blocks", "model", "none"]),
         ("train", "device", ["auto", "cpu", "cuda"]),
         ("train", "schedule", ["constant", "cosine"]),
         ("train", "wandb", ["disabled", "offline", "online"]),
@@ -74,9 +74,16 @@ def test_empty_sections_are_sections(tmp_path):
     assert parse(tmp_path / "c.yaml", ["train.clip=2"]).train.clip == 2
 
 
-def test_compiled_blocks_and_zero_3_do_not_go_together():
+@pytest.mark.parametrize("steps", ["20", "5-3", "0-2", "a-b", "-3"])
+def test_profile_names_steps(steps):
+    with pytest.raises(InputError, match=r"train\.profile=.* must name steps such as 20-25"):
+        parse(None, [f"train.profile={steps}"])
+
+
+@pytest.mark.parametrize("what", ["blocks", "model"])
+def test_compiling_and_zero_3_do_not_go_together(what):
     with pytest.raises(InputError, match=r"zero\.stage=3"):
-        parse(None, ["train.compile=blocks", "zero.stage=3"])
+        parse(None, [f"train.compile={what}", "zero.stage=3"])
 
 
 @pytest.mark.parametrize("text", ["- a\n- b", "model: 3", "model: {width: 64", "train: {lr: [1]}"])

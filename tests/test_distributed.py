@@ -44,22 +44,25 @@ def losses(out):
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"),
+    ("ranks", "stage", "precision"),
     [
-        (2, "bf16"),
-        pytest.param(1, "bf16", marks=pytest.mark.slow),
-        pytest.param(3, "bf16", marks=pytest.mark.slow),
-        pytest.param(2, "fp32", marks=pytest.mark.slow),
+        (2, 2, "bf16"),
+        (1, 2, "bf16"),
+        pytest.param(2, 1, "bf16", marks=pytest.mark.slow),
+        pytest.param(2, 3, "bf16", marks=pytest.mark.slow),
+        pytest.param(2, 2, "fp32", marks=pytest.mark.slow),
+        pytest.param(1, 2, "fp32", marks=pytest.mark.slow),
+        pytest.param(1, 3, "bf16", marks=pytest.mark.slow),
     ],
 )
-def test_engine_on_two_ranks(stage, precision, tmp_path, monkeypatch):
+def test_engine(ranks, stage, precision, tmp_path, monkeypatch):
     """EMA equal to a plain fp32 one, dtypes after initialize, overlap on, no synchronisation: see rank_worker.py. By torchrun.
 
     And DeepSpeed compiles nothing at start: its build folder is not even made.
     """
     monkeypatch.setitem(ENVIRONMENT, "TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     worker = [HERE / "support" / "rank_worker.py", stage, precision]
-    done = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *worker])
+    done = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *worker])
     assert "all checks passed" in done.stdout
     assert not (tmp_path / "extensions").exists()
 

@@ -136,7 +136,7 @@ def test_base_time_features_are_the_published_formula():
     embedding = TimeEmbedding(config(width=16, time_embedding="base"))
     t = torch.linspace(1, 1 / 7, 7)
     got = embedding.features(t)
-    table = torch.tensor(10_000) ** (2 * torch.arange(16) / 16)
+    table = torch.cat([torch.tensor(10_000) ** (2 * i / 16) for i in torch.arange(16).split(1)])  # as where vectors are long
     for b in range(7):
         for i in range(16):
             angle = (t[b] * table[i]).double()
@@ -249,6 +249,21 @@ def test_one_graph_serves_all_blocks_in_training_and_sampling(recompute):
             m(*inputs(m, batch=5))
     assert counters["stats"]["unique_graphs"] <= 4
     assert not counters["graph_break"]
+
+
+def test_a_block_dispatches_few_operations():
+    """On a GPU each costs the host microseconds, and S/2 has some 3 ms of work a step. A block: at most 40 and 80."""
+    counts = {}
+    for depth in (2, 4):
+        m = DiT(config(depth=depth, width=32, heads=2, hidden=32, input_size=8, patch_size=4, modulation_groups=1))
+        with hot_loop.HotLoopGuard() as forward:
+            loss = m(*inputs(m)).sum()
+        with hot_loop.HotLoopGuard() as backward:
+            loss.backward()
+        counts[depth] = torch.tensor([sum(guard.counts.values()) for guard in (forward, backward)])
+    a_block = (counts[4] - counts[2]) / 2
+    print("operations a block, forward and backward:", a_block.tolist())
+    assert (a_block <= torch.tensor([40, 80])).all()
 
 
 def test_preset_table_is_whole():

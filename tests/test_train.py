@@ -17,8 +17,8 @@ from PIL import Image
 
 import autoencoders
 import hot_loop
-from fastdit import autoencoder, checkpoint, cli, flow
-from fastdit.config import InputError, parse
+from fastdit import autoencoder, checkpoint, cli, flow, telemetry
+from fastdit.config import FlowConfig, InputError, parse
 from fastdit.train import train
 
 TINY = [
@@ -49,9 +49,14 @@ def snapshot(folder):
 def test_a_run_leaves_what_it_should(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
-    told = {"loss", "lr", "grad_norm", "skipped", "data_wait_s", "peak_memory_gb", "images_per_s", "time"}
-    assert set(lines[0]) == {"step", "epoch"} | told
-    assert 0 <= lines[0]["data_wait_s"] < 5 and 0.1 < lines[0]["peak_memory_gb"] < 100
+    phases = {f"{phase}_s" for phase in telemetry.PHASES}
+    told = {"loss", "loss_by_t", "lr", "grad_norm", "skipped", "peak_memory_gb", "images_per_s", "time"}
+    assert set(lines[0]) == {"step", "epoch"} | told | phases
+    assert (
+        all(0 <= lines[0][phase] < 60 for phase in phases)
+        and lines[0]["forward_backward_s"] > 0
+        and 0.1 < lines[0]["peak_memory_gb"] < 100
+    )
     assert lines[0]["lr"] == 1e-3 and 0.5 < lines[0]["loss"] < 5 and lines[0]["grad_norm"] > 0
     assert [p.name for p in (trained / "checkpoints").glob("step_*")] == ["step_00000004"]
     assert not list(trained.rglob(".tmp*"))
@@ -287,14 +292,44 @@ def test_a_backend_that_cannot_run_leaves_nothing_behind(tmp_path, capsys, monke
 
 
 def test_the_loop_reads_nothing_on_the_host_but_in_engine_step(tmp_path):
-    """The same run, longer by three steps without log line or checkpoint, may read only what DeepSpeed reads in them."""
+    """The same run, longer by three steps without log line or checkpoint, may read only the gradient's norm."""
     syncs = []
     for total in (2, 5):
         quiet = ["train.log_steps=99", "train.save_steps=99", "train.sample_steps=0", f"train.name=n{total}"]
         with hot_loop.HotLoopGuard() as guard:
             train(parse(None, settings(tmp_path, f"train.total_steps={total}", *quiet)))
         syncs.append(guard.syncs)
-    assert syncs[1] - syncs[0] == 3 * 2  # two reads a step in DeepSpeed 0.19.8 at ZeRO 1, which one rank has: see rank_worker.py
+    assert syncs[1] - syncs[0] == 3  # the gradient's norm, once a step
+
+
+def test_the_mean_of_the_bins_is_the_loss(trained):
+    """Eight images a line: with the counter RNG's timesteps, the bins' counts are known, and their mean is the loss."""
+    for line in map(json.loads, (trained / "metrics.jsonl").read_text().splitlines()):
+        ids = torch.cat([flow.sample_ids(step, 0, 4, torch.device("cpu")) for step in (line["step"] - 2, line["step"] - 1)])
+        counts = torch.bincount(
+            (flow.sample_timesteps(FlowConfig(), 0, ids) * telemetry.TIME_BINS).long(), minlength=telemetry.TIME_BINS
+        )
+        assert [mean is None for mean in line["loss_by_t"]] == [count == 0 for count in counts.tolist()]
+        total = sum(mean * n for mean, n in zip(line["loss_by_t"], counts.tolist(), strict=True) if n)
+        assert total / 8 == pytest.approx(line["loss"], abs=1e-5)
+
+
+def test_a_profile_and_the_same_losses_compiled_as_one_graph(tmp_path, monkeypatch):
+    """train.profile traces the steps it names; train.compile=model is one graph (here without code generation) with the eager run's
+    losses."""
+    torch._dynamo.reset()
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend="aot_eager", **options))
+    found = {}
+    for name, words in {"eager": [], "model": ["train.compile=model", "train.profile=2-3"]}.items():
+        quiet = ["train.save_steps=99", "train.sample_steps=0", f"train.name={name}", "train.precision=fp32"]
+        run = train(parse(None, settings(tmp_path, "train.total_steps=4", *quiet, *words)))
+        found[name] = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert found["model"] == pytest.approx(found["eager"], rel=1e-6)
+    events = json.loads((tmp_path / "model/profile/steps_2-3.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep")}
+    assert steps == {"ProfilerStep#1", "ProfilerStep#2"}  # it counts from 0
+    assert not (tmp_path / "eager/profile").exists()
 
 
 def test_checkpoints_are_not_replaced_by_weights_that_diverged(tmp_path):

@@ -1,0 +1,44 @@
+"""What the engine decides before DeepSpeed starts. Its runs are in test_distributed.py."""
+
+import os
+
+import pytest
+import torch
+
+from fastdit import engine
+from fastdit.config import Config, parse
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "sharded"),
+    [([], 1, False), (["zero.stage=1"], 1, False), (["zero.stage=3"], 1, True), (["zero.offload=true"], 1, True), ([], 2, True)],
+)
+def test_zero_is_in_use_where_there_is_something_to_shard(words, ranks, sharded):
+    config = parse(None, ["train.precision=bf16", *words])
+    assert engine.shards(config, ranks) == sharded
+    made = engine.deepspeed_config(config, ranks)
+    assert made["zero_optimization"]["stage"] == (config.zero.stage if sharded else 0)
+    assert made["bf16"]["enabled"] == sharded and (made["gradient_clipping"] > 0) == sharded
+
+
+@pytest.mark.parametrize(("native", "auto"), [(True, "bf16"), (False, "fp32")])
+def test_precision_auto_is_bf16_where_matmuls_are_native(monkeypatch, native, auto):
+    monkeypatch.setattr(engine, "native_bf16", lambda device: native)
+    cpu = torch.device("cpu")
+    assert engine.settle(Config(), cpu).train.precision == auto
+    assert [engine.precision(wanted, cpu) for wanted in ("bf16", "fp32")] == ["bf16", "fp32"]
+
+
+def test_deterministic_sets_what_cuda_needs_and_puts_it_back(monkeypatch):
+    variables = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"}
+    for name in variables:
+        monkeypatch.delenv(name, raising=False)
+    with engine.deterministic(False):
+        assert not torch.are_deterministic_algorithms_enabled() and "NCCL_ALGO" not in os.environ
+    with engine.deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert {name: os.environ[name] for name in variables} == variables
+    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+    for name in variables:
+        monkeypatch.delenv(name)
