@@ -109,7 +109,7 @@ setup(
         "flash": ["flash-attn"],
         # pytest-benchmark 5.3 installs a fork over the files of py-cpuinfo, which deepspeed needs
         # scikit-image and scikit-learn carry the photographs that the tests make archives of
-        "test": ["pytest", "pytest-benchmark<5.3", "ruff==0.17.6", "wheel", "scikit-image", "scikit-learn"],
+        "test": ["pytest", "pytest-xdist", "pytest-benchmark<5.3", "ruff==0.17.6", "wheel", "scikit-image", "scikit-learn"],
     },
     entry_points={"console_scripts": ["fastdit = fastdit.cli:main"]},
 )

@@ -11,9 +11,17 @@ from fastdit.config import Config, InputError, Stopped, parse
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184"
 
 
-def _tune_allocator() -> None:
-    """Start this process again with glibc's allocator set up for tensors, unless GLIBC_TUNABLES says otherwise: it is read once, at
-    the start. Takes 20 ms, before anything is imported."""
+# Read when CUDA and NCCL start: freed memory serves other shapes too; a collective that times out leaves a trace of all ranks.
+CUDA_ENVIRONMENT = {
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}  # fmt: skip
+
+
+def _tune_environment() -> None:
+    """Set what CUDA and glibc's allocator read, unless the user did. glibc reads GLIBC_TUNABLES once, at the start: this process
+    starts again with it, which takes 20 ms before anything is imported."""
+    for name, value in CUDA_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = ALLOCATOR
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -239,7 +247,7 @@ def main(words: list[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(words)
     arguments.overrides = rest
     if words is None and arguments.command in ("train", "sample", "encode"):
-        _tune_allocator()
+        _tune_environment()
     if rest and (arguments.command != "train" or any(word.startswith("-") or "=" not in word for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

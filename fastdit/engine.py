@@ -42,7 +42,8 @@ class Fragment(NamedTuple):
     master: Tensor
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return str(s.getsockname()[1])
@@ -59,7 +60,7 @@ def start(device: str = "auto", timeout_s: int = 600) -> World:
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
             raise InputError("srun started several tasks, but none has a rank: start them with torchrun or the deepspeed launcher")
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if cuda:
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()

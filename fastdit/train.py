@@ -8,6 +8,7 @@ import faulthandler
 import fcntl
 import math
 import signal
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
@@ -76,7 +77,7 @@ def train(config: Config) -> Path:
 
 
 def _train(config: Config) -> Path:
-    faulthandler.register(signal.SIGUSR1)  # kill -USR1 prints where a run hangs
+    faulthandler.register(signal.SIGUSR1, sys.__stderr__)  # kill -USR1 prints where a run hangs
     world = engine.start(config.train.device, config.train.timeout_s)
     config = engine.settle(config, world.device)
     telemetry.check_backend(world.device)

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Train on one node or on several: launch/train.sh [--restarts N] CONFIG.yaml [section.key=value …]
 #   GPUS=N          ranks of this node (default: all its GPUs, or 1 without any)
-#   HOSTFILE=FILE   several nodes, as DeepSpeed's launcher wants them ("host slots=8" a line; ssh without a password)
+#   HOSTFILE=FILE   several nodes, as DeepSpeed's launcher wants them ("host slots=8" a line; ssh without a password); environment
+#                   variables for them go into .deepspeed_env, as NAME=value lines
+#   MASTER_PORT=N   default 29500: another one for a second run on the same node
 # --restarts N: when the run fails, start it again from its newest whole checkpoint, N times at most. Not after bad input (exit code 2),
 # SIGINT or SIGTERM.
 set -uo pipefail
@@ -10,13 +12,19 @@ bin=$(cd "${VENV:-.venv}/bin" && pwd) || { echo "run launch/install.sh first" >&
 export PATH="$bin:$PATH"
 restarts=0
 [ "${1:-}" = --restarts ] && { restarts=${2:?--restarts needs a number}; shift 2; }
-[ $# -gt 0 ] || { sed -n '2,6s/^# \?//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,8s/^# \?//p' "$0"; exit 2; }
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 [ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 ranks=${GPUS:-$((gpus > 0 ? gpus : 1))}
-command=(deepspeed -q --no_local_rank --num_gpus "$ranks")
-[ -n "${HOSTFILE:-}" ] && command=(deepspeed -q --no_local_rank --hostfile "$HOSTFILE")
+command=(deepspeed -q --no_local_rank --master_port "${MASTER_PORT:-29500}")
+if [ -n "${HOSTFILE:-}" ]; then
+    command+=(--hostfile "$HOSTFILE")
+else
+    command+=(--num_gpus "$ranks")
+    cores=$(nproc)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}  # the launcher gives every rank all cores
+fi
 
 stopped=
 trap 'stopped=1; kill -TERM "$child" 2>/dev/null' TERM INT

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastdit import checkpoint
+from fastdit import checkpoint, engine
 
 WORKER = Path(__file__).parent / "support" / "fault_worker.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -145,15 +145,9 @@ def test_a_dead_rank_ends_the_job(tmp_path, launcher):
         process = launch(tmp_path, total=100_000)
     else:
         words = [*TINY, f"train.out={tmp_path}", "train.batch_size=4", "train.total_steps=100000"]
-        command = [
-            Path(sys.executable).with_name("deepspeed"),
-            "--no_local_rank",
-            "--num_gpus",
-            "2",
-            "--module",
-            "fastdit.cli",
-            "train",
-        ]
+        launcher = Path(sys.executable).with_name("deepspeed")
+        options = ["--no_local_rank", "--master_port", engine.free_port(), "--num_gpus", "2"]
+        command = [launcher, *options, "--module", "fastdit.cli", "train"]
         process = subprocess.Popen(
             [sys.executable, *map(str, command), *words], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

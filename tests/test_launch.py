@@ -54,14 +54,18 @@ def test_train_sh_restarts_a_bounded_number_of_times(tmp_path, restarts, codes, 
     done = run([ROOT / "launch/train.sh", "--restarts", restarts, "c.yaml", "train.name=x"], environment)
     assert done.returncode == code, done.stderr
     made = (tmp_path / "calls").read_text().splitlines()
-    assert made == ["-q --no_local_rank --num_gpus 1 --module fastdit.cli train c.yaml train.name=x"] * calls
+    assert made == ["-q --no_local_rank --master_port 29500 --num_gpus 1 --module fastdit.cli train c.yaml train.name=x"] * calls
     assert done.stderr.count("restart") == calls - 1
 
 
 def test_train_sh_takes_a_hostfile_and_says_how_it_is_used(tmp_path):
     environment = {**fake_launcher(tmp_path, [0]), "HOSTFILE": "hosts"}
     assert run([ROOT / "launch/train.sh", "c.yaml"], environment).returncode == 0
-    assert (tmp_path / "calls").read_text().startswith("-q --no_local_rank --hostfile hosts --module fastdit.cli train")
+    assert (
+        (tmp_path / "calls")
+        .read_text()
+        .startswith("-q --no_local_rank --master_port 29500 --hostfile hosts --module fastdit.cli train")
+    )
     done = run([ROOT / "launch/train.sh"], environment)
     assert done.returncode == 2 and "launch/train.sh [--restarts N] CONFIG.yaml" in done.stdout
 
