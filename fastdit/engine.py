@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import Tensor, nn
 
 from fastdit.config import Config, InputError
@@ -21,6 +22,7 @@ from fastdit.optimizer import OneRankAdamW
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DEEPSPEED = Version("0.19.8")  # the first without the races of its issues 7965 and 8061, which gave NaN
 CONTROL_TIMEOUT = timedelta(minutes=60)  # rank 0 may hash and write for long while the others wait
 
 
@@ -53,7 +55,7 @@ def start(device: str = "auto", timeout_s: int = 600) -> World:
     """Join the processes that the launcher started (deepspeed, torchrun), or be the only one.
 
     device: "auto" (CUDA when there is one) | "cpu" | "cuda". timeout_s: of collectives on the device; a rank that hangs ends the
-    job after so long. Raises InputError when there is no such device for this rank.
+    job after so long. Raises InputError when there is no such device for this rank, or DeepSpeed is too old.
     On a CPU, DeepSpeed would compile its shared-memory collectives here: 70 s, and a lock file that makes later runs hang
     when it is killed. They are switched off; gloo does the work.
     """
@@ -75,6 +77,11 @@ def start(device: str = "auto", timeout_s: int = 600) -> World:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
+    if Version(deepspeed.__version__) < DEEPSPEED:
+        raise InputError(
+            f"deepspeed {deepspeed.__version__} is installed, whose overlapped communication races with compiled blocks: "
+            f"pip install 'deepspeed>={DEEPSPEED}'"
+        )
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has deprecated
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not cuda:

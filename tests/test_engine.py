@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdit import engine
-from fastdit.config import Config, parse
+from fastdit.config import Config, InputError, parse
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,11 @@ def test_deterministic_sets_what_cuda_needs_and_puts_it_back(monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
     for name in variables:
         monkeypatch.delenv(name)
+
+
+def test_an_old_deepspeed_is_refused(monkeypatch):
+    import deepspeed
+
+    monkeypatch.setattr(deepspeed, "__version__", "0.18.9")
+    with pytest.raises(InputError, match=r"deepspeed 0\.18\.9 is installed.* pip install 'deepspeed>=0\.19\.8'"):
+        engine.start("cpu")
