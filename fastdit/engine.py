@@ -221,6 +221,7 @@ def initialize(model: nn.Module, config: Config, world: World):
     if sharded:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True, **options)
     else:
+        model.to(world.device)  # DeepSpeed would, but the masters are made of its weights here
         optimizer = OneRankAdamW(list(model.parameters()), train.clip, bf16, train.accumulation, **options)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
     weights = {} if not sharded else {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
