@@ -108,7 +108,8 @@ def profiler(config: Config, run: Path, start_step: int, rank: int):
         path.parent.mkdir(exist_ok=True)
         profile.export_chrome_trace(str(path))
 
-    schedule = torch.profiler.schedule(wait=skipped, warmup=0, active=last - first + 1, repeat=1)
+    warmup = min(1, skipped)  # a step that is traced and thrown away: the first one is slow
+    schedule = torch.profiler.schedule(wait=skipped - warmup, warmup=warmup, active=last - first + 1, repeat=1)
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True)
 
 
