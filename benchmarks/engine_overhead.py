@@ -2,9 +2,10 @@
 
     python benchmarks/engine_overhead.py [--pairs 15] [--threads 2] [--case S/2] [--out benchmarks/results/engine_overhead.csv]
 
-The plain loop has bf16 weights, fp32 masters and torch's fused AdamW, and computes no gradient norm; the engine is as `fastdit
-train` sets it up. Both are processes of their own (train_step.py) and take turns, the order reversed every other pair. Printed: the
-median of the pairs' ratios, and the interval that holds it with 95 % confidence (order statistics).
+The plain loop has torch's fused AdamW, on fp32 masters of bf16 weights, or on fp32 weights where bf16 is emulated, and computes no
+gradient norm; the engine is as `fastdit train` sets it up. Both are processes of their own (train_step.py) and take turns, the
+order reversed every other pair. Printed: the median of the pairs' ratios, and the interval that holds it with 95 % confidence
+(order statistics).
 """
 
 import argparse
@@ -12,9 +13,10 @@ import statistics
 from pathlib import Path
 
 import record
+import torch
 from train_step import CASES, Worker
 
-from fastdit import telemetry
+from fastdit import engine, telemetry
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -45,7 +47,8 @@ def main() -> None:
             bar.update()
     for worker in workers.values():
         worker.stop()
-    row = {"case": options.case, "pairs": options.pairs, "threads": options.threads}
+    precision = engine.precision("auto", torch.device("cpu"))
+    row = {"case": options.case, "precision": precision, "pairs": options.pairs, "threads": options.threads}
     for k, clock in enumerate(("wall", "cpu")):
         ratios = [e[k] / p[k] for e, p in zip(times["engine"], times["plain"], strict=True)]
         low, high = interval(ratios)
