@@ -154,7 +154,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the newest ones
     keep_every: int = 0  # and every checkpoint whose step is a multiple of this; 0: none
     deterministic: bool = False  # bitwise resume on CUDA too: slower attention backward; on a CPU it always is
-    timeout_s: int = 600  # a collective that a rank does not join for so long ends the run
+    timeout_s: int = 600  # a step that takes longer, as when another rank hangs, prints where it waits and ends the process
     profile: str | None = None  # steps to trace on rank 0, such as 20-25: <run>/profile/ for Perfetto or chrome://tracing
     max_skipped_steps: int = 5  # in a row, whose loss or gradients were not finite: one more ends the run
     sample_steps: int = 400  # steps between grids of EMA samples; 0: none

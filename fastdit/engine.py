@@ -51,11 +51,11 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def start(device: str = "auto", timeout_s: int = 600) -> World:
+def start(device: str = "auto") -> World:
     """Join the processes that the launcher started (deepspeed, torchrun), or be the only one.
 
-    device: "auto" (CUDA when there is one) | "cpu" | "cuda". timeout_s: of collectives on the device; a rank that hangs ends the
-    job after so long. Raises InputError when there is no such device for this rank, or DeepSpeed is too old.
+    device: "auto" (CUDA when there is one) | "cpu" | "cuda". Raises InputError when there is no such device for this rank, or
+    DeepSpeed is too old.
     On a CPU, DeepSpeed would compile its shared-memory collectives here: 70 s, and a lock file that makes later runs hang
     when it is killed. They are switched off; gloo does the work.
     """
@@ -87,7 +87,7 @@ def start(device: str = "auto", timeout_s: int = 600) -> World:
     if not cuda:
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timedelta(seconds=timeout_s))
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
         atexit.register(dist.destroy_process_group)
     return World(dist.get_rank(), dist.get_world_size(), place, control_group())
 

@@ -78,7 +78,7 @@ def train(config: Config) -> Path:
 
 def _train(config: Config) -> Path:
     faulthandler.register(signal.SIGUSR1, sys.__stderr__)  # kill -USR1 prints where a run hangs
-    world = engine.start(config.train.device, config.train.timeout_s)
+    world = engine.start(config.train.device)
     config = engine.settle(config, world.device)
     telemetry.check_backend(world.device)
     resume_from, state = engine.together(world, lambda: _checkpoint_to_resume(config, world), everywhere=False)
@@ -153,11 +153,13 @@ class Trainer:
             with telemetry.profiler(self.config, self.run, self.start, self.world.rank) or nullcontext() as profiler:
                 self._loop(settings, profiler)
         finally:
+            faulthandler.cancel_dump_traceback_later()
             signal.signal(signal.SIGTERM, before)
             self.log.close()
 
     def _loop(self, settings: TrainConfig, profiler: torch.profiler.profile | None) -> None:
         for step in range(self.start, settings.total_steps):
+            faulthandler.dump_traceback_later(settings.timeout_s, exit=True, file=sys.__stderr__)  # unless it is set again by then
             lr = self.engine.get_lr()[0]  # of this step: engine.step moves the schedule on
             done, last = step + 1, step + 1 == settings.total_steps
             if self._step(step) and done % settings.ema_every == 0:
@@ -168,6 +170,7 @@ class Trainer:
                 profiler.step()
             if done % settings.log_steps == 0 or last:
                 self._write_log_line(done, lr)
+            faulthandler.cancel_dump_traceback_later()
             with self.log.pause():
                 if settings.sample_steps and (done % settings.sample_steps == 0 or last):
                     self._draw(done)
