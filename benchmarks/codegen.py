@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 import torch
 import triton
-from kernel_cases import CASES
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fastdit.kernels import backend, dispatch, tuning
+from kernel_cases import CASES
 
 BATCH = 32
 RESULTS = Path(__file__).parent / "results/codegen.csv"

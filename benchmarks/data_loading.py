@@ -18,10 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import record
 import torch
 from PIL import Image
 
+import record
 from fastdit import autoencoder, telemetry
 from fastdit.data import prepare
 from fastdit.data.index import Index, open_index

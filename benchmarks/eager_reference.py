@@ -1,10 +1,11 @@
 """The eager reference that every speed-up is measured against: the base model and its train step in plain, unfused PyTorch.
 
 What the public base script does, written anew: separate q/k/v projections, six small modulation Linears in each block, interleaved
-rotary pairs, RMSNorm a head, bf16 autocast over fp32 weights, SDPA, torch's AdamW, the loss read at every step. Left out, each
-at most 1 % of a step: its gradient scaler (bf16 needs none) and its EMA on the CPU every 100 steps. Two differences that
-make it the same function as fastdit's model to the last parameter: the two linear maps of its patch embedding are one, and the null
-class is a row of the class table.
+rotary pairs, RMSNorm a head, bf16 autocast over fp32 weights (none in fp32), SDPA, torch's AdamW, the loss read at every step, and,
+where it is asked for, images decoded by Pillow and encoded by the fp32 autoencoder in every step. Left out, each at most 1 % of a
+step: its gradient scaler (bf16 needs none) and its EMA on the CPU every 100 steps. Two differences that make it the same function
+as fastdit's model to the last parameter: the two linear maps of its patch embedding are one, and the null class is a row of the
+class table.
 
 Shapes: B batch, C/h/w the latent, p patch, T tokens, H width, N heads, D head dim. Parameter names are the base checkpoints'.
 """
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.base_checkpoint import convert
+from fastdit.base_checkpoint import MODULATION, convert
 from fastdit.config import ModelConfig
 from fastdit.model import DiT
 
@@ -129,9 +130,49 @@ def fastdit_model(eager: EagerDiT) -> DiT:
     return model
 
 
-def train_step(model: EagerDiT, optimizer: torch.optim.Optimizer, x0: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> float:
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """The inverse of base_checkpoint.half_split."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+@torch.no_grad()
+def eager_model(model: DiT) -> EagerDiT:
+    """The eager model of the same function with copies of the weights of fastdit's, fp32: the inverse of `fastdit_model`."""
+    config, weights = model.config, {name: p.detach().clone() for name, p in model.named_parameters()}
+    H, p, C = config.width, config.patch_size, config.in_channels
+    state = {
+        "pos_enc.proj.weight": weights["patch_embedding.weight"].view(H, C, p, p),
+        "pos_enc.proj.bias": weights["patch_embedding.bias"], "t_emb2.weight": weights["time_embedding.map.weight"],
+        "c_emb.weight": weights["class_embedding.table.weight"].T,
+    }  # fmt: skip
+    if config.class_width:
+        state |= {f"cond_MLP.{part}": weights[f"class_embedding.map.{part}"] for part in ("weight", "bias")}
+    vectors = [f"blocks.{i}.{v}" for i in range(config.depth) for v in MODULATION] + ["out_norm.c_shift", "out_norm.c_scale"]
+    for part in ("weight", "bias"):
+        state[f"out_proj.{part}"] = weights[f"output.{part}"]
+        packed = [weights[f"modulation.{i}.{part}"] for i in range(len(config.group_sizes))] + [weights[f"final_modulation.{part}"]]
+        state |= {f"{v}.{part}": rows for v, rows in zip(vectors, torch.cat(packed).split(H), strict=True)}
+    for i in range(config.depth):
+        block = f"blocks.{i}."
+        q, k, v = weights[block + "attention.qkv.weight"].split(H)
+        for name, rows in (("query", interleaved(q, config.heads)), ("key", interleaved(k, config.heads)), ("value", v)):
+            state[block + f"attn.{name}_proj.weight"] = rows
+        for name in "qk":
+            state[block + f"attn.{name}_norm.weight"] = interleaved(weights[block + f"attention.{name}_weight"], 1)
+        state[block + "attn.out_proj.weight"] = weights[block + "attention.out.weight"]
+        for part in ("weight", "bias"):
+            state[block + f"MLP.lin_up.{part}"] = weights[block + f"mlp.up.{part}"]
+            state[block + f"MLP.lin_down.{part}"] = weights[block + f"mlp.down.{part}"]
+    eager = EagerDiT(config)
+    eager.load_state_dict(state)
+    return eager
+
+
+def train_step(
+    model: EagerDiT, optimizer: torch.optim.Optimizer, x0: Tensor, labels: Tensor, t: Tensor, noise: Tensor, precision: str
+) -> float:
     """One step as the base script takes it, on given timesteps and noise so that others can be given the same; the loss."""
-    with torch.autocast(x0.device.type, torch.bfloat16):
+    with torch.autocast(x0.device.type, torch.bfloat16, enabled=precision == "bf16"):
         t4 = t[:, None, None, None]
         v = model((1 - t4) * x0 + t4 * noise, t, labels)
         loss = F.mse_loss(v, noise - x0)

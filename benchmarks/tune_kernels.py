@@ -15,10 +15,10 @@ from itertools import product
 import torch
 import triton
 from codegen import ARCHITECTURES, Recorder, machine_code, record_op
-from kernel_cases import CASES, WIDTHS
 from triton.runtime.jit import JITFunction
 
 from fastdit.kernels import backend, tuning
+from kernel_cases import CASES, WIDTHS
 
 OPS = ("modulate", "gated_residual", "gated_residual_modulate")
 GAIN = 1.02  # a candidate must beat the default by 2 %, or it is noise

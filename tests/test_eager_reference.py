@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eager_reference import EagerDiT, comparable, euler, fastdit_model
+from eager_reference import EagerDiT, comparable, eager_model, euler, fastdit_model
 from fastdit import samplers
 
 
@@ -25,3 +25,15 @@ def test_same_function_and_samples(class_width):
     with torch.no_grad():
         *_, latent = samplers.euler(velocity, x, 3)
     torch.testing.assert_close(latent, euler(eager, x.detach(), labels, 3, 3.0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("class_width", [48, None])
+def test_weights_go_there_and_back(class_width):
+    """depth 6 has two groups of packed modulation."""
+    torch.manual_seed(0)
+    eager = EagerDiT(comparable(32, 6, 2, 64, class_width))
+    for p in eager.parameters():  # norm weights of ones would hide their order
+        torch.nn.init.normal_(p)
+    again = eager_model(fastdit_model(eager))
+    for (name, p), q in zip(eager.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name

@@ -1,0 +1,103 @@
+"""One DiT block with its modulation: eager, eager under torch.compile, and fastdit's, on the same weights.
+
+`parity`: the largest difference from the eager block's output, relative to its largest value. Needs torch and triton alone.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+
+from bench_kernels import BOUND, directions, interleave
+from eager_reference import EagerDiT, comparable, fastdit_model
+from fastdit import kernels
+from fastdit.model import DiT
+from measure import DEVICE, DTYPE, PRECISION, SWEEPS, Group, Result, Worker
+
+SUITE = "blocks"
+DIRECTIONS = ("forward", "both")
+CASES = {"S/2": (384, 6, 1024), "B/2": (768, 12, 2048), "L/2": (1024, 16, 2688), "base/2": (1088, 17, 4352)}  # width, heads, hidden
+
+
+class EagerBlock(nn.Module):
+    """As the eager trainer runs it: autocast over fp32 weights in bf16."""
+
+    def __init__(self, model: EagerDiT) -> None:
+        super().__init__()
+        self.block, self.cos, self.sin = model.blocks[0], model.cos, model.sin
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x [B,T,H], condition [B,H] -> [B,T,H]."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=PRECISION == "bf16"):
+            return self.block(x, condition, self.cos, self.sin)
+
+
+class FusedBlock(nn.Module):
+    """fastdit's, standing alone: the norm that is fused into the block before it runs by itself, the last residual has none."""
+
+    def __init__(self, model: DiT) -> None:
+        super().__init__()
+        self.block, self.modulation, self.cos, self.sin = model.blocks[0], model.modulation[0], model.cos, model.sin
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x [B,T,H], condition [B,H] -> [B,T,H]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unflatten(-1, (6, -1)).unbind(1)
+        y = kernels.modulate(x, shift1, scale1)
+        x, y = kernels.gated_residual_modulate(x, self.block.attention(y, self.cos, self.sin), gate1, shift2, scale2)
+        return kernels.gated_residual(x, self.block.mlp(y), gate2)
+
+
+def measure(case: str, batch: int, names: tuple[str, ...], sweeps: int) -> dict[str, Result]:
+    """All members of a group; runs in a worker."""
+    width, heads, hidden = CASES[case]
+    torch._functorch.config.donated_buffer = False
+    model = EagerDiT(comparable(width, 1, heads, hidden, None)).to(DEVICE)
+    eager, fused = EagerBlock(model), FusedBlock(fastdit_model(model).to(DEVICE, DTYPE))
+    x = torch.randn(batch, 256, width, device=DEVICE)
+    condition = torch.randn(batch, width, device=DEVICE)
+    blocks: dict[str, Callable] = {
+        "eager": eager, "compile": torch.compile(eager, dynamic=False), "fused": fused,
+        "fused+compile": torch.compile(fused, dynamic=False),
+    }  # fmt: skip
+
+    def calls(name: str) -> dict[str, Callable[[], object]]:
+        ours = name.startswith("fused")
+        own = [t.to(DTYPE if ours else torch.float32).requires_grad_() for t in (x.clone(), condition.clone())]
+        weights = [p for n, p in (fused if ours else eager).named_parameters()]
+        run = directions(lambda *inputs: blocks[name](*inputs[:2]), (*own, *weights), True)
+        return {d: run[d] for d in DIRECTIONS}
+
+    with torch.no_grad():
+        expected = eager(x, condition).float()
+        parity = ((fused(x.to(DTYPE), condition.to(DTYPE)).float() - expected).abs().max() / expected.abs().max()).item()
+    ours = [name for name in names if name.startswith("fused")]
+    errors = {name: f"parity: the outputs differ by {parity:.1e}" for name in ours} if parity > 2 * BOUND else {}
+    key = lambda name, direction: {"case": case, "provider": name, "direction": direction, "size": f"{batch}x256x{width}"}
+    results, _ = interleave({name: functools.partial(calls, name) for name in names}, key, DIRECTIONS, errors, sweeps)
+    for result in results.values():
+        if result.samples and result.key["provider"] in ours:
+            result.values["parity"] = f"{parity:.1e}"
+    return results
+
+
+def served() -> Callable:
+    """What a worker of this suite calls."""
+    return measure
+
+
+def groups(full: bool) -> dict[str, Group]:
+    cuda = DEVICE.type == "cuda"
+    batch, cases = (64, list(CASES)) if cuda else (4, ["S/2", "base/2"])
+    names = ("eager", "compile", "fused", "fused+compile") if cuda else ("eager", "compile", "fused")
+    worker = functools.cache(lambda: Worker("bench_blocks:served"))
+    members = tuple(f"{name} {direction}" for name in names for direction in DIRECTIONS)
+    return {
+        case: Group(members, lambda say, case=case: worker()(case, batch, names, SWEEPS))
+        for case in (cases if full else cases[:1])
+    }  # fmt: skip
+
+
+def test_blocks(replay, group, member) -> None:
+    replay(group, member)

@@ -1,0 +1,246 @@
+"""Each op against the chain that an eager trainer runs, and that chain under torch.compile: forward, backward, both.
+
+Bytes are those that the algorithm must move (limits.MOVED); `copy_share` is their rate over that of tensor.copy_ in the same run:
+what fits into a cache can exceed it. `peak_mb`: what one call allocates above its inputs. `parity`: the largest difference from the
+op's reference, outputs and gradients, relative to the largest value.
+"""
+
+import functools
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor
+
+from eager_reference import rotate_interleaved
+from fastdit import kernels
+from kernel_cases import CASES, TOKENS
+from limits import COPY, MOVED
+from measure import DEVICE, DTYPE, SWEEPS, Group, Result, Worker, quantiles, seconds, speedup, start, take_turns
+
+SUITE = "kernels"
+DIRECTIONS = ("forward", "backward", "both")
+PROVIDERS = ("eager", "compile", "fused")
+FLOW = (
+    "flow_interpolate",
+    "flow_matching_loss",
+    "counter_normal",
+)  # sized by the latent's side; the first and last have no backward
+BOUND = {torch.float32: 2**-14, torch.bfloat16: 2**-6}[DTYPE]  # of parity: two roundings of bf16, sums of fp32 in another order
+HIDDEN = {384: 1024, 768: 2048, 1024: 2688, 1088: 4352, 1152: 3072}  # SwiGLU's, by width
+
+
+def eager_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
+
+
+def eager_gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    return x + branch * gate[:, None]
+
+
+def eager_gated_residual_modulate(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    r = eager_gated_residual(x, branch, gate)
+    return r, eager_modulate(r, shift, scale)
+
+
+def eager_qk_norm_rope(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int
+) -> tuple[Tensor, ...]:
+    """On the outputs of three projections, with the fp32 norm weights and interleaved tables of the eager model."""
+    D = len(q_weight)
+    q, k, v = (t.unflatten(-1, (heads, D)).transpose(1, 2) for t in (q, k, v))
+    q, k = F.rms_norm(q, (D,), q_weight), F.rms_norm(k, (D,), k_weight)
+    return rotate_interleaved(q, cos, sin), rotate_interleaved(k, cos, sin), v
+
+
+def eager_swiglu(packed: Tensor) -> Tensor:
+    value, gate = packed.chunk(2, dim=-1)
+    return value * F.silu(gate)
+
+
+def eager_flow_interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    t = t[:, None, None, None]
+    return (1 - t) * x0 + t * noise
+
+
+def eager_flow_matching_loss(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
+    return ((v - (noise - x0)) ** 2).flatten(1).mean(1) * weight
+
+
+def eager_counter_normal(_seed: int, _stream: int, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(len(ids), *shape, device=ids.device)
+
+
+def eager(op: str, inputs: tuple) -> tuple[Callable, tuple]:
+    """The eager chain of an op, and its inputs made from the op's."""
+    if op == "qk_norm_rope":
+        qkv, q_weight, k_weight, cos, sin, heads, _ = inputs
+        separate = (t.detach().contiguous().requires_grad_() for t in qkv.chunk(3, dim=-1))
+        weights = (w.detach().float().requires_grad_() for w in (q_weight, k_weight))
+        inputs = (*separate, *weights, *(t.repeat_interleave(2, dim=1) for t in (cos, sin)), heads)
+    return globals()[f"eager_{op}"], inputs
+
+
+def moved(op: str, size: int, batch: int) -> tuple[int, int]:
+    """Bytes that forward and backward must move."""
+    elements = batch * 4 * size**2 if op in FLOW else batch * TOKENS * size
+    itemsize = 4 if op == "counter_normal" else DTYPE.itemsize  # its numbers are fp32
+    return MOVED[op][0] * elements * itemsize, MOVED[op][1] * elements * itemsize
+
+
+def directions(function: Callable, inputs: tuple, backward: bool) -> dict[str, Callable[[], object]]:
+    """direction: a call of it, with gradients of ones of the outputs' own dtypes."""
+    calls: dict[str, Callable[[], object]] = {"forward": lambda: function(*inputs)}
+    if backward:
+        wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+        outputs = lambda: [t for t in _tuple(function(*inputs)) if t.requires_grad]
+        graph = outputs()
+        ones = [torch.ones_like(t) for t in graph]
+        calls["backward"] = lambda: torch.autograd.grad(graph, wanted, ones, retain_graph=True)
+        calls["both"] = lambda: torch.autograd.grad(outputs(), wanted, ones)
+    return calls
+
+
+def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def difference(function: Callable, inputs: tuple, backward: bool) -> float:
+    """The largest difference of outputs and gradients from the op's reference, relative to the tensor's largest value."""
+    found = []
+    for backend in ("auto", "reference"):
+        with kernels.backend(backend):
+            outputs = _tuple(function(*inputs))
+            gradients = directions(function, inputs, True)["both"]() if backward else ()
+        found.append([t.detach().float() for t in (*outputs, *gradients)])
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found, strict=True))
+
+
+def allocated(call: Callable[[], object]) -> int:
+    """Bytes: the most that a call had allocated at a time."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def times(call: Callable[[], object]) -> list[float]:
+    """Seconds of a call, some samples: on a GPU with a cold L2 cache, on a CPU means of calls of 20 ms together."""
+    if DEVICE.type == "cuda":
+        import triton.testing
+
+        return [ms / 1e3 for ms in triton.testing.do_bench(call, warmup=10, rep=30, return_mode="all")]
+    calls = max(1, int(0.02 / seconds(call, 1)))
+    return [seconds(call, calls) for _ in range(3)]
+
+
+def fill(inputs: tuple) -> None:
+    """Normal numbers where kernel_cases leaves what the memory holds."""
+    with torch.no_grad():
+        for t in inputs:
+            if isinstance(t, Tensor) and t.is_floating_point():
+                t.normal_()
+
+
+Calls = dict[str, Callable[[], object]]
+
+
+def interleave(
+    makers: dict[str, Callable[[], Calls]],
+    key: Callable[[str, str], dict],
+    runs: tuple[str, ...],
+    errors: dict[str, str],
+    sweeps: int,
+) -> tuple[dict[str, Result], float]:
+    """Results of "provider direction" for every provider and direction of `runs`, and bytes/s of a copy, measured in turns.
+
+    errors: of providers that are wrong and shall not be measured.
+    """
+    providers, failed = start({name: make for name, make in makers.items() if name not in errors}, lambda _: None)
+    errors = errors | failed
+    calls = {f"{name} {run}": own[run] for name, own in providers.items() for run in runs}
+    source, target = (torch.ones(COPY // 4, device=DEVICE) for _ in range(2))
+    turns = {"copy": lambda _: [seconds(lambda: target.copy_(source), 3)]}
+    turns |= {member: lambda _, call=call: times(call) for member, call in calls.items()}
+    found, failed = take_turns(turns, sweeps, lambda _: None)
+    middle = {member: [quantiles(samples)[0] for samples in each] for member, each in found.items()}
+    results = {}
+    for name in makers:
+        for run in runs:
+            member = f"{name} {run}"
+            why = errors.get(name) or failed.get(member, "")
+            samples = [] if why else [s for turn in found[member] for s in turn]
+            values = {}
+            if samples:
+                values["speedup"] = speedup(middle.get(f"eager {run}", []), middle[member])
+                values["peak_mb"] = f"{allocated(calls[member]) / 1e6:.2f}"
+            results[member] = Result(key(name, run), samples, values, why)
+    return results, 2 * COPY / statistics.median(middle["copy"])
+
+
+def measure(op: str, size: int, batch: int, sweeps: int) -> dict[str, Result]:
+    """All members of a group; runs in a worker."""
+    function, inputs = CASES[op].make(size, batch, DTYPE, DEVICE)
+    fill(inputs)
+    runs = directions_of(op)
+    backward = len(runs) > 1
+    chain, chain_inputs = eager(op, inputs)
+    torch._functorch.config.donated_buffer = False  # a graph whose backward runs more than once
+    makers = {
+        "eager": lambda: directions(chain, chain_inputs, backward),
+        "compile": lambda: directions(torch.compile(chain, dynamic=False), chain_inputs, backward),
+        "fused": lambda: directions(function, inputs, backward),
+    }
+    parity = difference(function, inputs, backward)
+    errors = {"fused": f"parity: differs from the reference by {parity:.1e} of the largest value"} if parity > BOUND else {}
+    shape = f"{batch}x4x{size}x{size}" if op in FLOW else f"{batch}x{TOKENS}x{size}"
+    key = lambda name, run: {"case": op, "provider": name, "direction": run, "size": shape}
+    results, bandwidth = interleave(makers, key, runs, errors, sweeps)
+    forward, back = moved(op, size, batch)
+    bytes_of = {"forward": forward, "backward": back, "both": forward + back}
+    for result in results.values():
+        if result.samples:
+            rate = bytes_of[result.key["direction"]] / quantiles(result.samples)[0]
+            result.values.update(
+                gb_per_s=f"{rate / 1e9:.1f}", copy_share=f"{rate / bandwidth:.3f}", copy_gb_s=f"{bandwidth / 1e9:.1f}",
+                parity=f"{parity:.1e}" if result.key["provider"] == "fused" else "",
+            )  # fmt: skip
+    return results
+
+
+def directions_of(op: str) -> tuple[str, ...]:
+    return DIRECTIONS[:1] if op in ("flow_interpolate", "counter_normal") else DIRECTIONS  # of data and random numbers
+
+
+def served() -> Callable:
+    """What a worker of this suite calls."""
+    return measure
+
+
+def groups(full: bool) -> dict[str, Group]:
+    cuda = DEVICE.type == "cuda"
+    batch = 64 if cuda else 8
+    widths = {(True, True): (384, 768, 1088, 1152), (True, False): (1152,), (False, True): (384, 1088)}.get((cuda, full), (384,))
+    worker = functools.cache(lambda: Worker("bench_kernels:served"))
+    found = {}
+    for op in MOVED:
+        members = tuple(f"{name} {run}" for name in PROVIDERS for run in directions_of(op))
+        for size in (32,) if op in FLOW else widths:
+            size = HIDDEN[size] if op == "swiglu" else size
+            found[f"{op} {size}"] = Group(members, lambda say, op=op, size=size: worker()(op, size, batch, SWEEPS))
+    return found
+
+
+def test_kernels(replay, group, member) -> None:
+    replay(group, member)

@@ -1,0 +1,212 @@
+"""A train step, one optimisation added at a time, against the eager reference: images/s, share of the limit, peak memory.
+
+Each provider is a process of its own with the allocator settings it has in real life. They take turns of three steps on the same
+data, timesteps and noise, after two that are not timed; a matmul and a copy are measured in every turn. A row is given only
+where its losses of the first 20 steps are the eager reference's (PARITY).
+"""
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from eager_reference import EagerDiT, comparable, fastdit_model, train_step
+from fastdit import engine, flow, kernels
+from fastdit.config import Config, TrainConfig
+from fastdit.model import DiT
+from limits import flops_per_image, shares
+from measure import DEVICE, PRECISION, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
+
+SUITE = "train_step"
+# width, depth, heads, hidden, class width; batch; shape of the matmul whose rate is the bound
+CASES = {
+    "base": ((384, 12, 6, 1536, 2048), 8, (2048, 384, 1536)),
+    "S/2": ((384, 12, 6, 1024, None), 8, (2048, 384, 1536)),
+    "wide": ((1088, 4, 17, 4352, 2048), 4, (1024, 1088, 8704)),
+}
+CUDA_CASES = {
+    "S/2": ((384, 12, 6, 1024, None), 128, (32768, 384, 2048)),
+    "B/2": ((768, 12, 12, 2048, None), 64, (16384, 768, 4096)),
+    "L/2": ((1024, 24, 16, 2688, None), 16, (4096, 1024, 5376)),
+}
+# what each adds to the one before
+PROVIDERS = {
+    "eager": "the base script's step",
+    "+allocator": "glibc's allocator set up for tensors",
+    "+packed": "fastdit's model: packed projections, few modulation Linears; in bf16, weights in bf16 with fp32 masters",
+    "+kernels": "the fused ops instead of their references",
+    "+adamw": "torch's fused AdamW",
+    "+compile": "blocks under torch.compile",
+    "engine": "under DeepSpeed, as `fastdit train` runs it",
+    "eager compiled": "the base script's step, its model under torch.compile",
+}
+WARM, TURN, PARITY_STEPS = 2, 3, 20
+# Of |loss − eager loss| / eager loss in 20 steps. AdamW's first steps have the size lr whatever the gradient's, so that rounding
+# decides the sign of the smallest: measured in fp32 and bf16 between two orders of summation of the same model.
+PARITY = {"fp32": 1e-3, "bf16": 2**-6}[PRECISION]
+OPTIMIZER_PARTS = 4
+LR, WEIGHT_DECAY = 1e-4, 0.01  # the base script's
+
+
+def batch(step: int, size: int) -> tuple[Tensor, ...]:
+    """x0, labels, t and noise of a step: the same in every process."""
+    ids = flow.sample_ids(step, 0, size, DEVICE)
+    draw = lambda stream, shape: kernels.counter_normal(0, stream, ids, shape)
+    labels = (kernels.counter_uniform(0, 103, ids, ()) * 1000).long()
+    return draw(100, (4, 32, 32)), labels, draw(101, ()).sigmoid(), draw(102, (4, 32, 32))
+
+
+Step = Callable[[tuple[Tensor, ...]], float | Tensor]
+
+
+def eager_step(shape: tuple, compiled: bool) -> Step:
+    model = EagerDiT(comparable(*shape)).to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=WEIGHT_DECAY)
+    if compiled:
+        model.compile(dynamic=False)
+    return lambda data: train_step(model, optimizer, *data, PRECISION)
+
+
+def velocity_loss(model, x0: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    return kernels.flow_matching_loss(model(kernels.flow_interpolate(x0, noise, t), t, labels), x0, noise).mean()
+
+
+def plain_step(shape: tuple, backend: str, fused_adamw: bool | None, compiled: bool) -> Step:
+    """fastdit's model in a plain loop; in bf16 with fp32 masters. fused_adamw None: torch's default."""
+    model = fastdit_model(EagerDiT(comparable(*shape))).to(DEVICE)
+    masters = list(model.parameters())
+    if PRECISION == "bf16":
+        masters = [p.detach().clone() for p in masters]
+        model.bfloat16()
+    if compiled:
+        for block in model.blocks:
+            block.compile(dynamic=False, fullgraph=True)
+    parameters = list(model.parameters())
+    # in parts, so that only a part of the gradients is there in fp32 at a time
+    cuts = [len(masters) * i // OPTIMIZER_PARTS for i in range(OPTIMIZER_PARTS + 1)]
+    parts = [(masters[a:b], parameters[a:b]) for a, b in itertools.pairwise(cuts)]
+    optimizers = [torch.optim.AdamW(own, LR, weight_decay=WEIGHT_DECAY, fused=fused_adamw) for own, _ in parts]
+
+    def run(data: tuple[Tensor, ...]) -> Tensor:
+        with kernels.backend(backend):
+            loss = velocity_loss(model, *data)
+            loss.backward()
+        for optimizer, (own, theirs) in zip(optimizers, parts, strict=True):
+            if PRECISION == "bf16":
+                for master, p in zip(own, theirs, strict=True):
+                    master.grad, p.grad = p.grad.float(), None
+            optimizer.step()
+            optimizer.zero_grad()
+            if PRECISION == "bf16":
+                with torch.no_grad():
+                    torch._foreach_copy_(theirs, own)
+        return loss.detach()
+
+    return run
+
+
+def engine_step(shape: tuple, size: int) -> Step:
+    """What `fastdit train` runs, without its data loader, EMA and logs: DeepSpeed at its defaults."""
+    train = TrainConfig(
+        batch_size=size, lr=LR, weight_decay=WEIGHT_DECAY, beta2=0.999, clip=0.0, schedule="constant", warmup_steps=0
+    )
+    world = engine.start(DEVICE.type)
+    config = engine.settle(Config(model=comparable(*shape), train=train), world.device)
+    model = engine.initialize(fastdit_model(EagerDiT(config.model)), config, world)
+
+    def run(data: tuple[Tensor, ...]) -> Tensor:
+        loss = velocity_loss(model, *data)
+        model.backward(loss)
+        model.step()
+        return loss.detach()
+
+    return run
+
+
+def provider(name: str, shape: tuple, size: int) -> Callable[[int, int], tuple]:
+    """In a worker: (first step, how many) -> their losses, seconds and CPU seconds of one."""
+    plain = functools.partial(plain_step, shape)
+    step = {
+        "eager": lambda: eager_step(shape, False), "+allocator": lambda: eager_step(shape, False),
+        "+packed": lambda: plain("reference", None, False), "+kernels": lambda: plain("auto", None, False),
+        "+adamw": lambda: plain("auto", True, False), "+compile": lambda: plain("auto", True, True),
+        "engine": lambda: engine_step(shape, size), "eager compiled": lambda: eager_step(shape, True),
+    }[name]()  # fmt: skip
+
+    def run(first: int, count: int) -> tuple[list[float], float, float]:
+        data = [batch(first + i, size) for i in range(count)]
+        synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        losses = [step(each) for each in data]
+        synchronize()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return [float(loss) for loss in losses], wall / count, cpu / count
+
+    return run
+
+
+def measure(
+    case: str, shape: tuple, size: int, matmul: tuple[int, int, int], names: tuple[str, ...], turns: int, say: Callable
+) -> dict[str, Result]:
+    tuned = lambda name: name not in ("eager", "eager compiled")
+    make = lambda name: lambda: Worker("bench_train_step:provider", name, shape, size, allocator=tuned(name))
+    workers, errors = start({name: make(name) for name in names}, say)
+    first, failed = take_turns({name: lambda _, w=w: w(0, WARM) for name, w in workers.items()}, 1, say)
+    errors |= failed
+    calls = {name: lambda turn, w=w: w(WARM + turn * TURN, TURN) for name, w in workers.items() if name not in errors}
+    limits = Worker("limits:Limits", matmul)
+    found, failed = take_turns({"limits": lambda _: limits(), **calls}, turns, say)
+    errors |= failed
+    losses = {n: [x for turn in first[n] + found[n] for x in turn[0]][:PARITY_STEPS] for n in calls if n not in errors}
+    parity = {name: difference(own, losses.get("eager", [])) for name, own in losses.items()}
+    errors |= {n: f"parity: the losses differ by {p:.1e}, more than {PARITY:.1e}" for n, p in parity.items() if p > PARITY}
+    rates = tuple(statistics.median(turn[k] for turn in found["limits"]) for k in (0, 1))
+    model = DiT(comparable(*shape))
+    samples = {name: [] if name in errors else [turn[1] for turn in found[name]] for name in names}
+    results = {}
+    for name in names:
+        key, values = {"case": case, "provider": name, "size": f"batch {size}"}, {}
+        if samples[name]:
+            median = quantiles(samples[name])[0]
+            mfu, share = shares(model, size, median, rates)
+            values = {
+                "images_per_s": f"{size / median:.4g}", "speedup": speedup(samples["eager"], samples[name]),
+                "mfu": f"{mfu:.3f}", "bound_share": f"{share:.3f}", "parity": f"{parity[name]:.1e}",
+                "parity_steps": len(losses[name]), "peak_mb": f"{workers[name].peak_memory() / 1e6:.0f}",
+                "cpu_s": f"{statistics.median(turn[2] for turn in found[name]):.6g}",
+                "gflop_per_image": f"{flops_per_image(model) / 1e9:.2f}", "gemm_gflops": f"{rates[0] / 1e9:.1f}",
+                "copy_gb_s": f"{rates[1] / 1e9:.1f}",
+            }  # fmt: skip
+        results[name] = Result(key, samples[name], values, errors.get(name, ""))
+    for worker in (limits, *workers.values()):
+        worker.stop()
+    return results
+
+
+def difference(losses: list[float], eager: list[float]) -> float:
+    """The largest, relative to the eager reference's loss; infinite where that is missing."""
+    if len(losses) != len(eager):
+        return float("inf")
+    return max(abs(own - theirs) / theirs for own, theirs in zip(losses, eager, strict=True))
+
+
+def groups(full: bool) -> dict[str, Group]:
+    cuda = DEVICE.type == "cuda"
+    cases = CUDA_CASES if cuda else CASES
+    chosen = list(cases) if full else ["S/2"]
+    names = tuple(name for name in PROVIDERS if cuda or full or "compile" not in name)
+    if not cuda:
+        names = tuple(name for name in names if name != "+compile")  # brings nothing there, and `fastdit train` leaves it out
+    rounds, part = (9, 1) if full else (6, 1 if cuda else 2)
+    return {
+        case: Group(names, functools.partial(measure, case, shape, size // part, matmul, names, rounds))
+        for case, (shape, size, matmul) in ((case, cases[case]) for case in chosen)
+    }  # fmt: skip
+
+
+def test_train_step(replay, group, member) -> None:
+    replay(group, member)

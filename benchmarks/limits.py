@@ -1,0 +1,66 @@
+"""How fast this machine could go: the rate of a large matmul, the copy bandwidth, and what a train step needs of both.
+
+B batch, T tokens, H width, F SwiGLU hidden.
+"""
+
+import torch
+from torch import nn
+
+from fastdit.model import DiT
+from measure import DEVICE, DTYPE, seconds
+
+COPY = 1 << 28  # bytes: eight times the last-level cache of the machines it ran on, five times an H100's
+
+# Elements that each op must read or write, forward and backward, per element of its result's [B,T,H] (swiglu: [B,T,F]; flow: the
+# latent). The modulation and the statistics, 1/T and 1/H of it, are left out. Data have no gradient.
+MOVED = {
+    "modulate": (2, 3), "gated_residual": (3, 3), "gated_residual_modulate": (4, 6), "qk_norm_rope": (4, 8), "swiglu": (3, 5),
+    "flow_interpolate": (3, 0), "flow_matching_loss": (4, 2), "counter_normal": (1, 0),
+}  # fmt: skip
+
+
+class Limits:
+    """Made in a worker; called, it measures both rates. shape: M, K, N of the matmul."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        M, K, N = shape
+        self.flop = 2 * M * K * N
+        self.a, self.b = (torch.randn(s, dtype=DTYPE, device=DEVICE) for s in ((M, K), (K, N)))
+        self.source, self.target = (torch.ones(COPY // 4, device=DEVICE) for _ in range(2))
+
+    def __call__(self) -> tuple[float, float]:
+        """FLOP/s of `a @ b` in the precision that is measured, and bytes/s of a copy, reads and writes counted."""
+        calls = max(3, int(2e10 / self.flop)) if DEVICE.type == "cpu" else 50
+        rate = self.flop / seconds(lambda: self.a @ self.b, calls)
+        return rate, 2 * COPY / seconds(lambda: self.target.copy_(self.source), 3)
+
+
+def flops_per_image(model: DiT) -> int:
+    """Of forward and backward: 2·M·N·K of every Linear, by its weight and how often it is applied, and 4·T²·H of attention, three
+    times. What the backward pass leaves out, the gradients of the latent and of the timestep's features, is subtracted."""
+    config = model.config
+    tokens = (config.input_size // config.patch_size) ** 2
+    once = [*model.modulation, model.final_modulation, *model.time_embedding.modules(), *model.class_embedding.modules()]
+    of = lambda linear: 2 * linear.weight.numel() * (1 if linear in once else tokens)
+    forward = sum(of(module) for module in model.modules() if isinstance(module, nn.Linear))
+    forward += config.depth * 4 * tokens**2 * config.width
+    time_map = next(module for module in model.time_embedding.modules() if isinstance(module, nn.Linear))
+    return 3 * forward - of(model.patch_embedding) - of(time_map)
+
+
+def bytes_per_step(model: DiT, batch: int) -> float:
+    """That a train step must move besides its matmuls: the fused ops' streams, and AdamW's fp32 weights and moments (read and
+    written), gradients and, in bf16, the weights that it rounds."""
+    config, size = model.config, DTYPE.itemsize
+    stream = batch * (config.input_size // config.patch_size) ** 2 * size
+    both = {op: sum(moved) for op, moved in MOVED.items()}
+    block = (2 * both["gated_residual_modulate"] + both["qk_norm_rope"]) * config.width + both["swiglu"] * config.hidden
+    optimizer = 24 + size + (size if size < 4 else 0)
+    return stream * (config.depth * block + both["modulate"] * config.width) + optimizer * model.num_parameters
+
+
+def shares(model: DiT, batch: int, step: float, rates: tuple[float, float]) -> tuple[float, float]:
+    """(MFU, share of the bound) of a step of so many seconds. MFU: its FLOPs over the rate of a large matmul. Bound: that time
+    and the bytes' at copy bandwidth, one after the other."""
+    compute = batch * flops_per_image(model) / rates[0]
+    return compute / step, (compute + bytes_per_step(model, batch) / rates[1]) / step
