@@ -32,7 +32,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """On CUDA without PyTorch's own fallback, which copies q, k and v and takes an order more memory: better an error."""
+    """On CUDA without PyTorch's own fallback, which copies q, k and v and takes an order more memory: better an error. Meta tensors
+    take the shapes of a fused kernel, which keeps the same for its backward on a CPU and on CUDA: q, k, v, out and logsumexp."""
+    if q.device.type == "meta":
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     if q.device.type != "cuda":
         return F.scaled_dot_product_attention(q, k, v)
     if q.dtype == torch.float32:

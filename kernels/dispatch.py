@@ -49,10 +49,13 @@ def keep_backend() -> tuple[AbstractContextManager, AbstractContextManager]:
 def backend_in_use(device: torch.device) -> str:
     """The backend that ops run on tensors of `device`: "triton", "cpp" or "reference".
 
-    `auto` is Triton on CUDA, C++ on a CPU if the extension was built, and else the reference. Raises RuntimeError when the
-    backend asked for cannot run there, ValueError when FASTDIT_KERNELS names none.
+    `auto` is Triton on CUDA, C++ on a CPU if the extension was built, and else the reference. On the meta device any backend that
+    is asked for gives its shapes. Raises RuntimeError when the backend asked for cannot run there, ValueError when FASTDIT_KERNELS
+    names none.
     """
     _check_name(_setting)
+    if device.type == "meta":
+        return "reference" if _setting == "auto" else _setting
     if _setting == "auto":
         return "triton" if device.type == "cuda" else "cpp" if device.type == "cpu" and EXTENSION else "reference"
     if _setting == "triton" and device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):

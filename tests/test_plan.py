@@ -1,0 +1,73 @@
+"""The plan's sums against torch's FLOP counter and against published trainers."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdit import cli, plan
+from fastdit.model import DiT
+
+XL_1 = ["model.patch_size=1", "model.input_size=16", "model.in_channels=32"]  # LightningDiT-XL/1 on 16x16x32 latents
+
+
+@pytest.mark.parametrize(
+    "words", [["model.preset=test/4"], ["model.preset=nano/4", "model.positions=rope_2d", "model.class_width=32"]]
+)
+def test_flops_are_those_that_torch_counts(words):
+    """With attention by matmuls, which torch counts on a CPU; its fused kernel there it does not."""
+    config = plan.settings(None, [*words, "train.precision=fp32", "model.attention=matmul"]).model
+    counted, batch = plan.walk(config, 2, torch.float32, "none"), 2
+    model = DiT(config)
+    x = torch.randn(batch, config.in_channels, config.input_size, config.input_size)
+    with FlopCounterMode(display=False) as forward:
+        loss = model(x, torch.rand(batch), torch.zeros(batch, dtype=torch.int64)).sum()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    assert counted.forward == forward.get_total_flops()
+    assert counted.backward == backward.get_total_flops()
+    assert counted.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_published_flops_and_parameters():
+    """DiT-XL/2: 675 M parameters (arXiv:2212.09748, table 1), 0.710 TFLOP an image forward and backward."""
+    counted = plan.walk(plan.settings(None, ["model.preset=XL/2"]).model, 1, torch.bfloat16, "none")
+    assert (counted.forward + counted.backward) / 1e12 == pytest.approx(0.710, rel=0.02)
+    assert counted.parameters / 1e6 == pytest.approx(675, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("card", "gpus", "words", "images_per_s"),
+    [("a100", 1, [], 107), ("h800", 8, XL_1, 8 * 284)],  # fast-DiT's README; LightningDiT, arXiv:2501.01423
+)
+def test_published_rates_are_within_the_range(card, gpus, words, images_per_s):
+    """The MFU that each anchor implies, rate times FLOPs over the datasheet, lies in the predicted range; the slow end, which is
+    the geometric mean of both trainers' slowness, within 25 % of it."""
+    config = plan.settings(None, ["model.preset=XL/2", "train.batch_size=32", *words])
+    made = plan.make(config, plan.CARDS[card], gpus, 80, plan.IMAGENET_IMAGES, None)
+    implied = images_per_s / gpus * made["flops_per_image"]["total"] / plan.CARDS[card].bf16
+    print(f"{card}: implied MFU {implied:.3f}, predicted {made['mfu']['slow']:.3f} to {made['mfu']['fast']:.3f}")
+    assert implied == pytest.approx(made["mfu"]["slow"], rel=0.25)
+    assert implied < made["mfu"]["fast"]
+
+
+def test_memory_falls_with_the_stage_and_with_recomputing():
+    config = plan.settings(None, ["model.preset=L/2", "train.batch_size=16"])
+    made = plan.make(config, plan.CARDS["h100"], 8, 1, 1000, 2.0)
+    peaks = [values["peak"] for values in made["memory"]["stages"].values()]
+    assert peaks[0] > peaks[1]
+    largest = made["memory"]["largest_batch"]
+    assert largest["none"] < largest["light"] < largest["full"]
+    assert made["run"]["cost"]["fast"] == pytest.approx(made["run"]["hours"]["fast"] * 8 * 2.0)
+
+
+def test_command_and_bad_input(capsys):
+    assert cli.main(["plan", "--preset", "S/2", "--gpus", "1", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["prediction"] and made["memory"]["stage"] == 0
+    assert cli.main(["plan", "--preset", "S/2", "--price-per-gpu-hour", "2"]) == 0
+    assert "nothing here was measured" in capsys.readouterr().out
+    for words in (["--gpu", "h1000"], ["--gpus", "0"], ["--preset", "X/9"], ["--epochs", "-1"], ["model.nonsense=1"]):
+        assert cli.main(["plan", *words]) == 2
+        assert capsys.readouterr().err.startswith("fastdit: ")
