@@ -87,7 +87,7 @@ setup(
     python_requires=">=3.10",
     packages=["fastdit", "fastdit.data", "fastdit.kernels"],
     package_dir={"fastdit.kernels": "kernels"},
-    package_data={"fastdit.data": ["imagenet_classes.txt"]},
+    package_data={"fastdit": ["digits.safetensors"], "fastdit.data": ["imagenet_classes.txt"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
     install_requires=[
@@ -100,6 +100,7 @@ setup(
         "safetensors",
         "numpy",
         "scipy",  # reads ImageNet's meta.mat
+        "torchdiffeq",  # the adaptive solver of `fastdit sample`
         "pillow",
         "matplotlib",
         "pyyaml",
@@ -108,8 +109,19 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         # pytest-benchmark 5.3 installs a fork over the files of py-cpuinfo, which deepspeed needs
-        # scikit-image and scikit-learn carry the photographs that the tests make archives of
-        "test": ["pytest", "pytest-xdist", "pytest-benchmark<5.3", "ruff==0.17.6", "wheel", "scikit-image", "scikit-learn"],
+        # scikit-image and scikit-learn carry the photographs that the tests make archives of, nbclient and ipykernel run the
+        # notebook
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "pytest-benchmark<5.3",
+            "ruff==0.17.6",
+            "wheel",
+            "scikit-image",
+            "scikit-learn",
+            "nbclient",
+            "ipykernel",
+        ],
     },
     entry_points={"console_scripts": ["fastdit = fastdit.cli:main"]},
 )

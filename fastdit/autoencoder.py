@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastdit.config import DataConfig, InputError, ModelConfig
 
+DECODED_AT_ONCE = 8  # SD-VAE's decoder keeps some 0.25 GB of activations for an image of 256 pixels in fp32
+
 
 class Pixels:
     """No autoencoder: latents are the pixels."""
@@ -21,6 +23,9 @@ class Pixels:
     def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
         return images
 
+    def for_decoding(self, dtype: torch.dtype) -> "Pixels":
+        return self
+
     def decode(self, latents: Tensor) -> Tensor:
         return latents.float().clamp(-1, 1)
 
@@ -28,12 +33,12 @@ class Pixels:
 class KL:
     """A diffusers AutoencoderKL (SD-VAE and its kin), frozen: z = (posterior sample − shift)·scaling factor."""
 
-    def __init__(self, source: str, image_size: int, device: torch.device) -> None:
-        """source: a local folder or a hub id. Raises InputError when it cannot be loaded."""
+    def __init__(self, source: str, image_size: int, device: torch.device, vae=None) -> None:
+        """source: a local folder or a hub id; vae: the AutoencoderKL where it has been loaded. Raises InputError."""
         from diffusers import AutoencoderKL
 
         try:
-            vae = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
+            vae = vae or AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
         except (OSError, ValueError) as error:
             first = str(error).strip().split("\n")[0]
             raise InputError(f"data.autoencoder={source} is neither 'pixels' nor a diffusers AutoencoderKL: {first}") from error
@@ -59,6 +64,13 @@ class KL:
             self.vae.encoder.compile(dynamic=False)
         return self
 
+    def for_decoding(self, dtype: torch.dtype) -> "KL":
+        """The same, set up to decode many images: in `dtype`, channels last, compiled on CUDA."""
+        self.vae = self.vae.to(dtype=dtype, memory_format=torch.channels_last)
+        if self.vae.device.type == "cuda":
+            self.vae.decoder.compile(dynamic=False)
+        return self
+
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
         """[B,2,c,s,s]: mean and log-variance of the posterior. Grey images are taken as RGB."""
@@ -81,7 +93,8 @@ class KL:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1,1], clamped."""
-        return self.vae.decode((latents / self.scale + self.shift).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        z = (latents / self.scale + self.shift).to(self.vae.dtype)
+        return torch.cat([self.vae.decode(part).sample.float().clamp(-1, 1) for part in z.split(DECODED_AT_ONCE)])
 
 
 class CachedKL(KL):
@@ -102,9 +115,10 @@ class CachedKL(KL):
 
 
 def load(
-    data: DataConfig, model: ModelConfig, image_channels: int, device: torch.device, manifest: dict | None = None
+    data: DataConfig, model: ModelConfig, image_channels: int, device: torch.device, manifest: dict | None = None, vae=None
 ) -> Pixels | KL:
-    """The codec of a run; manifest: of the cached latents that it trains on. Raises InputError when it does not fit the model."""
+    """The codec of a run; manifest: of the cached latents that it trains on; vae: the AutoencoderKL where it has been loaded.
+    Raises InputError when it does not fit the model."""
     if data.autoencoder == "pixels" and manifest:
         raise InputError(
             f"data.source={data.source} holds latents: set data.autoencoder={manifest['autoencoder']}, which they were made with"
@@ -114,7 +128,7 @@ def load(
     elif manifest:
         codec = CachedKL(data.autoencoder, manifest, device)
     else:
-        codec = KL(data.autoencoder, data.image_size, device)
+        codec = KL(data.autoencoder, data.image_size, device, vae)
     if (codec.channels, codec.size) != (model.in_channels, model.input_size):
         raise InputError(
             f"data.autoencoder={data.autoencoder} makes {codec.channels} channels of {codec.size}x{codec.size} from "

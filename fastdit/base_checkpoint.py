@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit import checkpoint
-from fastdit.config import Config, DataConfig, InputError, ModelConfig
+from fastdit.config import Config, DataConfig, InputError, ModelConfig, TrainConfig
 from fastdit.model import DiT
 
 POSITION_TABLE_SIDE = 256  # the base model crops its position table from the centre of 256 x 256
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"  # what the base model was trained on, for checkpoints that do not carry it
+# the small modulation Linears of a block, in the order in which DiT.modulation packs them
+MODULATION = ("norm1.c_shift", "norm1.c_scale", "scale1", "norm2.c_shift", "norm2.c_scale", "scale2")
 POSITIONS = {"absolute": "absolute", "RoPE": "rope_1d"}
 
 
@@ -87,11 +88,10 @@ def convert(base: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
 
 def _modulations(base: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The base model's six small Linears a block, packed into the groups of DiT.modulation."""
-    vectors = ("norm1.c_shift", "norm1.c_scale", "scale1", "norm2.c_shift", "norm2.c_scale", "scale2")
     out, first = {}, 0
     for group, blocks in enumerate(config.group_sizes):
         for part in ("weight", "bias"):
-            names = [f"blocks.{i}.{v}.{part}" for i in range(first, first + blocks) for v in vectors]
+            names = [f"blocks.{i}.{v}.{part}" for i in range(first, first + blocks) for v in MODULATION]
             out[f"modulation.{group}.{part}"] = torch.cat([base[name] for name in names])
         first += blocks
     for part in ("weight", "bias"):
@@ -123,35 +123,52 @@ def load(file: Path, parameters_file: Path, input_size: int = 32) -> tuple[Model
         weights = convert(base, config)
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{file} does not hold the model that {parameters_file.name} describes: {error}") from error
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in DiT(config).named_parameters()}
+    wrong = [name for name in expected if expected[name] != weights[name].shape]
+    if wrong:
+        raise InputError(f"{file} does not hold the model that {parameters_file.name} describes: {wrong[0]} has another shape")
     return config, weights, {key.removeprefix("VAE."): t for key, t in base.items() if key.startswith("VAE.")}
+
+
+def beside(file: Path) -> Path:
+    """Where the parameters of model_Ns.pkl lie unless told otherwise: model_params_Ns.json in the same folder."""
+    return file.with_name(file.stem.replace("model_", "model_params_", 1) + ".json")
+
+
+def load_run(file: Path, parameters_file: Path | None, vae_folder: Path | None = None):
+    """A base checkpoint as a run: its Config, converted weights, step and AutoencoderKL (None if it carries none).
+
+    parameters_file: by default `beside(file)`; vae_folder: where the autoencoder is going to be saved. Raises InputError.
+    """
+    parameters_file = parameters_file or beside(file)
+    model, weights, vae_weights = load(file, parameters_file)
+    vae = _autoencoder(vae_weights, file) if vae_weights else None
+    source = str(vae_folder or file) if vae else PUBLISHED_VAE
+    config = Config(
+        model=model,
+        data=DataConfig(source=str(file), image_size=8 * model.input_size, autoencoder=source),
+        train=TrainConfig(precision="fp32"),  # as the base model is sampled
+    )
+    return config, weights, json.loads(parameters_file.read_text()).get("start_step", 0), vae
 
 
 def import_run(file: Path, parameters_file: Path | None, out: Path) -> Path:
     """What `fastdit import-base` does: write a base checkpoint as the run `out`, with its autoencoder as out/autoencoder.
 
-    parameters_file: by default the model_params_Ns.json beside model_Ns.pkl. Returns the checkpoint's folder. Raises
-    InputError for bad files or when `out` holds checkpoints already, before anything is written.
+    Returns the checkpoint's folder. Raises InputError for bad files or when `out` holds checkpoints already, before anything is
+    written.
     """
-    if parameters_file is None:
-        parameters_file = file.with_name(file.stem.replace("model_", "model_params_", 1) + ".json")
+    from fastdit import checkpoint  # safetensors, which converting alone does not need
+
     if checkpoint.find(out):
         raise InputError(f"--out {out} holds checkpoints already: choose another folder")
-    model, weights, vae_weights = load(file, parameters_file)
-    vae = _autoencoder(vae_weights, file) if vae_weights else None
-    data = DataConfig(
-        source=str(file), image_size=8 * model.input_size, autoencoder=str(out / "autoencoder") if vae else PUBLISHED_VAE
-    )
-    with torch.device("meta"):
-        expected = {name: p.shape for name, p in DiT(model).named_parameters()}
-    wrong = [name for name in expected if expected[name] != weights[name].shape]
-    if wrong:
-        raise InputError(f"{file} does not hold the model that {parameters_file.name} describes: {wrong[0]} has another shape")
+    config, weights, step, vae = load_run(file, parameters_file, out / "autoencoder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if vae:
             vae.save_pretrained(out / "autoencoder")
-        step = json.loads(parameters_file.read_text()).get("start_step", 0)
-        return checkpoint.save_weights(out / "checkpoints", weights, Config(model=model, data=data), step, file.name)
+        return checkpoint.save_weights(out / "checkpoints", weights, config, step, file.name)
     except OSError as error:
         raise InputError(f"--out {out} cannot be written: {error.strerror}: choose another place") from error
 

@@ -329,7 +329,11 @@ def _load_exported(path: Path, weights: str) -> tuple[DiT, Config, dict]:
     if state["weights"] != weights:
         raise InputError(f"{path} holds the {state['weights']} weights: use --weights {state['weights']}")
     model = DiT(config.model)
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise InputError(f"{path} does not hold the model that {path.with_suffix('.json').name} describes: {first}") from error
     return model, config, state
 
 

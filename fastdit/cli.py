@@ -1,11 +1,12 @@
 """The command line. Exit codes: 0; 1 for a run that diverged; 2 for bad input, after one sentence; 75 after SIGTERM, saved."""
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
 
-from fastdit.config import Config, InputError, Stopped, parse
+from fastdit.config import Config, InputError, SampleConfig, Stopped, parse
 
 # Huge pages, and what is freed is kept for the next step: without them a step on a CPU spends 8-12 % in page faults and TLB misses.
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184"
@@ -48,10 +49,20 @@ def _encode(arguments: argparse.Namespace) -> None:
         print(f"train on them with data.source={arguments.out} data.autoencoder={arguments.autoencoder} data.flip=true")
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _file_and_overrides(arguments: argparse.Namespace) -> tuple[str | None, list[str]]:
     words = arguments.settings + arguments.overrides
     # `fastdit train key=value` without a file: the first positional is an override then
-    path = words.pop(0) if words and "=" not in words[0] else None
+    return (words.pop(0) if words and "=" not in words[0] else None), words
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "settings", nargs="*", metavar="CONFIG.yaml | section.key=value", help="a YAML file first (optional), then overrides"
+    )
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    path, words = _file_and_overrides(arguments)
     if arguments.resume is not None:
         words.append(f"train.resume={arguments.resume}")
     config = parse(path, words)
@@ -66,17 +77,59 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    import torch
+    given = vars(arguments)
+    file = arguments.checkpoint
+    if arguments.load_file:  # the base command's names
+        file = arguments.load_dir / arguments.load_file
+        arguments.params = arguments.load_dir / arguments.load_def_file if arguments.load_def_file else arguments.params
+    if file is None:
+        raise InputError("fastdit sample needs --checkpoint PATH, or the base command's --loadDir and --loadFile")
+    from fastdit.draw import Request, run
 
-    from fastdit.sample import run
+    keys = ("steps", "solver", "guidance", "guidance_low", "guidance_high", "time_shift")
+    settings = {key: given[key] for key in keys if given[key] is not None}
+    named = {f.name: given[f.name] for f in dataclasses.fields(Request) if f.name not in ("checkpoint", "settings")}
+    run(Request(checkpoint=file, settings=settings, **named))
 
-    overrides = {key: getattr(arguments, key) for key in ("steps", "solver", "guidance") if getattr(arguments, key) is not None}
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
-    run(
-        Path(arguments.checkpoint), arguments.classes, arguments.per_class, overrides, arguments.seed, arguments.weights, dtype,
-        Path(arguments.out), Path(arguments.npz) if arguments.npz else None,
-    )  # fmt: skip
-    print(f"picture: {arguments.out} (one row a class)")
+
+def _request(arguments: argparse.Namespace):
+    from fastdit.evaluate import Request
+
+    keys = ("source", "features", "feature_sha256", "spatial", "reference", "split", "image_size", "samples", "labels", "seed",
+            "weights", "dtype")  # fmt: skip
+    given = {key: getattr(arguments, key) for key in keys if hasattr(arguments, key)}
+    if given["reference"] is None:
+        if given["features"] != "digits":
+            raise InputError("--reference is needed: an .npz of statistics or images, a folder, an index or mnist5k")
+        given["reference"] = "mnist5k"
+    sampler = {f.name: getattr(arguments, f.name, None) for f in dataclasses.fields(SampleConfig)}
+    return Request(**given, sampler={key: value for key, value in sampler.items() if value is not None})
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from fastdit.evaluate import evaluate, table
+
+    path = lambda text: Path(text) if text else None
+    request = _request(arguments)
+    if request.source is None and arguments.save_reference is None:
+        raise InputError("nothing to do: give a source to evaluate, or --save-reference to keep the reference's statistics")
+    result = evaluate(request, path(arguments.out), path(arguments.save_reference))
+    if os.environ.get("RANK", "0") == "0":
+        if "metrics" in result:
+            print(table(result))
+            print(f"result: {arguments.out} (every choice behind these numbers; again: {result['command']})")
+        if arguments.save_reference:
+            print(f"reference: {arguments.save_reference}")
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from fastdit.sweep import parse_axes, sweep, table
+
+    out = Path(arguments.out)
+    rows = sweep(_request(arguments), parse_axes(arguments.axes), out)
+    if os.environ.get("RANK", "0") == "0":
+        print(table(rows))
+        print(f"table: {out}; picture: {out.with_suffix('.png')} (the same seeds under each setting)")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -119,6 +172,210 @@ def _info(_: argparse.Namespace) -> None:
         print(f"  {op:26} {backend}")
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    import json
+
+    from fastdit import plan
+
+    path, words = _file_and_overrides(arguments)
+    preset = arguments.preset or (None if path else "XL/2")
+    named = {"model.preset": preset, "train.batch_size": arguments.batch_size, "zero.stage": arguments.stage}
+    named["train.checkpoint"] = arguments.checkpoint
+    config = plan.settings(path, [*words, *(f"{key}={value}" for key, value in named.items() if value is not None)])
+    card = plan.find_card(arguments.gpu)
+    made = plan.make(config, card, arguments.gpus, arguments.epochs, arguments.images, arguments.price_per_gpu_hour)
+    print(json.dumps(made, indent=1) if arguments.json else plan.describe(made))
+
+
+def _add_plan(commands) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="predict a run's FLOPs, memory, hours and cost",
+        description="Predict what a run needs, from the model's shapes and a table of datasheets: nothing is measured, no GPU is "
+        "needed. Without a CONFIG.yaml the model sees ImageNet's latents (4x32x32, 1000 classes).",
+        epilog="example: fastdit plan --preset XL/2 --gpu h100 --gpus 8 --epochs 80 --price-per-gpu-hour 2.5",
+    )
+    _add_settings(plan)
+    plan.add_argument("--preset", metavar="NAME", help="model.preset (default: the file's; XL/2 without one)")
+    plan.add_argument(
+        "--gpu", default="h100", metavar="NAME", help="a100, h100, h200, h800, b200, rtx4090, rtx5090 (default: h100)"
+    )
+    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="in all, 8 a node (default: %(default)s)")
+    plan.add_argument("--epochs", type=float, default=80, metavar="N", help="default: %(default)s")
+    plan.add_argument("--images", type=int, default=1_281_167, metavar="N", help="of an epoch (default: ImageNet's %(default)s)")
+    plan.add_argument("--batch-size", type=int, metavar="N", help="train.batch_size: images a GPU and micro-step")
+    plan.add_argument("--stage", type=int, choices=(1, 2, 3), help="zero.stage")
+    plan.add_argument("--checkpoint", choices=("none", "light", "full"), help="train.checkpoint, of activations")
+    plan.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="adds the cost, in the same currency")
+    plan.add_argument("--json", action="store_true", help="all figures as JSON, in bytes, FLOPs and seconds")
+    plan.set_defaults(run=_plan)
+
+
+def _add_sample(commands) -> None:
+    sample = commands.add_parser(
+        "sample",
+        help="draw images from a checkpoint",
+        description="Draw images from a run, an exported file or the base model's .pkl. Works alone and under torchrun. "
+        "Where a flag has two names, the second is the base command's; its meaning is the same.",
+        epilog="example: fastdit sample --checkpoint model_250000s.pkl --class otter,207 --per-class 4 --guidance 3 --out grid.png",
+    )
+    add = sample.add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="a run's folder (its newest checkpoint), a checkpoint's, an exported file, or the base model's model_Ns.pkl",
+    )
+    add("--loadDir", dest="load_dir", type=Path, default=Path(), metavar="DIR", help="the base command's way to name it: a folder")
+    add("--loadFile", dest="load_file", metavar="PKL", help="and a file in it")
+    add("--params", type=Path, metavar="JSON", help="of a .pkl (default: model_params_Ns.json beside it)")
+    add("--loadDefFile", dest="load_def_file", metavar="JSON", help="the same, a file in --loadDir")
+    add(
+        "--weights",
+        default="ema",
+        metavar="ema|raw|ema_D",
+        help="averaged, of the last step, or a decay of train.ema_more (default: ema)",
+    )
+    add("--device", choices=("auto", "cpu", "cuda", "gpu"), default="auto", help="gpu: cuda (default: CUDA when there is one)")
+    add(
+        "--dtype",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of the model (default: the run's precision where the device computes in it; fp32 for the base model)",
+    )
+
+    what = sample.add_argument_group("what is drawn")
+    add = what.add_argument
+    add(
+        "--class",
+        "--class_label",
+        "--class-name",
+        dest="classes",
+        metavar="IDS",
+        help='ids or names such as 207,360 or "golden retriever,otter", all, or -1 for a random class (default: all of up to 100 '
+        "classes, else -1)",
+    )
+    add("--per-class", "--batch_size", type=int, default=1, metavar="N", help="images a class (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the noise; -1: drawn and printed (default: %(default)s)")
+    add(
+        "--seed-per-sample",
+        action="store_true",
+        help="an image depends on the seed and its number alone, not on batch or ranks (default: one generator draws all noise, "
+        "as the base command)",
+    )
+    add("--at-once", type=int, default=100, metavar="N", help="images a batch: less needs less memory (default: %(default)s)")
+
+    how = sample.add_argument_group("how (defaults: the run's sample settings)")
+    add = how.add_argument
+    add("--steps", "--num_steps", type=int, metavar="N", help="solver steps")
+    add(
+        "--solver",
+        "--sampler",
+        metavar="NAME",
+        help="euler, heun (calls the model twice a step), dpm++ (DPM-Solver++ 2M), dopri5 "
+        "(adaptive: --steps only count the frames), euler_stochastic (the base model's), sde (Euler-Maruyama)",
+    )
+    add("--guidance", type=float, metavar="W", help="v = (1+W)·v(class) - W·v(null); papers' scale is 1+W")
+    add("--guidance-low", type=float, metavar="T", help="guidance only where t >= T (t = 1 is noise); with high, saves time")
+    add("--guidance-high", type=float, metavar="T", help="and only where t <= T")
+    add("--time-shift", type=float, metavar="S", help="t -> S·t/(1+(S-1)·t): above 1, more of the steps near noise")
+
+    files = sample.add_argument_group("files (default: --out samples.png)")
+    add = files.add_argument
+    add("--out", "--out_imgname", type=Path, metavar="PNG", help="a grid: a row a class, its first 10 images")
+    add("--folder", type=Path, metavar="DIR", help="a PNG file an image")
+    add("--gif", "--out_gifname", type=Path, metavar="GIF|WEBP", help="the denoising of some samples, animated")
+    add("--gif-of", metavar="I,J", help="which samples, counted from 0 (default: the first 4)")
+    add("--gif-fps", "--gif_fps", type=float, default=10, metavar="N", help="frames a second (default: %(default)s)")
+    add(
+        "--npz",
+        type=Path,
+        metavar="NPZ",
+        help="arr_0 (images uint8 [n,S,S,C]) and arr_1 (class ids), as ADM's evaluator reads them; "
+        ""
+        "killed, the same command goes on",
+    )
+    add(
+        "--latents", type=Path, metavar="NPZ", help="final latents fp32 [n,C,h,w] in the model's scale; alone, needs no autoencoder"
+    )
+    sample.set_defaults(run=_sample)
+
+
+def _add_metrics_options(parser: argparse.ArgumentParser) -> None:
+    """What evaluate and sweep share: the feature network, the reference, the samples."""
+    parser.add_argument(
+        "--features", required=True, metavar="digits|FILE",
+        help="the built-in digits' classifier, or a TorchScript file such as inception-2015-12-05.pt (nothing is downloaded)",
+    )  # fmt: skip
+    parser.add_argument("--feature-sha256", metavar="HASH", help="that the file must have")
+    parser.add_argument(
+        "--spatial", metavar="MODULE", help="also sFID, on this submodule's first 7 channels (layers.mixed_6.conv); unverified"
+    )
+    parser.add_argument(
+        "--reference", metavar="PATH",
+        help="an .npz of statistics (ADM's: mu, sigma, mu_s, sigma_s) or of images, a folder, an index or mnist5k (default with "
+        "digits: mnist5k)",
+    )  # fmt: skip
+    parser.add_argument("--split", choices=("train", "val"), default="train", help="of an index or mnist5k (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, metavar="N", help="that an index' images are cut to")
+    parser.add_argument("--samples", type=int, metavar="N", help="to draw from a checkpoint (default: 50,000; with digits 500)")
+    parser.add_argument(
+        "--labels",
+        choices=("balanced", "random"),
+        default="balanced",
+        help="each class equally often, or drawn (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of noise and random labels (default: %(default)s)")
+    parser.add_argument("--weights", default="ema", metavar="ema|raw|ema_D", help="as of `fastdit sample` (default: ema)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model (default: %(default)s)")
+    sampler = parser.add_argument_group("sampler", "as of `fastdit sample`; defaults: the run's")
+    for f in dataclasses.fields(SampleConfig):
+        sampler.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), metavar="X")
+
+
+def _add_evaluate(commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="FID, KID, Inception score, precision and recall",
+        description="Evaluate a checkpoint's samples, drawn straight into the metrics, or images that are there. Works alone and "
+        "under torchrun. What the numbers depend on is written beside them.",
+        epilog="examples: fastdit evaluate runs/digits --features digits; fastdit evaluate runs/xl --features "
+        "inception-2015-12-05.pt --reference VIRTUAL_imagenet256_labeled.npz; fastdit evaluate --features inception-2015-12-05.pt "
+        "--reference imagenet.index --image-size 256 --save-reference imagenet256.npz",
+    )
+    evaluate.add_argument(
+        "source", nargs="?", metavar="SOURCE",
+        help="a run's folder (its newest checkpoint), a checkpoint's or an exported file; or images: an .npz (arr_0, arr_1), a "
+        "folder, an index, mnist5k",
+    )  # fmt: skip
+    _add_metrics_options(evaluate)
+    evaluate.add_argument(
+        "--out", default="evaluation.json", metavar="JSON", help="metrics and every choice behind them (default: %(default)s)"
+    )
+    evaluate.add_argument("--save-reference", metavar="NPZ", help="write the reference's statistics, to be read by --reference")
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_sweep(commands) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="FID over guidance, steps, EMA decays, …",
+        description="Evaluate a checkpoint under every combination of sampler settings and weights: a table with the best row "
+        "marked, a CSV, and a picture of the same seeds under each setting.",
+        epilog="example: fastdit sweep runs/digits guidance=0,1,2 steps=8,15 weights=ema,raw --features digits --samples 500",
+    )
+    sweep.add_argument("source", metavar="CHECKPOINT", help="a run's folder, a checkpoint's or an exported file")
+    sweep.add_argument(
+        "axes", nargs="+", metavar="KEY=VALUE,VALUE",
+        help=f"KEY: weights, {', '.join(f.name for f in dataclasses.fields(SampleConfig))}",
+    )  # fmt: skip
+    _add_metrics_options(sweep)
+    sweep.add_argument(
+        "--out", default="sweep.csv", metavar="CSV", help="the table; the picture lies beside it (default: %(default)s)"
+    )
+    sweep.set_defaults(run=_sweep)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastdit", description="Train and sample flow-matching diffusion transformers.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -129,9 +386,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a run, or continue it where it stopped. Works alone, under `deepspeed --module` and under torchrun.",
         epilog="example: fastdit train launch/quickstart.yaml train.total_steps=1000 model.depth=8",
     )
-    train.add_argument(
-        "settings", nargs="*", metavar="CONFIG.yaml | section.key=value", help="a YAML file first (optional), then overrides"
-    )
+    _add_settings(train)
     train.add_argument(
         "--resume", metavar="auto|never|DIR", help="the same as train.resume=…; default auto: continue if there is a checkpoint"
     )
@@ -180,41 +435,10 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA when there is one")
     encode.set_defaults(run=_encode)
 
-    sample = commands.add_parser("sample", help="draw images from a checkpoint")
-    sample.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a run's folder (its newest checkpoint), a checkpoint's or an exported file",
-    )
-    sample.add_argument(
-        "--class",
-        dest="classes",
-        default="all",
-        metavar="IDS",
-        help='class ids or names such as 207,360 or "golden retriever,otter", or all (default: %(default)s)',
-    )
-    sample.add_argument("--per-class", type=int, default=1, metavar="N", help="images a class (default: %(default)s)")
-    sample.add_argument("--steps", type=int, metavar="N", help="solver steps (default: the run's)")
-    sample.add_argument("--solver", choices=("euler", "heun"), help="heun calls the model twice a step (default: the run's)")
-    sample.add_argument(
-        "--guidance", type=float, metavar="W", help="v = (1+W)·v(class) - W·v(null); papers' scale is 1+W (default: the run's)"
-    )
-    sample.add_argument("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
-    sample.add_argument(
-        "--weights",
-        default="ema",
-        metavar="ema|raw|ema_D",
-        help="averaged, of the last step, or a decay of train.ema_more (default: ema)",
-    )
-    sample.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model's weights and activations (default: %(default)s)"
-    )
-    sample.add_argument(
-        "--out", default="samples.png", metavar="PNG", help="the grid: a row a class, its first 10 images (default: %(default)s)"
-    )
-    sample.add_argument("--npz", metavar="NPZ", help="also write arr_0 (images uint8 [n,S,S,C]) and arr_1 (class ids)")
-    sample.set_defaults(run=_sample)
+    _add_sample(commands)
+
+    _add_evaluate(commands)
+    _add_sweep(commands)
 
     export = commands.add_parser(
         "export",
@@ -235,6 +459,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     base.set_defaults(run=_import_base)
 
+    _add_plan(commands)
+
     info = commands.add_parser("info", help="versions, device, and which backend each op uses")
     info.set_defaults(run=_info)
     return parser
@@ -246,9 +472,9 @@ def main(words: list[str] | None = None) -> int:
     # argparse takes no positional after an option behind a `nargs="*"`: overrides may come there all the same
     arguments, rest = parser.parse_known_args(words)
     arguments.overrides = rest
-    if words is None and arguments.command in ("train", "sample", "encode"):
+    if words is None and arguments.command in ("train", "sample", "encode", "evaluate", "sweep"):
         _tune_environment()
-    if rest and (arguments.command != "train" or any(word.startswith("-") or "=" not in word for word in rest)):
+    if rest and ("settings" not in arguments or any(word.startswith("-") or "=" not in word for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         arguments.run(arguments)

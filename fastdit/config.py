@@ -17,8 +17,6 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 
 class InputError(Exception):
     """Bad input from the user: the command line prints its one sentence and exits with code 2."""
@@ -195,16 +193,44 @@ class TrainConfig:
             raise InputError(f"train.name={self.name!r} must be a folder name of at most 200 letters without '/' or a leading '.'")
 
 
+SOLVERS = ("euler", "heun", "dpm++", "dopri5", "euler_stochastic", "sde")  # of samplers.py
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     steps: int = 15
-    solver: str = "heun"  # euler | heun
+    solver: str = "heun"  # euler | heun | dpm++ | dopri5 | euler_stochastic | sde
     guidance: float = 2.0  # w of (1+w)·v(class) − w·v(null); papers' scale s = 1+w
+    guidance_low: float = 0.0  # guidance where low <= t <= high (t = 1 is noise), none elsewhere
+    guidance_high: float = 1.0
+    time_shift: float = 1.0  # above 1, more of the steps near noise
 
     def __post_init__(self) -> None:
         _at_least("sample", self, "steps", 1)
         _at_least("sample", self, "guidance", 0)
-        _one_of("sample", self, "solver", ("euler", "heun"))
+        _one_of("sample", self, "solver", SOLVERS)
+        if not 0 <= self.guidance_low <= self.guidance_high <= 1:
+            raise InputError(
+                f"sample.guidance_low={self.guidance_low} and guidance_high={self.guidance_high} must be 0 <= low <= high <= 1"
+            )
+        if not 0 < self.time_shift < math.inf:
+            raise InputError(f"sample.time_shift={self.time_shift} must be above 0 and finite")
+
+
+@dataclass(frozen=True)
+class ValidateConfig:
+    """Of the EMA weights, while they train."""
+
+    steps: int = 0  # training steps between validations; 0: none
+    images: int = 256  # held-out images whose loss is taken, evenly spread
+    source: str = "auto"  # auto: the val split of data.source | latents of `fastdit encode --split val`
+    features: str = "none"  # FID's feature network: none | digits | a TorchScript file
+    reference: str = ""  # what FID compares with: statistics or images, as of `fastdit evaluate`; of digits mnist5k
+    samples: int = 1000  # drawn for FID, a multiple of the classes
+
+    def __post_init__(self) -> None:
+        for key, limit in (("steps", 0), ("images", 1), ("samples", 2)):
+            _at_least("validate", self, key, limit)
 
 
 @dataclass(frozen=True)
@@ -222,13 +248,14 @@ class ZeroConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. Sections: model, data, flow, train, sample, zero."""
+    """All settings of a run. Sections: model, data, flow, train, sample, validate, zero."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
 
     def __post_init__(self) -> None:
@@ -245,6 +272,8 @@ class Config:
 
     def to_yaml(self) -> str:
         """The resolved config as YAML that `load` reads back to the same config."""
+        import yaml  # here and below: a model's config alone needs no package
+
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
@@ -322,6 +351,8 @@ def _is_text(section: str, key: str) -> bool:
 
 def parse(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
     """The config of a YAML file (or the defaults) with `section.key=value` overrides. Raises InputError."""
+    import yaml
+
     values: dict = {}
     if path is not None:
         try:

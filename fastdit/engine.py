@@ -102,6 +102,8 @@ def together(world: World, work: Callable[[], T], everywhere: bool = True) -> T:
 
     An InputError on any rank is raised on all, so that none waits for one that has left.
     """
+    if world.size == 1:
+        return work()
     result = error = None
     if everywhere or world.rank == 0:
         try:

@@ -23,6 +23,10 @@ class Stream(IntEnum):
     FLIP = 4
     SAMPLE = 5
     CROP = 6
+    SAMPLE_STEP = 7
+    SAMPLE_CLASS = 8
+    EVALUATION_LABEL = 9
+    VALIDATION = 10
 
 
 def sample_ids(step: int, first: int, count: int, device: torch.device) -> Tensor:

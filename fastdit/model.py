@@ -263,17 +263,28 @@ class DiT(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def modulations(self, t: Tensor, labels: Tensor | None) -> list[Tensor]:
+    def prepare(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What sampling keeps of labels int64 [B] from step to step: the vectors [U,H] of the U classes among them, and which of
+        them is each sample's, int64 [B]."""
+        kinds, rows = labels.unique(return_inverse=True)
+        return self.class_embedding(kinds), rows
+
+    def modulations(self, t: Tensor, classes: Tensor | None, rows: Tensor | None = None) -> list[Tensor]:
         """The 6·L+2 modulation vectors, each [B,H], in the order of use. `unbind` once: slicing would cost a zero-fill and an
-        add of the whole tensor for each vector in the backward pass."""
+        add of the whole tensor for each vector in the backward pass.
+
+        t fp32 [B]; classes [B,H]: class vectors, or None. With rows int64 [B], t and classes are of U pairs and sample i is
+        given those of pair rows[i].
+        """
         y = self.time_embedding(t)
-        if labels is not None:
-            y = y + self.class_embedding(labels)
+        if classes is not None:
+            y = y + classes
         if self.config.time_embedding == "sinusoidal":  # the base model has no SiLU here
             y = F.silu(y)
         vectors: list[Tensor] = []
         for linear in (*self.modulation, self.final_modulation):
-            vectors.extend(linear(y).unflatten(-1, (-1, self.config.width)).unbind(1))
+            packed = linear(y) if rows is None else linear(y).index_select(0, rows)
+            vectors.extend(packed.unflatten(-1, (-1, self.config.width)).unbind(1))
         return vectors
 
     def patchify(self, x: Tensor) -> Tensor:
@@ -293,10 +304,18 @@ class DiT(nn.Module):
         x [B,C,h,w] of any float dtype; t fp32 [B] in (0,1], 1 is noise; labels int64 [B] in 0..num_classes, the last is the
         null class, or None: no class input at all. Returns v [B,C,h,w] in the dtype of the parameters.
         """
+        classes = None if labels is None else self.class_embedding(labels)
+        return self._from_modulations(x, self.modulations(t, classes))
+
+    def velocity(self, x: Tensor, t: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
+        """As `forward`, of samples at one time: t fp32 [], classes and rows from `prepare`. The time embedding is computed once
+        and the modulation once a class, however many samples share it."""
+        return self._from_modulations(x, self.modulations(t.reshape(1), classes, rows))
+
+    def _from_modulations(self, x: Tensor, modulation: list[Tensor]) -> Tensor:
         x = self.patch_embedding(self.patchify(x.to(self.output.weight.dtype)))
         if self.positions is not None:
             x = x + self.positions
-        modulation = self.modulations(t, labels)
         y = kernels.modulate(x, modulation[0], modulation[1])
         for i, block in enumerate(self.blocks):
             run = functools.partial(recomputed, block) if self.recompute == "full" and self.training else block

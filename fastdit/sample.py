@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -10,37 +11,122 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdit import autoencoder, checkpoint, kernels, samplers
-from fastdit.config import Config, InputError, SampleConfig, nearest
+from fastdit import autoencoder, base_checkpoint, checkpoint, kernels, samplers
+from fastdit.config import InputError, SampleConfig, nearest
 from fastdit.data.classes import imagenet_names
 from fastdit.engine import World
 from fastdit.flow import Stream
+from fastdit.model import DiT, native_bf16
 from fastdit.telemetry import progress_bar
 
 BATCH = 100  # images a batch; twice that with guidance
-SHOWN = 10  # images a class in the grid of `fastdit sample`, at most
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Noise = Callable[[Tensor, int], Tensor]
+
+
+def per_sample_noise(seed: int, shape: tuple[int, ...]) -> Noise:
+    """Noise of the samples ids int64 [B], fp32 [1+steps,B,*shape]: the start, then each step's. A sample's depends on (seed, its
+    id, step) and not on its batch or rank."""
+
+    def draw(ids: Tensor, steps: int) -> Tensor:
+        start = kernels.counter_normal(seed, Stream.SAMPLE, ids, shape)
+        later = [kernels.counter_normal(seed, Stream.SAMPLE_STEP, ids + (i << 32), shape) for i in range(steps)]
+        return torch.stack((start, *later))
+
+    return draw
+
+
+def one_generator_noise(seed: int, shape: tuple[int, ...]) -> Noise:
+    """The same shape, as the base command draws it: from one CPU generator, batch after batch in their order, of each batch first
+    its start and then each step's."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(ids: Tensor, steps: int) -> Tensor:
+        noise = torch.stack([torch.randn(len(ids), *shape, generator=generator) for _ in range(1 + steps)])
+        return noise.pin_memory().to(ids.device, non_blocking=True) if ids.is_cuda else noise
+
+    return draw
+
+
+class Graphs:
+    """model.velocity as CUDA graphs, one for each shape of its inputs: a replay costs one launch instead of hundreds."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.captured = model, {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        key = tuple(tensor.shape for tensor in inputs)
+        if key not in self.captured:
+            self.captured[key] = self._capture([tensor.clone() for tensor in inputs])
+        graph, static, out = self.captured[key]
+        for buffer, tensor in zip(static, inputs, strict=True):
+            buffer.copy_(tensor)
+        graph.replay()
+        return out.clone()  # the next replay writes to `out` again
+
+    def _capture(self, static: list[Tensor]) -> tuple:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compiles, tunes and allocates: none of it may happen in a capture
+                self.model.velocity(*static)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self.model.velocity(*static)
+        return graph, static, out
 
 
 @torch.no_grad()
+def latents(
+    model: nn.Module, config: SampleConfig, labels: Tensor, ids: Tensor, noise: Noise, null: int, at_once: int = BATCH,
+    skip: Callable[[int], bool] = lambda k: False, watch: Callable[[int, int, Tensor], object] = lambda k, i, x: None,
+    run: Callable | None = None,
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """(k, final latents fp32 [b,C,h,w]) of batch k of `at_once` samples, of the classes labels int64 [n], in their order.
+
+    ids int64 [n] name the samples. The noise of every batch is drawn, but those that `skip` names are not computed. `watch` is
+    given (k, 0, start) and (k, i, x after step i). run: as of samplers.guided.
+    """
+    solver = samplers.SOLVERS[config.solver]
+    steps_with_noise = config.steps if config.solver in samplers.STOCHASTIC else 0
+    interval = (config.guidance_low, config.guidance_high)
+    for k, (batch_labels, batch_ids) in enumerate(zip(labels.split(at_once), ids.split(at_once), strict=True)):
+        drawn = noise(batch_ids, steps_with_noise)
+        if skip(k):
+            continue
+        velocity = samplers.guided(model, batch_labels, null, config.guidance, interval, run)
+        x = drawn[0]
+        watch(k, 0, x)
+        for i, point in enumerate(solver(velocity, x, config.steps, config.time_shift, drawn[1:]), 1):
+            x = point
+            watch(k, i, x)
+        yield k, x
+
+
+def to_images(codec, x: Tensor) -> np.ndarray:
+    """Latents [b,C,h,w] as pixels, uint8 [b,S,S,1 or 3]."""
+    pixels = ((codec.decode(x) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def latent_shape(model: nn.Module) -> tuple[int, int, int]:
+    return (model.config.in_channels, model.config.input_size, model.config.input_size)
+
+
 def stream(
     model: nn.Module, codec, config: SampleConfig, labels: Tensor, ids: Tensor, seed: int, null: int,
     advance: Callable[[], object] = lambda: None,
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Images uint8 [b,S,S,C] of the classes labels int64 [n], batch after batch in their order.
 
-    ids int64 [n] name the starting noise: image i depends on (seed, ids[i], labels[i]) and not on its batch or rank. `advance`
+    ids int64 [n] name the noise: image i depends on (seed, ids[i], labels[i]) and not on its batch or rank. `advance`
     is called after each solver step of each batch.
     """
-    model_config = model.config
-    shape = (model_config.in_channels, model_config.input_size, model_config.input_size)
-    for batch_labels, batch_ids in zip(labels.split(BATCH), ids.split(BATCH), strict=True):
-        x = kernels.counter_normal(seed, Stream.SAMPLE, batch_ids, shape)
-        velocity = samplers.guided(model, batch_labels, null, config.guidance)
-        for point in samplers.SOLVERS[config.solver](velocity, x, config.steps):
-            x = point
-            advance()
-        pixels = ((codec.decode(x) + 1) * 127.5).round().to(torch.uint8)
-        yield pixels.permute(0, 2, 3, 1).cpu().numpy()
+    noise = per_sample_noise(seed, latent_shape(model))
+    for _, x in latents(model, config, labels, ids, noise, null, watch=lambda k, i, x: i and advance()):
+        yield to_images(codec, x)
 
 
 def generate(*arguments) -> np.ndarray:
@@ -82,6 +168,16 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         picture.save(temporary, format="PNG")
 
 
+def save_animation(frames: list[Image.Image], path: Path, fps: float) -> None:
+    """Write a GIF or WebP, by the suffix, that shows the last frame for a second and begins again."""
+    durations = [1000 / fps] * (len(frames) - 1) + [max(1000, 1000 / fps)]
+    with checkpoint.replacing(path) as temporary:
+        frames[0].save(
+            temporary, format=path.suffix[1:], save_all=True, append_images=frames[1:], duration=[round(d) for d in durations],
+            loop=0, lossless=True,
+        )  # fmt: skip
+
+
 def _class_of_name(name: str, names: list[str]) -> int:
     """The class one of whose names (ImageNet's have several, "tench, Tinca tinca") is `name`. Raises InputError."""
     ids: dict[str, list[int]] = {}
@@ -95,18 +191,23 @@ def _class_of_name(name: str, names: list[str]) -> int:
     return found[0]
 
 
-def parse_classes(text: str, num_classes: int, names: list[str] | None = None) -> list[int]:
-    """ "3", "207,360", "golden retriever,otter" or "all" as class ids. names: of the classes, where they are known.
+def parse_classes(text: str, num_classes: int, names: list[str] | None = None, seed: int = 0) -> list[int]:
+    """ "3", "207,360", "golden retriever,otter", "all" or "-1" (a random class, drawn from the seed) as class ids.
 
-    Raises InputError for anything else or an id out of range.
+    names: of the classes, where they are known. Raises InputError for anything else or an id out of range.
     """
     if text == "all":
         return list(range(num_classes))
     classes = []
-    for part in map(str.strip, text.split(",")):
-        if part.lstrip("-").isdecimal():
+    for i, part in enumerate(map(str.strip, text.split(","))):
+        if part == "-1":
+            u = kernels.counter_uniform(seed, Stream.SAMPLE_CLASS, torch.tensor([i]), ()).item()
+            classes.append(int(u * num_classes))
+        elif part.lstrip("-").isdecimal():
             if not 0 <= int(part) < num_classes:
-                raise InputError(f"--class {part} is out of range: this model's classes are 0 to {num_classes - 1}")
+                raise InputError(
+                    f"--class {part} is out of range: this model's classes are 0 to {num_classes - 1}, and -1 a random one"
+                )
             classes.append(int(part))
         elif names:
             classes.append(_class_of_name(part, names))
@@ -125,54 +226,73 @@ def check_writable(path: Path) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}: choose another place") from error
 
 
-def run(
-    path: Path,
-    classes: str,
-    per_class: int,
-    overrides: dict,
-    seed: int,
-    weights: str,
-    dtype: torch.dtype,
-    out: Path,
-    npz: Path | None,
-) -> Config:
-    """What `fastdit sample` does: a grid PNG with one row a class (its first SHOWN images), and optionally an npz (arr_0 images
-    uint8 NHWC, arr_1 labels int64). overrides: SampleConfig values given by the user. Raises InputError for bad input, before
-    any work."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if per_class < 1:
-        raise InputError(f"--per-class {per_class} must be at least 1")
-    if not 0 <= seed < 2**64:
-        raise InputError(f"--seed {seed} must be at least 0 and below 2^64")
-    model, config, state = checkpoint.load_model(path, weights, device)
-    names = state.get("class_names") or (imagenet_names() if config.model.num_classes == 1000 else None)
-    sampling = SampleConfig(**{**config.to_dict()["sample"], **overrides})
-    chosen = parse_classes(classes, config.model.num_classes, names)
-    for target in (out, npz):
-        if target is not None:
-            check_writable(target)
-    codec = autoencoder.load(config.data, config.model, config.model.in_channels, device)
-    labels = torch.tensor(chosen, device=device).repeat_interleave(per_class)
-    batches = -(-len(labels) // BATCH)
-    with progress_bar(batches * sampling.steps, description=f"{len(labels)} images") as bar:
-        images = generate(
-            model.to(dtype),
-            codec,
-            sampling,
-            labels,
-            torch.arange(len(labels), device=device),
-            seed,
-            config.model.num_classes,
-            bar.update,
-        )
-    shown = min(per_class, SHOWN)
-    save_picture(
-        grid(images.reshape(len(chosen), per_class, *images.shape[1:])[:, :shown].reshape(-1, *images.shape[1:]), shown), out
-    )
-    if npz is not None:
-        with checkpoint.replacing(npz) as temporary, temporary.open("wb") as file:
-            np.savez(file, arr_0=images, arr_1=labels.cpu().numpy())
-    if names:
-        known = ", ".join(f"{i} ({names[i].split(', ')[0]})" for i in chosen[:SHOWN] if i < len(names))
-        print(f"classes: {known}{', …' * (len(chosen) > SHOWN)}")
-    return config
+def choose_device(name: str) -> torch.device:
+    """auto (CUDA when there is one) | cpu | cuda, or the base command's gpu. Raises InputError when there is none."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError(f"--device {name}: PyTorch sees no GPU here: use --device cpu")
+    return torch.device("cuda")
+
+
+class Sampler:
+    """A model with its codec and class names, loaded once to be sampled from again and again."""
+
+    def __init__(
+        self, path: Path | str, weights: str = "ema", device: torch.device | str = "auto", dtype: str = "auto",
+        parameters: Path | None = None,
+    ) -> None:  # fmt: skip
+        """path: what checkpoint.load_model reads, or the base model's .pkl with its parameters (default: beside it).
+
+        dtype: "fp32" | "bf16" | "auto", what it was trained in where that is fast here (imports: fp32). Raises InputError.
+        """
+        path = Path(path)
+        self.device = device if isinstance(device, torch.device) else choose_device(device)
+        self.vae = None
+        if path.suffix == ".pkl":
+            self.config, tensors, step, self.vae = base_checkpoint.load_run(path, parameters)
+            model, state = DiT(self.config.model), {"step": step}
+            model.load_state_dict(tensors)
+        else:
+            model, self.config, state = checkpoint.load_model(path, weights, self.device)
+        if dtype == "auto":
+            native = native_bf16(self.device) and self.config.train.precision != "fp32" and "origin" not in state
+            dtype = "bf16" if native else "fp32"
+        self.dtype, self.step, self.null = dtype, state["step"], self.config.model.num_classes
+        self.names = state.get("class_names") or (imagenet_names() if self.null == 1000 else None)
+        self.model = model.to(self.device, DTYPES[dtype]).eval().requires_grad_(False)
+        self.run = None
+        if self.device.type == "cuda":
+            for block in self.model.blocks:
+                block.compile(dynamic=False, fullgraph=True)
+            self.run = Graphs(self.model)
+
+    @cached_property
+    def codec(self):
+        """Loaded when it is first asked for. On a CPU it decodes in fp32."""
+        codec = autoencoder.load(self.config.data, self.config.model, self.config.model.in_channels, self.device, vae=self.vae)
+        on_gpu = self.device.type == "cuda"
+        return codec.for_decoding(DTYPES[self.dtype if on_gpu else "fp32"])
+
+    def settings(self, **overrides) -> SampleConfig:
+        """The run's settings with some replaced. Raises InputError."""
+        return SampleConfig(**{**self.config.to_dict()["sample"], **overrides})
+
+    def latents(
+        self, config: SampleConfig, labels: list[int], seed: int = 0, per_sample: bool = False, **options
+    ) -> Iterator[tuple[int, Tensor]]:
+        """`latents` of samples 0 .. n−1 with the noise of a seed."""
+        draw = (per_sample_noise if per_sample else one_generator_noise)(seed, latent_shape(self.model))
+        places = torch.tensor(labels, device=self.device)
+        ids = torch.arange(len(labels), device=self.device)
+        return latents(self.model, config, places, ids, draw, self.null, run=self.run, **options)
+
+    def images(self, classes: str, count: int = 1, seed: int = 0, per_sample: bool = False, **overrides) -> np.ndarray:
+        """uint8 [n,S,S,1 or 3], `count` of each of the classes ("207,otter"); overrides: of the run's sample settings."""
+        config = self.settings(**overrides)
+        chosen = parse_classes(classes, self.null, self.names, seed)
+        labels = [c for c in chosen for _ in range(count)]
+        with progress_bar(-(-len(labels) // BATCH) * config.steps, description=f"{len(labels)} images") as bar:
+            advance = lambda k, i, x: i and bar.update()
+            batches = self.latents(config, labels, seed, per_sample, watch=advance)
+            return np.concatenate([to_images(self.codec, x) for _, x in batches])

@@ -16,7 +16,7 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from fastdit import autoencoder, checkpoint, data, engine, flow, kernels, sample, telemetry
+from fastdit import autoencoder, checkpoint, data, engine, flow, kernels, sample, telemetry, validate
 from fastdit.config import Config, InputError, Stopped, TrainConfig
 from fastdit.ema import ShardedEma, gather
 from fastdit.model import DiT, native_bf16
@@ -92,8 +92,9 @@ def _train(config: Config) -> Path:
     manifest = getattr(loader, "manifest", None)
     codec = engine.together(world, lambda: autoencoder.load(config.data, config.model, loader.channels, world.device, manifest))
     run = Path(config.train.out) / config.train.name
+    validation = validate.Validation(config, place, codec, run, world) if config.validate.steps else None
     lock = engine.together(world, lambda: _lock_run_folder(run) if world.rank == 0 else None)
-    Trainer(config, world, loader, codec, run, resume_from, state).loop()
+    Trainer(config, world, loader, codec, run, resume_from, state, validation).loop()
     if world.rank == 0:
         telemetry.plot(run)
     if lock:
@@ -105,10 +106,12 @@ class Trainer:
     """All that one run holds, and its loop."""
 
     def __init__(
-        self, config: Config, world: engine.World, loader, codec, run: Path, resume_from: Path | None, state: dict
-    ) -> None:
+        self, config: Config, world: engine.World, loader, codec, run: Path, resume_from: Path | None, state: dict,
+        validation: validate.Validation | None = None,
+    ) -> None:  # fmt: skip
         """state: of `resume_from`, the checkpoint to continue from, or a fresh one."""
         self.config, self.world, self.loader, self.codec, self.run = config, world, loader, codec, run
+        self.validation = validation
         torch.manual_seed(config.train.seed)  # the same start on every rank
         model = DiT(config.model)
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -174,6 +177,8 @@ class Trainer:
             with self.log.pause():
                 if settings.sample_steps and (done % settings.sample_steps == 0 or last):
                     self._draw(done)
+                if self.validation:
+                    self.validation.step(done, last, self._averaged_model, self.log)
                 if done % settings.save_steps == 0 or last or self.stop:
                     self._save(done)
             if self.stop and not last:
@@ -282,11 +287,16 @@ class Trainer:
                 raise
             self.log.say(f"warning: {error}; the checkpoints before it stay")
 
+    def _averaged_model(self) -> DiT:
+        """A copy of the model with the EMA weights, fp32. All ranks must call it."""
+        model = DiT(self.config.model).to(self.world.device).requires_grad_(False).eval()
+        model.load_state_dict(gather(self.ema, self.shapes, self.world))
+        return model
+
     def _draw(self, done: int) -> None:
         """Write a grid of EMA samples, from a copy of the model that lives as long as the drawing."""
         config, world = self.config, self.world
-        model = DiT(config.model).to(world.device).requires_grad_(False).eval()
-        model.load_state_dict(gather(self.ema, self.shapes, world))
+        model = self._averaged_model()
         classes = config.model.num_classes
         rows = torch.linspace(0, classes - 1, min(classes, GRID_CLASSES)).round().long()
         labels = rows.repeat_interleave(GRID_COLUMNS).to(world.device)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model and its samples: installs into .venv (or $VENV), trains a small DiT on real handwritten
-# digits through the deepspeed launcher, draws a 10 x 10 grid (one row a class) and checks 200 samples with a classifier.
+# digits through the deepspeed launcher, draws a 10 x 10 grid (one row a class) and evaluates 200 samples.
 # Run again, it finds everything done and only draws.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,6 +21,6 @@ fi
 run=runs/quickstart
 deepspeed -q --no_local_rank --num_gpus "$ranks" --module fastdit.cli train launch/quickstart.yaml train.batch_size=$((global_batch / ranks))
 unset OMP_NUM_THREADS
-fastdit sample --checkpoint "$run" --per-class 20 --out "$run/grid.png" --npz "$run/samples.npz"
-python -m fastdit.digits "$run/samples.npz"
+fastdit sample --checkpoint "$run" --per-class 20 --seed-per-sample --out "$run/grid.png" --npz "$run/samples.npz"
+fastdit evaluate "$run/samples.npz" --features digits --out "$run/evaluation.json"
 echo "ten digits of each class, a row a class: $PWD/$run/grid.png"

@@ -2,13 +2,19 @@
 
 import json
 import pickle
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from fastdit import base_checkpoint, checkpoint, cli, kernels, samplers
+import base_files
+from fastdit import autoencoder, base_checkpoint, checkpoint, cli, kernels
 from fastdit.config import InputError
 from fastdit.model import DiT
 
@@ -78,15 +84,21 @@ def test_gradients_of_every_parameter(case):
         torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@torch.no_grad()
-def test_samples(case):
-    e = case.expected
-    for solver in ("euler", "heun"):
-        x = torch.randn(e["sample_batch"], 4, 32, 32, generator=torch.Generator().manual_seed(e["sample_seed"]))
-        labels = torch.full((len(x),), e["sample_class"])
-        velocity = samplers.guided(case.model, labels, case.config.num_classes, e["sample_guidance"])
-        *_, latent = samplers.SOLVERS[solver](velocity, x, e["sample_steps"])
-        assert (latent - e["samples"][solver]).abs().max() < 1e-4, solver
+@pytest.mark.parametrize("solver", ["euler", "euler_stochastic", "heun"])
+def test_samples_by_the_base_commands_flags(case, tmp_path, capsys, monkeypatch, solver):
+    """The latents of the base script, from its own file; no autoencoder is asked for."""
+    e, out = case.expected, tmp_path / "latents.npz"
+    monkeypatch.setattr(autoencoder, "load", lambda *_, **__: pytest.fail("an autoencoder was loaded"))
+    flags = {
+        "loadDir": case.pickle.parent, "loadFile": case.pickle.name, "loadDefFile": case.json.name, "device": "cpu",
+        "num_steps": e["sample_steps"], "class_label": e["sample_class"], "sampler": solver, "guidance": e["sample_guidance"],
+        "seed": e["sample_seed"], "batch_size": e["sample_batch"], "latents": out,
+    }  # fmt: skip
+    assert cli.main(["sample", *(str(word) for flag, value in flags.items() for word in (f"--{flag}", value))]) == 0
+    arrays = np.load(out)
+    assert arrays.files == ["latents"] and arrays["latents"].dtype == np.float32
+    assert (torch.from_numpy(arrays["latents"]) - e["samples"][solver]).abs().max() < 1e-4
+    assert "fp32 on" in capsys.readouterr().out
 
 
 def test_import_and_sample_from_the_command_line(case, tmp_path, capsys):
@@ -97,6 +109,12 @@ def test_import_and_sample_from_the_command_line(case, tmp_path, capsys):
     e = case.expected
     assert (model(case.x_t, e["t"], case.labels) - e["v"]).abs().max() < 1e-5
     assert config.data.autoencoder == base_checkpoint.PUBLISHED_VAE and state["step"] == 10
+    assert config.train.precision == "fp32"
+    words = ["--class", "3", "--steps", "2", "--solver", "euler"]
+    for source, out in ((run, "a.npz"), (case.pickle, "b.npz")):
+        assert cli.main(["sample", "--checkpoint", str(source), *words, "--latents", str(tmp_path / out)]) == 0
+    imported, direct = (np.load(tmp_path / out)["latents"] for out in ("a.npz", "b.npz"))
+    assert np.array_equal(imported, direct)
     assert cli.main(["import-base", str(case.pickle), "--out", str(run)]) == 2
     assert "holds checkpoints already" in capsys.readouterr().err
     with pytest.raises(InputError, match="holds no raw weights"):
@@ -130,6 +148,54 @@ def test_bad_files_are_one_sentence(case, tmp_path, capsys):
     wider = tmp_path / "wider.json"
     wider.write_text(json.dumps({**other, "num_blocks": other["num_blocks"] + 1}))
     complains("does not hold the model", parameters=wider)
+    other["num_classes"] += 1
+    wider.write_text(json.dumps(other))
+    complains("does not hold the model", "another shape", parameters=wider)
     del other["dim"]
     wider.write_text(json.dumps(other))
     complains("wider.json", "dim", parameters=wider)
+
+
+def test_the_command_line_says_so_and_writes_nothing(case, tmp_path, capsys):
+    cut, code = tmp_path / "cut.pkl", tmp_path / "code.pkl"
+    cut.write_bytes(case.pickle.read_bytes()[: case.pickle.stat().st_size // 2])
+    code.write_bytes(pickle.dumps({"w": Code()}))
+    out = tmp_path / "l.npz"
+    for file, expected in ((cut, "damaged"), (code, "not loaded"), (tmp_path / "none.pkl", "No such file")):
+        words = ["sample", "--checkpoint", str(file), "--params", str(case.json), "--latents", str(out)]
+        assert cli.main(words) == 2
+        printed = capsys.readouterr()
+        assert expected in printed.err and printed.err.count("\n") == 1 and "ran" not in printed.out
+    assert cli.main(["sample", "--latents", str(out)]) == 2
+    assert "--loadFile" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_full_size_checkpoint_loads_in_8_gb_and_samples(tmp_path):
+    """In a process of its own, with its autoencoder, to a picture. The seconds it takes to load are printed, not judged."""
+    file, out = base_files.full_size(tmp_path), tmp_path / "g.png"
+    try:
+        words = [
+            "--checkpoint",
+            file,
+            "--class-name",
+            "otter",
+            "--steps",
+            "2",
+            "--solver",
+            "euler",
+            "--guidance",
+            "3",
+            "--out",
+            out,
+        ]
+        command = [sys.executable, "-m", "fastdit.cli", "sample", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    finally:
+        file.unlink()  # 2.3 GB
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, "GB at most")
+    assert "classes: 360 (otter)" in done.stdout and "loaded in" in done.stdout
+    assert Image.open(out).size == (256 + 4, 256 + 4)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 8e9

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from fastdit import config
+from fastdit import config, samplers
 from fastdit.config import PRESETS, InputError, from_dict, load_json, parse
 
 
@@ -27,6 +27,8 @@ from fastdit.config import PRESETS, InputError, from_dict, load_json, parse
         ("train.ema_decay=1", ["train.ema_decay=1.0", "below 1"]),
         ("train.name=a/b", ["train.name='a/b'", "folder name"]),
         ("sample.solver=hune", ["sample.solver=hune", "did you mean 'heun'"]),
+        ("sample.time_shift=0", ["sample.time_shift=0.0", "above 0"]),
+        ("sample.guidance_high=1.5", ["guidance_high=1.5", "low <= high <= 1"]),
         ("zero.stage=4", ["zero.stage=4", "1, 2, 3"]),
         ("model.heads=3", ["model.heads=3", "model.width=128"]),
         ("model.patch_size=5", ["model.patch_size=5", "model.input_size=32"]),
@@ -58,7 +60,7 @@ def test_wrong_override_is_one_sentence(override, words):
         ("train", "schedule", ["constant", "cosine"]),
         ("train", "wandb", ["disabled", "offline", "online"]),
         ("train", "name", ["007", "1.10", "on", "2026-11-23"]),
-        ("sample", "solver", ["euler", "heun"]),
+        ("sample", "solver", list(samplers.SOLVERS)),
     ],
 )
 def test_every_choice_can_be_given(tmp_path, section, key, values):

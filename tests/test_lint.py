@@ -23,6 +23,7 @@ ALLOWED = {
     ("optimizer.py", "step"): {"item"},  # the one read of a step: whether the gradient is finite
     ("engine.py", "initialize"): {"cpu"},  # once, before the first step
     ("engine.py", "steps_taken"): {"item"},  # once in save_steps
+    ("samplers.py", "dopri5"): {"item"},  # it reads its error at every step anyway
     ("autoencoder.py", "sha256"): {"cpu", "numpy"},  # once, before the first step
     ("order.py", "random_crops"): {"numpy"},  # on the host, in the threads that read ahead
     ("loader.py", "_cut"): {"numpy"},

@@ -80,7 +80,7 @@ def test_adaln_zero_starts_as_the_zero_velocity_with_identity_blocks():
     stream = m.patch_embedding(m.patchify(x)) + m.positions
     zeros = torch.zeros(3, 64)
     y = kernels.modulate(stream, zeros, zeros)
-    out, _ = m.blocks[0](stream, y, tuple(m.modulations(t, labels)[2:8]), None, None)
+    out, _ = m.blocks[0](stream, y, tuple(m.modulations(t, m.class_embedding(labels))[2:8]), None, None)
     assert torch.equal(out, stream)
 
 

@@ -1,0 +1,76 @@
+"""What streamed evaluation costs over drawing: CPU time of `fastdit evaluate` over `fastdit sample --npz` of the same samples.
+
+    python benchmarks/evaluate_overhead.py --checkpoint runs/quickstart [--pairs 5] [--per-class 50] [--threads 2]
+
+Whole processes, start included, that take turns, the order reversed every other pair; the reference's statistics are in a file, as
+in every evaluation but the first. Printed: the median of the pairs' ratios. 5 pairs of 500 samples: some 10 minutes on two cores.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import record
+from fastdit import telemetry
+
+
+def cpu_seconds(words: list[str], threads: int) -> float:
+    """CPU time of a command in a process of its own, in seconds."""
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    before = used()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    subprocess.run([sys.executable, "-m", "fastdit.cli", *words], env=environment, check=True, capture_output=True)
+    return used() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--per-class", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/evaluate_overhead.csv"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        in_folder = lambda name: str(Path(folder) / name)
+        reference = ["--features", "digits", "--reference"]
+        cpu_seconds(["evaluate", *reference, "mnist5k", "--save-reference", in_folder("reference.npz")], options.threads)
+        commands = {
+            "sample": ["sample", "--checkpoint", options.checkpoint, "--per-class", str(options.per_class),
+                       "--npz", in_folder("samples.npz"), "--out", in_folder("grid.png")],
+            "evaluate": ["evaluate", options.checkpoint, *reference, in_folder("reference.npz"),
+                         "--samples", str(10 * options.per_class), "--out", in_folder("streamed.json")],
+        }  # fmt: skip
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        with telemetry.progress_bar(options.pairs, description="pairs", unit="pair") as bar:
+            for pair in range(options.pairs):
+                for name in list(commands)[:: -1 if pair % 2 else 1]:
+                    seconds[name].append(cpu_seconds(commands[name], options.threads))
+                bar.update()
+        cpu_seconds(
+            ["evaluate", in_folder("samples.npz"), *reference, in_folder("reference.npz"), "--out", in_folder("file.json")],
+            options.threads,
+        )
+        found = {name: json.loads(Path(in_folder(f"{name}.json")).read_text())["metrics"]["fid"] for name in ("streamed", "file")}
+    if not np.isclose(found["streamed"], found["file"], rtol=1e-6):
+        sys.exit(f"the two did not draw the same samples: Fréchet distances {found['streamed']} and {found['file']}")
+    ratios = [e / s for e, s in zip(seconds["evaluate"], seconds["sample"], strict=True)]
+    row = {
+        "samples": 10 * options.per_class, "pairs": options.pairs, "threads": options.threads,
+        **{f"{name}_cpu_s": f"{statistics.median(times):.2f}" for name, times in seconds.items()},
+        "ratio": f"{statistics.median(ratios):.3f}", "ratio_min": f"{min(ratios):.3f}", "ratio_max": f"{max(ratios):.3f}",
+    }  # fmt: skip
+    print("  ".join(f"{key} {value}" for key, value in row.items()))
+    record.write(options.out, [row])
+
+
+if __name__ == "__main__":
+    main()

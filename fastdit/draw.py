@@ -1,0 +1,259 @@
+"""`fastdit sample`: what is drawn, by one rank or several, and the files it is written to."""
+
+import os
+import secrets
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastdit import checkpoint, engine
+from fastdit.config import InputError, SampleConfig
+from fastdit.engine import World
+from fastdit.model import native_bf16
+from fastdit.npz import Parts
+from fastdit.sample import (
+    BATCH,
+    Sampler,
+    check_writable,
+    choose_device,
+    grid,
+    parse_classes,
+    save_animation,
+    save_picture,
+    to_images,
+)
+from fastdit.telemetry import device_name, progress_bar
+
+SHOWN = 10  # images a class in the grid, at most
+FEW_CLASSES = 100  # up to here, all classes are drawn where none is named
+FRAME_COLUMNS = 4
+
+
+@dataclass
+class Request:
+    """What the user asked for; the flags of the command line by the same names tell more."""
+
+    checkpoint: Path
+    params: Path | None = None
+    weights: str = "ema"
+    device: str = "auto"
+    dtype: str = "auto"
+    classes: str | None = None
+    per_class: int = 1
+    seed: int = 0
+    seed_per_sample: bool = False
+    at_once: int = BATCH
+    out: Path | None = None
+    folder: Path | None = None
+    gif: Path | None = None
+    gif_of: str | None = None
+    gif_fps: float = 10
+    npz: Path | None = None
+    latents: Path | None = None
+    settings: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises InputError."""
+        if not any((self.out, self.folder, self.gif, self.npz, self.latents)):
+            self.out = Path("samples.png")
+        for flag, value in (("per-class", self.per_class), ("at-once", self.at_once)):
+            if value < 1:
+                raise InputError(f"--{flag} {value} must be at least 1")
+        if not -1 <= self.seed < 2**63:
+            raise InputError(f"--seed {self.seed} must be at least -1 (drawn and printed) and below 2^63")
+        if not 0 < self.gif_fps <= 100:
+            raise InputError(f"--gif-fps {self.gif_fps} must be above 0 and at most 100")
+        if self.gif and self.gif.suffix not in (".gif", ".webp"):
+            raise InputError(f"--gif {self.gif} must end in .gif or .webp")
+        for target in (self.out, self.gif, self.npz, self.latents):
+            if target is not None:
+                check_writable(target)
+
+    def in_gif(self, n: int) -> list[int]:
+        """Which of n samples the animation shows. Raises InputError."""
+        if not self.gif or self.gif_of is None:
+            return list(range(min(n, FRAME_COLUMNS))) if self.gif else []
+        chosen = [part.strip() for part in self.gif_of.split(",")]
+        wrong = next((part for part in chosen if not part.isdecimal() or int(part) >= n), None)
+        if wrong is not None:
+            raise InputError(f"--gif-of {wrong!r} is not one of the {n} samples: give numbers from 0 to {n - 1}, such as 0,1")
+        return [int(part) for part in chosen]
+
+
+class Clock:
+    """Tells the warm start, by how much the first step (which compiles, captures and tunes) is slower than the second, from the
+    rest."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.start, self.ticks = device, time.perf_counter(), []
+
+    def tick(self) -> None:
+        """After each step."""
+        if len(self.ticks) < 2:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.ticks.append(time.perf_counter())
+
+    def report(self, images: int) -> str:
+        seconds = time.perf_counter() - self.start
+        if len(self.ticks) < 2:
+            return f"{images} images in {seconds:.1f} s"
+        warm = max(0.0, self.ticks[0] - self.start - (self.ticks[1] - self.ticks[0]))
+        return f"{images} images in {seconds:.1f} s: warm start {warm:.1f} s, then {images / (seconds - warm):.3g} images/s"
+
+
+class Drawing:
+    """One call of the command: samples 0 .. n−1 in batches, batch k on rank k modulo the ranks."""
+
+    def __init__(self, sampler: Sampler, request: Request, world: World) -> None:
+        """Raises InputError before anything is written."""
+        self.sampler, self.request, self.world = sampler, request, world
+        self.config: SampleConfig = sampler.settings(**request.settings)
+        default = "all" if sampler.null <= FEW_CLASSES else "-1"
+        self.classes = parse_classes(request.classes or default, sampler.null, sampler.names, request.seed)
+        self.labels = [c for c in self.classes for _ in range(request.per_class)]
+        self.in_gif = request.in_gif(len(self.labels))
+        self.parts = Parts(request.npz, len(self.labels), request.at_once) if request.npz else None
+        self.pixels = bool(request.out or request.folder or request.npz)  # of final latents
+        # what is written at the end, by batch or by sample
+        self.latents: dict[int, Tensor] = {}
+        self.images: dict[int, np.ndarray] = {}
+        self.frames: dict[int, list[Tensor]] = {i: [] for i in self.in_gif}
+
+    def begin(self) -> None:
+        """Load the codec if it is going to be needed and make the folders. Raises InputError."""
+        request, sampler = self.request, self.sampler
+        if self.pixels or request.gif:
+            _ = sampler.codec
+        if self.world.rank > 0:
+            return
+        if request.folder:
+            try:
+                request.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"--folder {request.folder} cannot be made: {error.strerror}: choose another place") from error
+        if self.parts:
+            settings = {key: getattr(request, key) for key in ("weights", "seed", "seed_per_sample", "at_once", "per_class")}
+            settings |= {"checkpoint": str(request.checkpoint.resolve()), "step": sampler.step, "dtype": sampler.dtype}
+            self.parts.begin({**settings, "classes": self.classes, **vars(self.config)})
+
+    def describe(self) -> str:
+        sampler, config, names = self.sampler, self.config, self.sampler.names
+        named = [f"{c} ({names[c].split(', ')[0]})" if names and c < len(names) else str(c) for c in self.classes[:SHOWN]]
+        shift = f", time shift {config.time_shift:g}" if config.time_shift != 1 else ""
+        interval = (config.guidance_low, config.guidance_high)
+        within = f" for t in {list(interval)}" if interval != (0, 1) else ""
+        seed = f"seed {self.request.seed}{' per sample' * self.request.seed_per_sample}"
+        return (
+            f"classes: {', '.join(named)}{', …' * (len(self.classes) > SHOWN)}\n"
+            f"{seed}; {config.solver}, {config.steps} steps{shift}, guidance {config.guidance:g} (papers' scale "
+            f"{1 + config.guidance:g}){within}; {sampler.dtype} on {device_name(sampler.device)}"
+        )
+
+    def draw(self) -> str:
+        """Compute this rank's batches, and write what is a file of one batch or image; the speed in words."""
+        request, at_once, n = self.request, self.request.at_once, len(self.labels)
+        resumes = self.parts and not (request.out or request.folder or request.gif or request.latents)
+        skip = lambda k: k % self.world.size != self.world.rank or bool(resumes and self.parts.has(k))
+        mine = [k for k in range(-(-n // at_once)) if not skip(k)]
+        clock = Clock(self.sampler.device)
+
+        def watch(k: int, i: int, x: Tensor) -> None:
+            for sample in self.in_gif:
+                if sample // at_once == k:
+                    self.frames[sample].append(x[sample % at_once].cpu())
+            if i:
+                bar.update()
+            if i == self.config.steps or (i and self.config.solver != "dopri5"):  # which comes with all steps at once
+                clock.tick()
+
+        samples = self.sampler.latents(
+            self.config, self.labels, request.seed, request.seed_per_sample, at_once=at_once, skip=skip, watch=watch
+        )
+        total = len(mine) * self.config.steps
+        with progress_bar(total, description=f"{n} images", disable=self.world.rank > 0) as bar:
+            for k, x in samples:
+                self._keep(k, x)
+        return clock.report(sum(min(at_once, n - k * at_once) for k in mine))
+
+    def _keep(self, k: int, x: Tensor) -> None:
+        """Batch k's final latents."""
+        request, first = self.request, k * self.request.at_once
+        if request.latents:
+            self.latents[k] = x.cpu()
+        if not self.pixels:
+            return
+        images = to_images(self.sampler.codec, x)
+        if self.parts:
+            self.parts.write(k, images)
+        for i, image in enumerate(images, first):
+            if request.folder:
+                save_picture(grid(image[None], 1, gap=0), request.folder / f"{i:06d}_class_{self.labels[i]}.png")
+            if request.out and i % request.per_class < SHOWN:
+                self.images[i] = image
+
+    def write(self) -> None:
+        """Gather what the ranks kept and write the files that hold all of it; all ranks must call it."""
+        request = self.request
+        for kept in (self.latents, self.images, self.frames):
+            _gather(kept, self.world)
+        if self.world.rank > 0:
+            return
+        if request.out:
+            images = np.stack([image for _, image in sorted(self.images.items())])
+            save_picture(grid(images, min(request.per_class, SHOWN)), request.out)
+        if request.latents:
+            whole = torch.cat([x for _, x in sorted(self.latents.items())])
+            with checkpoint.replacing(request.latents) as temporary, temporary.open("wb") as file:
+                np.savez(file, latents=whole.numpy())
+        if self.parts:
+            self.parts.join(np.array(self.labels))
+        if request.gif:
+            steps = [torch.stack(step).to(self.sampler.device) for step in zip(*(self.frames[i] for i in self.in_gif), strict=True)]
+            with progress_bar(len(steps), description="animation", unit="frame") as bar:
+                frames = []
+                for step in steps:
+                    frames.append(grid(to_images(self.sampler.codec, step), min(len(step), FRAME_COLUMNS)))
+                    bar.update()
+            save_animation(frames, request.gif, request.gif_fps)
+
+
+def _gather(kept: dict, world: World) -> None:
+    """Join what the ranks kept under their own keys; what is empty is another rank's."""
+    if world.size > 1:
+        everyone: list = [None] * world.size
+        dist.all_gather_object(everyone, kept, group=world.control)
+        for other in everyone:
+            kept.update({key: value for key, value in other.items() if len(value)})
+
+
+def run(request: Request) -> None:
+    """What `fastdit sample` does. Raises InputError for bad input, before any work."""
+    start = time.perf_counter()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        world = engine.start("cuda" if request.device == "gpu" else request.device)
+    else:
+        world = World(0, 1, choose_device(request.device), None)  # without importing DeepSpeed
+    if request.seed == -1:
+        request.seed = engine.together(world, lambda: secrets.randbits(32), everywhere=False)
+    sampler = engine.together(
+        world, lambda: Sampler(request.checkpoint, request.weights, world.device, request.dtype, request.params)
+    )
+    drawing = engine.together(world, lambda: Drawing(sampler, request, world))
+    engine.together(world, drawing.begin)
+    if world.rank == 0:
+        print(f"{drawing.describe()}, loaded in {time.perf_counter() - start:.1f} s", flush=True)
+        if sampler.dtype == "bf16" and not native_bf16(world.device):
+            print("warning: bf16 matmuls are emulated on this device, and far slower than --dtype fp32")
+    speed = drawing.draw()
+    drawing.write()
+    if world.rank == 0:
+        print(speed + f" on each of {world.size} ranks" * (world.size > 1))
+        for name in ("out", "folder", "gif", "npz", "latents"):
+            if getattr(request, name):
+                print(f"{name}: {getattr(request, name)}")

@@ -1,0 +1,210 @@
+"""`fastdit evaluate`: FID and its kin of samples against a reference, with every choice behind the numbers written beside them.
+
+Samples go from the sampler straight into the metrics. Known evaluators differ; this one follows the ADM evaluator where they do
+(fastdit/metrics.py), and its feature network is the file that is given.
+"""
+
+import json
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fastdit import engine, features, metrics, sources, telemetry
+from fastdit.checkpoint import MANIFEST, sha256, write_atomically
+from fastdit.config import InputError
+from fastdit.engine import World
+from fastdit.sample import check_writable
+
+KEPT, REFERENCE_KEPT = 50_000, 10_000  # features kept for KID, precision and recall: ADM's counts
+SAMPLES = 50_000  # as papers do; of digits DIGITS
+DIGITS = 500
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is evaluated, and how; as the options of `fastdit evaluate`. source None: only the reference is made."""
+
+    features: str
+    reference: str
+    source: str | None = None
+    feature_sha256: str | None = None
+    spatial: str | None = None
+    split: str = "train"  # of a reference that is an index or mnist5k
+    image_size: int | None = None  # that an index' images are cut to
+    samples: int | None = None
+    labels: str = "balanced"
+    seed: int = 0
+    weights: str = "ema"
+    dtype: str = "fp32"
+    sampler: dict = field(default_factory=dict)  # values of SampleConfig; the run's where there are none
+
+    def command(self, *more: str) -> str:
+        """The line that does it again."""
+        words = ["fastdit", "evaluate", *([self.source] if self.source else []), "--features", self.features]
+        options = ["reference", "feature_sha256", "spatial", "image_size", "split"]
+        if self.samples:  # a checkpoint
+            options += ["samples", "labels", "seed", "weights", "dtype"]
+        for key, value in [(key, getattr(self, key)) for key in options] + list(self.sampler.items()):
+            if value is not None:
+                words += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list | tuple) else [value])]
+        return shlex.join([*words, *more])
+
+
+def world_of_this_process() -> World:
+    """The launcher's ranks. A process alone needs no process group, and not the seconds that importing DeepSpeed takes."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        return engine.start()
+    return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
+
+
+def together(world: World, work):
+    """engine.together, for one process without a process group too."""
+    return work() if world.size == 1 else engine.together(world, work)
+
+
+def is_checkpoint(path: Path) -> bool:
+    return path.suffix == ".safetensors" or (path / MANIFEST).exists() or (path / "checkpoints").is_dir()
+
+
+def open_source(request: Request, device: torch.device) -> tuple[sources.Source, Request]:
+    """The images of a request, and the request with every choice that was left open made. Raises InputError."""
+    path = Path(request.source)
+    if not is_checkpoint(path):
+        return sources.open_images(request.source, request.image_size, request.split, device), replace(request, samples=None)
+    count = request.samples or (DIGITS if request.features == "digits" else SAMPLES)
+    if not 0 <= request.seed < 2**63:
+        raise InputError(f"--seed {request.seed} must be at least 0 and below 2^63")
+    if count < 2:
+        raise InputError(f"--samples {count} must be at least 2")
+    source = sources.of_checkpoint(
+        path, count, request.labels, request.sampler, request.seed, request.weights, request.dtype, device
+    )
+    return source, replace(request, samples=count, sampler=source.about["sampler"])
+
+
+def measure(source: sources.Source, network: features.FeatureNetwork, keep: int, world: World, what: str) -> metrics.Summary:
+    """The statistics of a source's images, by all ranks: complete on rank 0. Raises InputError."""
+    if source.count < 2:
+        raise InputError(f"{source.about.get('path')} holds {source.count} image: statistics need at least 2")
+    statistics = metrics.Statistics(source.count, keep, network.widths, world.device)
+    labels = torch.from_numpy(source.labels) if network.knows_classes and source.labels is not None else None
+    if labels is not None and not (labels.min() >= 0 and labels.max() < network.widths[1]):
+        raise InputError(f"{source.about.get('path')} has labels up to {labels.max()}: {network.name} knows {network.widths[1]}")
+    with telemetry.progress_bar(source.count, description=what, unit="image", disable=world.rank > 0) as bar:
+
+        def work() -> None:
+            for ids, images in source.batches(world):
+                ids = torch.from_numpy(ids)
+                for part, outputs in zip(ids.split(features.BATCH), network(images), strict=True):
+                    statistics.update(part, outputs, None if labels is None else labels[part])
+                bar.update(min(len(ids) * world.size, source.count - bar.n))
+
+        together(world, work)
+    return replace(statistics.summary(world), about={**source.about, "size": list(source.shape)})
+
+
+def _check_fits(found: metrics.Summary, path: Path, network: features.FeatureNetwork) -> None:
+    """Raise InputError where statistics of a file are of another feature network."""
+    width = len(found.mu)
+    if width != network.widths[0]:
+        raise InputError(
+            f"{path} holds statistics of features of width {width}, but {network.name} makes {network.widths[0]}: give the "
+            "statistics of this network, or the network that they were made with"
+        )
+    made = found.about.get("features", {}).get("sha256")
+    if made and made != network.sha256:
+        raise InputError(
+            f"{path} was made with another feature network (SHA-256 {made[:12]}…, {network.name} has {network.sha256[:12]}…): make "
+            "it again with this one"
+        )
+
+
+def open_reference(request: Request, network: features.FeatureNetwork, world: World) -> metrics.Summary:
+    """The statistics of a request's reference, read from an .npz of statistics or taken of images. Raises InputError."""
+    path = Path(request.reference)
+    found = together(world, lambda: metrics.load(path)) if path.is_file() else None
+    about = {"features": network.about(), "path": request.reference}
+    if found is None:
+        source = together(world, lambda: sources.open_images(request.reference, request.image_size, request.split, world.device))
+        together(world, lambda: network.probe(source.shape))
+        found = measure(source, network, REFERENCE_KEPT, world, "reference")
+        return replace(found, about={**found.about, **about})
+    together(world, lambda: _check_fits(found, path, network))
+    if found.features is None and sources.has_images(path):  # ADM's: 10,000 images beside the statistics of all
+        source = together(world, lambda: sources.of_npz(path))
+        together(world, lambda: network.probe(source.shape))
+        found = replace(found, features=measure(source, network, REFERENCE_KEPT, world, "reference").features)
+    return replace(found, about={"kind": "statistics", **found.about, **about, "sha256": sha256(path)})
+
+
+def too_few(count: int | None, width: int, of: str) -> list[str]:
+    """A warning where a covariance is singular for want of images."""
+    if count is None or count > width:
+        return []
+    return [
+        f"{count} {of} for features of width {width}: the covariance is singular and the Fréchet distance far too large; use at "
+        f"least {width + 1}, better {10 * width:,}"
+    ]
+
+
+def warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        tqdm.write(f"fastdit: warning: {warning}", file=sys.stderr)
+
+
+def evaluate(request: Request, out: Path | None = None, save_reference: Path | None = None) -> dict:
+    """Evaluate as asked; the result, on rank 0 complete and written to `out` as JSON. save_reference: an .npz to write the
+    reference's statistics to. All ranks must call it. Raises InputError."""
+    began = time.perf_counter()
+    world = world_of_this_process()
+    for path in (out, save_reference):
+        if path is not None:
+            together(world, lambda path=path: check_writable(path))
+    network = together(world, lambda: features.load(request.features, world.device, request.feature_sha256, request.spatial))
+    source = None
+    if request.source is not None:
+        source, request = together(world, lambda: open_source(request, world.device))
+        together(world, lambda: network.probe(source.shape))
+    elif Path(request.reference).is_file() and metrics.load(Path(request.reference)) is not None:
+        raise InputError(f"--reference {request.reference} holds statistics already: give a source to evaluate")
+    reference = open_reference(request, network, world)
+    warnings = too_few(reference.about.get("images"), network.widths[0], "reference images")
+    if save_reference is not None and world.rank == 0:
+        metrics.save(reference, save_reference)
+    result: dict = {"reference": reference.about}
+    if source is not None:
+        together(world, lambda: network.probe(source.shape))
+        warnings += too_few(source.count, network.widths[0], "samples")
+        samples = measure(source, network, KEPT, world, "evaluate")
+        if world.rank == 0:
+            result = {"metrics": metrics.compare(samples, reference, world.device), "samples": samples.about, **result}
+    if world.rank == 0:
+        result |= {
+            "features": network.about(), "sfid": "unverified: not run on the real Inception file" if request.spatial else None,
+            "evaluator": "ADM's definitions: unbiased covariance, fp64; KID over all pairs; third neighbours", "warnings": warnings,
+            "ranks": world.size, "device": telemetry.device_name(world.device), "versions": telemetry.versions(),
+            "seconds": round(time.perf_counter() - began, 1), "command": request.command(),
+        }  # fmt: skip
+        warn(warnings)
+        if out is not None and source is not None:
+            write_atomically(out, json.dumps(result, indent=1))
+    return result
+
+
+def table(result: dict) -> str:
+    """The metrics of a result, a line each."""
+    names = {
+        "fid": "Fréchet distance", "sfid": "sFID (unverified)", "kid": "KID", "inception_score": "Inception score",
+        "precision": "precision", "recall": "recall", "accuracy": "accuracy",
+    }  # fmt: skip
+    found = result["metrics"]
+    lines = [f"{name:18} {found[key]:.6g}" for key, name in names.items() if key in found]
+    if "accuracy_by_class" in found:
+        lines.append(f"{'by class':18} " + " ".join(f"{share:.1%}" for share in found["accuracy_by_class"]))
+    return "\n".join(lines)

@@ -1,0 +1,150 @@
+"""Feature networks: what the metrics see of an image. B batch, S image size, C channels, d feature width.
+
+"digits" is the classifier of the built-in digits; anything else a TorchScript file with the interface of inception-2015-12-05.pt:
+net(images uint8 [B,3,S,S], return_features=True) -> fp32 [B,d], its last Linear named `output`. fp32 throughout, TF32 off, and
+batches of one shape, the last filled up.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdit import digits
+from fastdit.checkpoint import sha256
+from fastdit.config import InputError
+from fastdit.metrics import Outputs
+
+BATCH = 100  # images of every call of the network
+SPATIAL = 7  # channels of a spatial feature map that sFID sees, as ADM's evaluator
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 matmuls and convolutions without TF32."""
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+class FeatureNetwork:
+    """Images in, features out."""
+
+    def __init__(self, compute: Callable[[Tensor], Outputs], path: Path, name: str, device: torch.device) -> None:
+        """compute: uint8 [BATCH,C,S,S] on `device` -> Outputs; path: of its weights."""
+        self._compute, self.name, self.sha256, self.device = compute, name, sha256(path), device
+        self.knows_classes = False  # whether its probabilities are of the classes that samples are drawn of
+        self.widths = (0, 0, 0)
+
+    @torch.inference_mode()
+    def _batch(self, images: Tensor) -> Outputs:
+        with full_precision():
+            return self._compute(images)
+
+    def probe(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Widths of features, probabilities and spatial features (0: none) of images [S,S,C]. Raises InputError when the network
+        does not take them."""
+        rows, columns, channels = shape
+        try:
+            outputs = self._batch(torch.zeros(BATCH, channels, rows, columns, dtype=torch.uint8, device=self.device))
+        except (RuntimeError, AttributeError) as error:
+            last = str(error).strip().split("\n")[-1]
+            raise InputError(f"feature network {self.name} fails on images of {rows}x{columns}x{channels}: {last}") from error
+        if any(o is not None and (o.ndim != 2 or len(o) != BATCH) for o in outputs):
+            raise InputError(f"feature network {self.name} must give a vector an image, but gives {list(outputs.features.shape)}")
+        self.widths = tuple(0 if o is None else o.shape[1] for o in outputs)
+        return self.widths
+
+    def __call__(self, images: np.ndarray) -> Iterator[Outputs]:
+        """Outputs of images uint8 [n,S,S,C], BATCH at most at a time."""
+        for first in range(0, len(images), BATCH):
+            part = torch.from_numpy(np.ascontiguousarray(images[first : first + BATCH])).permute(0, 3, 1, 2).to(self.device)
+            padded = F.pad(part, (0, 0, 0, 0, 0, 0, 0, BATCH - len(part)))
+            yield Outputs(*(None if o is None else o[: len(part)] for o in self._batch(padded)))
+
+    def about(self) -> dict:
+        return {
+            "network": self.name, "sha256": self.sha256, "width": self.widths[0], "dtype": "fp32", "tf32": False, "batch": BATCH,
+        }  # fmt: skip
+
+
+def _digits(device: torch.device) -> FeatureNetwork:
+    net = digits.load().to(device)
+
+    def compute(images: Tensor) -> Outputs:
+        if images.shape[1:] != (1, 32, 32):
+            raise RuntimeError("it takes 32x32x1")
+        features, logits = net(images)
+        return Outputs(features, logits.softmax(1))
+
+    network = FeatureNetwork(compute, digits.WEIGHTS, "digits", device)
+    network.knows_classes = True
+    return network
+
+
+def _prefix(net: torch.jit.ScriptModule, module: str) -> list[Callable]:
+    """The chain of submodules up to the one called `module`, such as layers.mixed_6.conv: those of `layers` before it, and it."""
+    chain, parent = [], net
+    names = module.split(".")
+    for depth, name in enumerate(names):
+        children = dict(parent.named_children())
+        if name not in children:
+            raise InputError(f"--spatial {module}: the network has no {name} there, but {', '.join(children) or 'nothing'}")
+        if depth == 1:  # the layers before; inside of a block, branches lie side by side
+            chain += [child for other, child in list(children.items())[: list(children).index(name)]]
+        parent = children[name]
+    return [*chain, parent]
+
+
+def _resized(images: Tensor) -> Tensor:
+    """uint8 [B,3,S,S] -> fp32 [B,3,299,299] around 0: bilinear by corners, as TensorFlow 1 resized for the Inception of 2015."""
+    count, _, rows, columns = images.shape
+    at = lambda size: (torch.arange(299, device=images.device) * size / 299 + 0.5) * 2 / size - 1  # align_corners=False
+    place = torch.stack(torch.meshgrid(at(columns), at(rows), indexing="xy"), -1)
+    resized = F.grid_sample(images.float(), place.expand(count, -1, -1, -1), padding_mode="border", align_corners=False)
+    return (resized - 128) / 128
+
+
+def _torchscript(path: Path, spatial: str | None, device: torch.device) -> FeatureNetwork:
+    try:
+        net = torch.jit.load(str(path), map_location=device).eval()
+    except (OSError, RuntimeError, ValueError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise InputError(f"--features {path} is neither 'digits' nor a TorchScript file that can be read: {first}") from error
+    weight = getattr(getattr(net, "output", None), "weight", None)
+    chain = _prefix(net, spatial) if spatial else None
+
+    def compute(images: Tensor) -> Outputs:
+        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        features = net(images, return_features=True).float()
+        probabilities = None if weight is None else (features @ weight.float().T).softmax(1)  # no bias, as ADM's evaluator
+        maps = None
+        if chain:
+            maps = _resized(images)
+            for layer in chain:
+                maps = layer(maps)
+            maps = maps[:, :SPATIAL].flatten(1).float()
+        return Outputs(features, probabilities, maps)
+
+    return FeatureNetwork(compute, path, str(path), device)
+
+
+def load(source: str, device: torch.device, wanted_sha256: str | None = None, spatial: str | None = None) -> FeatureNetwork:
+    """source: "digits" or a TorchScript file; spatial: its submodule whose first SPATIAL channels sFID takes (unverified: not run
+    on the real file). Raises InputError when the file is not there or its SHA-256 is not the one wanted."""
+    path = digits.WEIGHTS if source == "digits" else Path(source)
+    if not path.is_file():
+        raise InputError(f"--features {source} is neither 'digits' nor a file: give the path of inception-2015-12-05.pt, say")
+    found = sha256(path)
+    if wanted_sha256 and found != wanted_sha256.lower():
+        raise InputError(f"--features {source} has SHA-256 {found}, not {wanted_sha256}: it is another or a damaged file")
+    return _digits(device) if source == "digits" else _torchscript(path, spatial, device)

@@ -1,0 +1,183 @@
+"""Validation during training: the EMA weights' loss on held-out images, the same at every step and in every run, and their FID.
+
+n images, c/s latent channels and size. The loss is taken at 8 fixed timesteps, the middles of eight equal bins, each image with the
+same noise at all of them: runs, steps and numbers of ranks differ by the weights alone (and rounding).
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastdit import evaluate, features, kernels, metrics, sources
+from fastdit.autoencoder import KL
+from fastdit.checkpoint import replacing
+from fastdit.config import Config, InputError
+from fastdit.data.builtin import mnist5k
+from fastdit.data.index import is_index
+from fastdit.data.latents import is_latent_set, read_manifest
+from fastdit.data.order import check_classes
+from fastdit.engine import World, together
+from fastdit.flow import Stream
+from fastdit.telemetry import Log
+
+TIMESTEPS = tuple((k + 0.5) / 8 for k in range(8))
+SEED = 0  # of the noise, whatever the run's
+
+
+def _chosen(total: int, wanted: int) -> np.ndarray:
+    """Rows of `wanted` evenly spread images of all, at most."""
+    return np.arange(0, total, -(-total // min(wanted, total)))
+
+
+def _latents(folder: Path, codec, wanted: int, world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """This rank's ids int64 [n], moments fp16 [n,2,c,s,s] and labels [n] of a latent set."""
+    manifest = read_manifest(folder)
+    if getattr(codec, "sha256", lambda: None)() != manifest["autoencoder_sha256"]:
+        raise InputError(f"validate.source={folder} was made with another autoencoder than the run's: encode the val split again")
+    names = sorted(name for name in manifest["files"] if name.startswith("moments"))
+    shards = [np.load(folder / name, mmap_mode="r") for name in names]
+    labels = np.concatenate([np.load(folder / name.replace("moments", "labels")) for name in names])
+    first = np.cumsum([0, *map(len, shards)])
+    rows = _chosen(len(labels), wanted)
+    ids = np.arange(world.rank, len(rows), world.size)
+    moments = np.empty((len(ids), *shards[0].shape[2:]), np.float16)
+    for i, row in enumerate(rows[ids]):
+        shard = int(np.searchsorted(first, row, "right")) - 1
+        moments[i] = shards[shard][row - first[shard], 0]
+    return ids, moments, labels[rows[ids]]
+
+
+def _images(config: Config, place: Path | None, world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """This rank's ids int64 [n], images uint8 [n,S,S,C] and labels [n] of the val split of an index, or of the digits (None)."""
+    if place is None:
+        images, labels = mnist5k("val")
+        rows = _chosen(len(images), config.validate.images)
+        held = sources.of_array(images[rows], labels[rows], {})
+    else:
+        held = sources.of_index(place, config.data.image_size, "val", world.device, config.validate.images)
+    parts = [(np.empty(0, np.int64), np.empty((0, *held.shape), np.uint8)), *held.batches(world)]
+    ids, images = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return ids, images, held.labels[ids]
+
+
+def _held_out(config: Config, place: Path | None, codec, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's held-out images on its device: ids int64 [n], latents fp32 [n,c,s,s], labels int64 [n]. Raises InputError."""
+    source, batch = config.validate.source, config.train.batch_size
+    if source == "auto" and place is not None and is_latent_set(place):
+        raise InputError(
+            f"validate.steps={config.validate.steps} needs held-out images, and data.source={config.data.source} holds latents of "
+            "one split: set validate.source to those of `fastdit encode --split val`"
+        )
+    place = place if source == "auto" else Path(source)
+    if place is not None and is_latent_set(place):
+        ids, given, labels = _latents(place, codec, config.validate.images, world)
+        encode = codec.draw
+    elif place is None or is_index(place):
+        ids, given, labels = _images(config, place, world)
+        given = given.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        encode = partial(KL.encode, codec) if isinstance(codec, KL) else codec.encode  # not CachedKL's, which takes moments
+        if not isinstance(codec, KL) and given.shape[1] != codec.channels:
+            raise InputError(f"validate.source={source} has {given.shape[1]} channels, the run's images have {codec.channels}")
+    else:
+        raise InputError(f"validate.source={source} must be 'auto', an index with a val split or latents of one")
+    check_classes(int(labels.max(initial=0)) + 1, config)
+    ids, shape = torch.from_numpy(ids).to(world.device), (codec.channels, codec.size, codec.size)
+    latents = [torch.empty(0, *shape, device=world.device)]
+    for first in range(0, len(ids), batch):
+        noise = kernels.counter_normal(SEED, Stream.POSTERIOR, ids[first : first + batch], shape)
+        latents.append(encode(torch.from_numpy(given[first : first + batch]).to(world.device), noise))
+    return ids, torch.cat(latents), torch.from_numpy(labels.astype(np.int64)).to(world.device)
+
+
+class Validation:
+    """The held-out images of a run on their rank, encoded, and the reference of its FID."""
+
+    def __init__(self, config: Config, place: Path | None, codec, run: Path, world: World) -> None:
+        """place: of data.locate. All ranks must call it. Raises InputError."""
+        self.config, self.codec, self.run, self.world = config, codec, run, world
+        self.ids, self.x0, self.labels = together(world, lambda: _held_out(config, place, codec, world))
+        self.network = self.reference = None
+        if config.validate.features != "none":
+            self._open_reference()
+
+    def _open_reference(self) -> None:
+        settings = self.config.validate
+        reference = settings.reference or ("mnist5k" if settings.features == "digits" else None)
+        if reference is None:
+            raise InputError("validate.features needs validate.reference: statistics or images, as of `fastdit evaluate`")
+        channels = self.codec.channels if self.config.data.autoencoder == "pixels" else 3
+        self.network = together(self.world, lambda: features.load(settings.features, self.world.device))
+        self.shape = (self.config.data.image_size, self.config.data.image_size, channels)
+        request = evaluate.Request(settings.features, reference, image_size=self.config.data.image_size)
+        self.labels_drawn = sources.evaluation_labels("balanced", settings.samples, self.config.model.num_classes, SEED)
+        together(self.world, lambda: self.network.probe(self.shape))
+        self.reference = evaluate.open_reference(request, self.network, self.world)
+
+    @torch.no_grad()
+    def losses(self, model: nn.Module) -> list[float]:
+        """The flow-matching loss at each of TIMESTEPS, the mean over all ranks' images."""
+        sums = torch.zeros(len(TIMESTEPS) + 1, dtype=torch.float64, device=self.world.device)
+        sums[-1] = len(self.ids)
+        for first in range(0, len(self.ids), self.config.train.batch_size):
+            x0, labels, ids = (t[first : first + self.config.train.batch_size] for t in (self.x0, self.labels, self.ids))
+            noise = kernels.counter_normal(SEED, Stream.VALIDATION, ids, tuple(x0.shape[1:]))
+            for k, timestep in enumerate(TIMESTEPS):
+                t = torch.full((len(x0),), timestep, device=x0.device)
+                v = model(kernels.flow_interpolate(x0, noise, t), t, labels)
+                sums[k] += kernels.flow_matching_loss(v, x0, noise).double().sum()
+        dist.all_reduce(sums)
+        return (sums[:-1] / sums[-1]).tolist()
+
+    def _distances(self, model: nn.Module) -> dict:
+        """FID and its kin of samples of the model, on rank 0."""
+        config = self.config
+        source = sources.of_model(model, self.codec, config.sample, self.labels_drawn, SEED, self.shape, {})
+        samples = evaluate.measure(source, self.network, evaluate.KEPT, self.world, "FID")
+        found = metrics.compare(samples, self.reference, self.world.device) if self.world.rank == 0 else {}
+        return {key: value for key, value in found.items() if not isinstance(value, list)}
+
+    def step(self, done: int, last: bool, averaged: Callable[[], nn.Module], log: Log) -> None:
+        """After step `done`, if it is time: validate the model that `averaged` makes, log, draw. All ranks must call it."""
+        if done % self.config.validate.steps and not last:
+            return
+        model = averaged()
+        losses = self.losses(model)
+        line = {"val_loss": sum(losses) / len(losses), "val_losses": losses}
+        if self.network:
+            line |= self._distances(model)
+        log.event({"step": done, **line})
+        if self.world.rank == 0:
+            plot(self.run)
+        if log.wandb:
+            by_timestep = {f"val_loss_t{t:.2f}": loss for t, loss in zip(TIMESTEPS, line.pop("val_losses"), strict=True)}
+            log.wandb.log({f"validation/{key}": value for key, value in (line | by_timestep).items()}, step=done)
+
+
+def plot(run: Path) -> None:
+    """Draw validation.png of a run's metrics.jsonl: loss over steps, loss by timestep, FID where it was taken."""
+    from matplotlib.figure import Figure
+
+    lines = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "val_loss" in line]
+    with_fid = [line for line in lines if "fid" in line]
+    figure = Figure(figsize=(4.5 * (2 + bool(with_fid)), 4), layout="constrained")
+    axes = figure.subplots(1, 2 + bool(with_fid))
+    axes[0].plot([line["step"] for line in lines], [line["val_loss"] for line in lines], marker=".")
+    axes[0].set(xlabel="step", ylabel="loss on held-out images")
+    for k in sorted({0, len(lines) // 2, len(lines) - 1}):
+        axes[1].plot(TIMESTEPS, lines[k]["val_losses"], marker=".", label=f"step {lines[k]['step']}")
+    axes[1].set(xlabel="timestep (1: noise)", ylabel="loss on held-out images")
+    axes[1].legend()
+    if with_fid:
+        axes[2].plot([line["step"] for line in with_fid], [line["fid"] for line in with_fid], marker=".", color="C2")
+        axes[2].set(xlabel="step", ylabel="Fréchet distance", yscale="log")
+    for each in axes:
+        each.grid(alpha=0.3)
+    figure.suptitle(run.name)
+    with replacing(run / "validation.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -1,0 +1,32 @@
+"""One of several ranks that accumulate the statistics of the same features: rank 0 writes what came out."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fastdit import metrics
+from fastdit.engine import World
+
+
+def main(folder: Path, rank: int, ranks: int) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)  # without DeepSpeed: in 3 s
+    world = World(rank, ranks, torch.device("cpu"), dist.new_group(backend="gloo"))
+    arrays = np.load(folder / "features.npz")
+    x, p = (torch.from_numpy(arrays[key]) for key in ("x", "p"))
+    statistics = metrics.Statistics(len(x), len(x), (x.shape[1], p.shape[1], 0), world.device)
+    mine = torch.arange(len(x)).flip(0)[world.rank :: world.size]
+    for ids in mine.split(17 + 4 * world.rank):
+        statistics.update(ids, metrics.Outputs(x[ids], p[ids]))
+    found = statistics.summary(world)
+    if world.rank == 0:
+        metrics.save(found, folder / "found.npz")
+        (folder / "score.json").write_text(json.dumps(found.inception_score))
+
+    dist.destroy_process_group()
+
+
+main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
