@@ -340,5 +340,6 @@ def test_held_out_images_of_an_index_and_of_its_latents(tmp_path, capsys):
     assert cli.main(["evaluate", "--features", str(tmp_path / "net.pt"), *reference]) == 0
     found = metrics.load(tmp_path / "ref.npz")
     assert found.about["kind"] == "index" and len(found.features) == found.about["images"] > 20
-    assert cli.main(["evaluate", "--features", str(tmp_path / "net.pt"), "--reference", str(index)]) == 2
+    reference = ["--reference", str(index), "--save-reference", str(tmp_path / "other.npz")]
+    assert cli.main(["evaluate", "--features", str(tmp_path / "net.pt"), *reference]) == 2
     assert "--image-size" in capsys.readouterr().err
