@@ -191,7 +191,7 @@ def memory(config: Config, gpus: int, card: Card | None = None) -> Memory:
     sums = train.accumulation > 1
     # Of the gradients: what is held through the forward, and all at the end of a backward with the optimizer's copies.
     held, end = {
-        0: (4 * N * (sums or not bf16), 4 * N if sums or not bf16 else p * N + 4 * min(N, optimizer.PART)),
+        0: (4 * N * sums, 4 * N if sums or not bf16 else p * N + 4 * min(N, optimizer.PART)),
         1: (4 * N, 4 * N + 4 * share),
         2: (4 * share * sums, (8 + p * bf16) * share),
         3: (p * share, (4 + p) * share),
@@ -215,7 +215,7 @@ def memory(config: Config, gpus: int, card: Card | None = None) -> Memory:
 def optimizer_bytes(config: Config, N: int, gpus: int) -> float:
     """Bytes that a step moves on one GPU besides the model's: gradients into buckets and fp32 sums, their norm, AdamW, EMA."""
     p, share = (2 if config.train.precision == "bf16" else 4), N / gpus
-    reduce = config.train.accumulation * (4 * p * N + (p + 8) * share)
+    reduce = config.train.accumulation * (4 * p * N * (gpus > 1) + (p + 8) * share)  # one GPU has no buckets
     copies = (1 + len(config.train.ema_more)) / config.train.ema_every
     return reduce + share * (4 + 8 + 8 + 28 + 4 + p + 12 * copies)  # norm, copy, clip, AdamW 4 in 3 out, weights, EMA
 

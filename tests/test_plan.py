@@ -62,6 +62,14 @@ def test_memory_falls_with_the_stage_and_with_recomputing():
     assert made["run"]["cost"]["fast"] == pytest.approx(made["run"]["hours"]["fast"] * 8 * 2.0)
 
 
+def test_one_gpu_holds_gradients_through_the_forward_only_to_add_them_up():
+    """AdamW uses them up in each step: between steps only sums of several micro-steps are there, 4 bytes a parameter."""
+    words = ["model.preset=S/2", "train.precision=fp32", "train.batch_size=64"]
+    one, two = (plan.memory(plan.settings(None, [*words, f"train.accumulation={n}"]), 1, plan.CARDS["h100"]) for n in (1, 2))
+    parameters = plan.walk(plan.settings(None, words).model, 1, torch.float32, "none").parameters
+    assert two.peak - one.peak == 4 * parameters
+
+
 def test_command_and_bad_input(capsys):
     assert cli.main(["plan", "--preset", "S/2", "--gpus", "1", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)

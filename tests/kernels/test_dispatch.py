@@ -41,11 +41,22 @@ def test_triton_needs_cuda_or_the_interpreter(monkeypatch):
         assert kernels.backend_in_use(torch.device("cuda")) == "triton"
         monkeypatch.setattr(dispatch, "INTERPRETED", True)
         assert kernels.backend_in_use(CPU) == "triton"
-        with pytest.raises(RuntimeError, match="cannot run on meta"):
-            kernels.backend_in_use(torch.device("meta"))
+        with pytest.raises(RuntimeError, match="cannot run on xpu"):
+            kernels.backend_in_use(torch.device("xpu"))
         monkeypatch.setattr(dispatch, "INTERPRETED", False)
         with pytest.raises(RuntimeError, match=r"^kernel backend 'triton' cannot run on cpu: set TRITON_INTERPRET=1"):
             kernels.modulate(*arguments())
+
+
+@pytest.mark.parametrize("name", ["auto", "reference", "triton"])
+def test_the_meta_device_gives_a_backends_shapes(name):
+    """Nothing runs there: `fastdit plan` asks what Triton's ops keep without a GPU."""
+    meta = torch.device("meta")
+    with kernels.backend(name):
+        assert kernels.backend_in_use(meta) == ("reference" if name == "auto" else name)
+        x, shift, scale = (t.to(meta) for t in arguments())
+        y = kernels.modulate(x, shift, scale)
+    assert y.device == meta and y.shape == x.shape and y.dtype == x.dtype
 
 
 def test_names():
