@@ -82,7 +82,7 @@ def test_ten_kills_leave_no_trace(tmp_path):
         if fault == "random":
             fault, victim = f"step:{step + rng.randrange(5)}", rng.randrange(2)
         run(killed, fault, victim, total=40, expect=1)
-        print(f"from step {step}: {fault} of rank {victim} -> {checkpoint.find(killed / 'r').name}")
+        print(f"from step {step}: {fault} of rank {victim} -> {checkpoint.find(killed / 'r')}")  # None: before the first save's end
     run(killed, total=40)
     assert losses(killed) == losses(whole) and len(losses(whole)) == 80
     assert logged(killed) == logged(whole)
