@@ -10,6 +10,9 @@ class table.
 Shapes: B batch, C/h/w the latent, p patch, T tokens, H width, N heads, D head dim. Parameter names are the base checkpoints'.
 """
 
+import io
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -182,12 +185,37 @@ def train_step(
     return loss.item()
 
 
+def pixels(jpeg: bytes, resize: int, crop: int) -> Tensor:
+    """An image as the base script reads it: shorter side to `resize`, bicubic, central crop; fp32 [3,crop,crop] in
+    [-1,1]."""
+    import numpy as np  # here, so that kernels and train steps need torch alone
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    w, h = image.size
+    w, h = (resize, int(resize * h / w)) if w < h else (int(resize * w / h), resize)
+    left, top = round((w - crop) / 2), round((h - crop) / 2)
+    image = image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + crop, top + crop))
+    return torch.from_numpy(np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1)
+
+
 @torch.no_grad()
-def euler(model: EagerDiT, latent: Tensor, labels: Tensor, steps: int, guidance: float) -> Tensor:
-    """The base script's sampler: fp32, (1+w)·v(class) − w·v(null) with both halves in one batch at every step."""
+def encode(vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
+    """A sample of the posterior of images [B,3,S,S] by a diffusers AutoencoderKL in fp32, scaled; noise fp32 [B,c,s,s]."""
+    posterior = vae.encode(images).latent_dist
+    return (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def euler(
+    model: EagerDiT, latent: Tensor, labels: Tensor, steps: int, guidance: float, decode: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The base script's sampler: fp32, (1+w)·v(class) − w·v(null) with both halves in one batch at every step. decode: called after
+    each step, as that script decodes for its animation; the images of the last are returned then."""
     null = torch.full_like(labels, model.config.num_classes)
     for t in torch.linspace(1, 1 / steps, steps):
         both = model(latent.repeat(2, 1, 1, 1), t.expand(2 * len(latent)), torch.cat((labels, null)))
         v, v_null = both.chunk(2)
         latent = latent - ((1 + guidance) * v - guidance * v_null) / steps
-    return latent
+        image = decode(latent) if decode else None
+    return image if decode else latent

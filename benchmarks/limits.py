@@ -22,14 +22,14 @@ MOVED = {
 class Limits:
     """Made in a worker; called, it measures both rates. shape: M, K, N of the matmul."""
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype = DTYPE) -> None:
         M, K, N = shape
         self.flop = 2 * M * K * N
-        self.a, self.b = (torch.randn(s, dtype=DTYPE, device=DEVICE) for s in ((M, K), (K, N)))
+        self.a, self.b = (torch.randn(s, dtype=dtype, device=DEVICE) for s in ((M, K), (K, N)))
         self.source, self.target = (torch.ones(COPY // 4, device=DEVICE) for _ in range(2))
 
     def __call__(self) -> tuple[float, float]:
-        """FLOP/s of `a @ b` in the precision that is measured, and bytes/s of a copy, reads and writes counted."""
+        """FLOP/s of `a @ b`, and bytes/s of a copy, reads and writes counted."""
         calls = max(3, int(2e10 / self.flop)) if DEVICE.type == "cpu" else 50
         rate = self.flop / seconds(lambda: self.a @ self.b, calls)
         return rate, 2 * COPY / seconds(lambda: self.target.copy_(self.source), 3)

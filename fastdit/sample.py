@@ -235,6 +235,15 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda")
 
 
+def fast_velocity(model: DiT, device: torch.device) -> Callable | None:
+    """What samplers.guided may call in place of model.velocity: on CUDA compiled blocks in CUDA graphs, else nothing."""
+    if device.type != "cuda":
+        return None
+    for block in model.blocks:
+        block.compile(dynamic=False, fullgraph=True)
+    return Graphs(model)
+
+
 class Sampler:
     """A model with its codec and class names, loaded once to be sampled from again and again."""
 
@@ -261,11 +270,7 @@ class Sampler:
         self.dtype, self.step, self.null = dtype, state["step"], self.config.model.num_classes
         self.names = state.get("class_names") or (imagenet_names() if self.null == 1000 else None)
         self.model = model.to(self.device, DTYPES[dtype]).eval().requires_grad_(False)
-        self.run = None
-        if self.device.type == "cuda":
-            for block in self.model.blocks:
-                block.compile(dynamic=False, fullgraph=True)
-            self.run = Graphs(self.model)
+        self.run = fast_velocity(self.model, self.device)
 
     @cached_property
     def codec(self):

@@ -1,0 +1,192 @@
+"""From JPEGs to the optimizer's step at S/2, 256 pixels: the base script's way, and `fastdit train` on images and cached latents.
+
+eager: Pillow, the fp32 autoencoder in every step, the eager train step, the loss read. fastdit: its own loop with the EMA, on an
+index (DALI, the fp32 autoencoder in every step) and on latents that `fastdit encode` made. Same images, timesteps, noise and label
+dropout; `parity` of the losses holds the other resampling of the images and the latents' precision too. The cost of the cache is a
+row: an image counts once there, though its mirror image is encoded with it.
+"""
+
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import eager_reference
+import images
+from bench_train_step import LR, PARITY, WEIGHT_DECAY, difference
+from eager_reference import comparable, eager_model
+from fastdit import autoencoder, data, engine, flow, kernels
+from fastdit.config import Config, DataConfig, TrainConfig
+from fastdit.data.encode import encode
+from fastdit.data.index import open_index
+from fastdit.data.order import Order
+from fastdit.model import DiT
+from fastdit.train import Trainer
+from limits import flops_per_image, shares
+from measure import DEVICE, PRECISION, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
+
+SUITE = "end_to_end"
+PIXELS = 256
+SHAPE, MATMUL = (384, 12, 6, 1024, None), (2048, 384, 1536)  # S/2, and the matmul whose rate is the bound
+CACHE = "make the cache"
+
+
+def settings(folder: Path, source: Path, batch: int, steps: int) -> Config:
+    """As the base script trains: constant rate, no warm-up, no clipping, no mirror images."""
+    train = TrainConfig(
+        out=str(folder), name=source.name, batch_size=batch, lr=LR, weight_decay=WEIGHT_DECAY, beta2=0.999, clip=0.0,
+        schedule="constant", warmup_steps=0, total_steps=steps, sample_steps=0, log_steps=steps,
+    )  # fmt: skip
+    return Config(
+        model=comparable(*SHAPE), train=train,
+        data=DataConfig(source=str(source), image_size=PIXELS, autoencoder=str(folder / "autoencoder")),
+    )  # fmt: skip
+
+
+def eager(folder: Path, batch: int, steps: int) -> Callable[[int], float]:
+    """step -> loss, by the base script's way."""
+    from diffusers import AutoencoderKL
+
+    config = settings(folder, folder / "images.index", batch, steps)
+    index, seed = open_index(Path(config.data.source)), config.train.seed
+    rows = index.rows("train")
+    order = Order(len(rows), config, engine.World(0, 1, DEVICE, None))
+    torch.manual_seed(seed)  # the weights that Trainer starts from
+    model = eager_model(DiT(config.model)).to(DEVICE)
+    vae = AutoencoderKL.from_pretrained(config.data.autoencoder).requires_grad_(False).eval().to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=WEIGHT_DECAY)
+    null = config.model.num_classes
+
+    def step(step: int) -> float:
+        chosen, _ = order.images(step, 0)
+        pixels = torch.stack([eager_reference.pixels(index.read(rows[i]), PIXELS, PIXELS) for i in chosen]).to(DEVICE)
+        labels = torch.tensor([int(rows[i]["label"]) for i in chosen], device=DEVICE)
+        ids = flow.sample_ids(step, 0, batch, DEVICE)
+        draw = lambda stream: kernels.counter_normal(seed, stream, ids, (4, 32, 32))
+        x0 = eager_reference.encode(vae, pixels, draw(flow.Stream.POSTERIOR))
+        t, labels = flow.sample_timesteps(config.flow, seed, ids), flow.drop_labels(config.flow, seed, ids, labels, null)
+        return eager_reference.train_step(model, optimizer, x0, labels, t, draw(flow.Stream.NOISE), PRECISION)
+
+    return step
+
+
+def fastdit(folder: Path, source: str, batch: int, steps: int) -> Callable[[int], torch.Tensor]:
+    """step -> loss, by the loop of `fastdit train`."""
+    world = engine.start(DEVICE.type)
+    config = engine.settle(settings(folder, folder / source, batch, steps), world.device)
+    loader = data.load(config, data.locate(config), world)
+    manifest = getattr(loader, "manifest", None)
+    codec = autoencoder.load(config.data, config.model, loader.channels, world.device, manifest)
+    run = folder / "runs" / source
+    run.mkdir(parents=True)
+    trainer = Trainer(config, world, loader, codec, run, None, {"step": 0, "wandb_id": None, "summed_steps": 0})
+
+    def step(step: int) -> torch.Tensor:
+        trainer._step(step)
+        trainer.ema.update()
+        return trainer.step_sums[0] / batch
+
+    return step
+
+
+def provider(name: str, folder: Path, batch: int, steps: int) -> Callable[[int, int], tuple]:
+    """In a worker: (first step, how many) -> their losses, seconds of one."""
+    step = {
+        "eager": lambda: eager(folder, batch, steps), "from images": lambda: fastdit(folder, "images.index", batch, steps),
+        "from latents": lambda: fastdit(folder, "latents", batch, steps),
+    }[name]()  # fmt: skip
+
+    def run(first: int, count: int) -> tuple[list[float], float]:
+        synchronize()
+        began = time.perf_counter()
+        losses = [step(k) for k in range(first, first + count)]
+        synchronize()
+        return [float(loss) for loss in losses], (time.perf_counter() - began) / count
+
+    return run
+
+
+def cache_maker(folder: Path, batch: int) -> Callable[[], float]:
+    """In a worker: makes the latents and returns the seconds that it took, loading included."""
+
+    def make() -> float:
+        began = time.perf_counter()
+        encode(
+            folder / "images.index", folder / "latents", str(folder / "autoencoder"), PIXELS, batch_size=batch, device=DEVICE.type
+        )
+        return time.perf_counter() - began
+
+    return make
+
+
+def measure(batch: int, count: int, names: tuple[str, ...], turn: int, turns: int, say: Callable) -> dict[str, Result]:
+    """count: images of the data set; turn: steps of a turn; the first turn is not timed."""
+    steps = turn * (1 + turns)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        say(f"{count} images")
+        images.archive(folder, count)
+        images.autoencoder().save_pretrained(folder / "autoencoder")
+        maker, errors = start({CACHE: lambda: Worker("bench_end_to_end:cache_maker", folder, batch)}, say)
+        say(CACHE)
+        cache, failed = take_turns({CACHE: lambda _: maker[CACHE]()} if maker else {}, 1, say)
+        errors |= failed
+        make = lambda n: lambda: Worker("bench_end_to_end:provider", n, folder, batch, steps, allocator=n != "eager")
+        workers, failed = start({name: make(name) for name in names}, say)
+        errors |= failed
+        calls = {name: lambda k, w=w: w(k * turn, turn) for name, w in workers.items()}
+        limits = Worker("limits:Limits", MATMUL)
+        found, failed = take_turns({"limits": lambda _: limits(), **calls}, 1 + turns, say)
+        errors |= failed
+        peaks = {name: w.peak_memory() for name, w in workers.items() if name not in errors}
+        for worker in (limits, *maker.values(), *workers.values()):
+            worker.stop()
+    results = rows(batch, steps, names, found, peaks, errors)
+    values = {"images_per_s": f"{count / cache[CACHE][0]:.4g}"} if CACHE not in errors else {}
+    made = [s / count for s in cache.get(CACHE, [])]
+    return results | {CACHE: Result(key(CACHE, batch), made, values, errors.get(CACHE, ""))}
+
+
+def key(name: str, batch: int) -> dict[str, str]:
+    return {"case": "S/2 and SD-VAE", "provider": name, "size": f"batch {batch}"}
+
+
+def rows(
+    batch: int, steps: int, names: tuple[str, ...], found: dict[str, list], peaks: dict[str, int], errors: dict[str, str]
+) -> dict[str, Result]:
+    """Of the providers that train. found: their turns, the first not timed, and the limits'."""
+    losses = {name: [x for turn in found[name] for x in turn[0]] for name in peaks}
+    parity = {name: difference(own, losses.get("eager", [])) for name, own in losses.items()}
+    errors = errors | {n: f"parity: the losses differ by {p:.1e}, more than {PARITY}" for n, p in parity.items() if p > PARITY}
+    samples = {name: [] if name in errors else [turn[1] for turn in found[name][1:]] for name in names}
+    rates = tuple(statistics.median(turn[k] for turn in found["limits"]) for k in (0, 1))
+    model, results = DiT(comparable(*SHAPE)), {}
+    for name in names:
+        values = {}
+        if samples[name]:
+            median = quantiles(samples[name])[0]
+            mfu, share = shares(model, batch, median, rates)
+            values = {
+                "images_per_s": f"{batch / median:.4g}", "speedup": speedup(samples["eager"], samples[name]),
+                "mfu": f"{mfu:.3f}",  # the autoencoder's FLOPs are not the model's
+                "bound_share": f"{share:.3f}", "parity": f"{parity[name]:.1e}", "parity_steps": steps,
+                "peak_mb": f"{peaks[name] / 1e6:.0f}", "gflop_per_image": f"{flops_per_image(model) / 1e9:.2f}",
+                "gemm_gflops": f"{rates[0] / 1e9:.1f}", "copy_gb_s": f"{rates[1] / 1e9:.1f}",
+            }  # fmt: skip
+        results[name] = Result(key(name, batch), samples[name], values, errors.get(name, ""))
+    return results
+
+
+def groups(full: bool) -> dict[str, Group]:
+    cuda = DEVICE.type == "cuda"
+    names = ("eager", "from images", "from latents") if full or cuda else ("eager", "from latents")
+    batch, count, turn, turns = (32, 512, 4, 9 if full else 4) if cuda else (2, 16, 2, 9) if full else (2, 4, 1, 3)
+    return {"S/2": Group((*names, CACHE), functools.partial(measure, batch, count, names, turn, turns))}
+
+
+def test_end_to_end(replay, group, member) -> None:
+    replay(group, member)

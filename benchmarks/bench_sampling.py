@@ -1,0 +1,166 @@
+"""Images per second of guided sampling at S/2, 256 pixels: the base script's sampler and `fastdit sample`'s, alone and with SD-VAE.
+
+20 Euler steps, guidance 3, the same random weights, noise and classes. The reference samples in fp32, as the base script does;
+fastdit in fp32 and, where the device computes in it, in bf16. case "S/2": latents alone. case "S/2 and SD-VAE": the base script
+decodes its whole batch by the fp32 autoencoder after every step, fastdit once at the end. `cold_s`: the first batch of a process,
+compilation and capture included. `bound_share`: of the matmuls' and attention's FLOPs at the rate of one large matmul in the same
+precision. `parity`: the largest difference from the reference's latents, relative to their largest value; `psnr_db`: of decoded
+images (range 2) against those of the reference's latents, decoded by the same fp32 autoencoder.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import images
+from eager_reference import EagerDiT, comparable, euler, fastdit_model
+from fastdit import autoencoder, sample
+from fastdit.config import SampleConfig
+from limits import Limits
+from measure import DEVICE, PRECISION, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
+
+SUITE = "sampling"
+SHAPE = (384, 12, 6, 1024, None)  # S/2
+STEPS, GUIDANCE, SEED, NULL = 20, 3.0, 7, 1000
+PARITY = 1e-3  # of the latents in fp32: rounding, over 20 steps; in bf16 the PSNR says it
+PSNR = 35  # dB, at least: bf16 against fp32
+
+
+def noise(batch: int) -> Tensor:
+    return torch.randn(batch, 4, 32, 32, generator=torch.Generator().manual_seed(SEED)).to(DEVICE)
+
+
+def classes(batch: int) -> Tensor:
+    """All different, so that only the null half shares its modulation."""
+    return (torch.arange(batch) * 37 % NULL).to(DEVICE)
+
+
+def flops_per_image() -> float:
+    """2·M·N·K of every Linear of the tokens and 4·T²·H of attention, twice a step. The modulation, whose rows are shared, is not
+    counted."""
+    model = fastdit_model(EagerDiT(comparable(*SHAPE)))
+    tokens = (model.config.input_size // model.config.patch_size) ** 2
+    of_tokens = [model.patch_embedding, model.output, *(m for m in model.blocks.modules() if isinstance(m, torch.nn.Linear))]
+    forward = sum(2 * tokens * m.weight.numel() for m in of_tokens) + model.config.depth * 4 * tokens**2 * model.config.width
+    return 2 * STEPS * forward
+
+
+def eager_sampler(decoded: bool) -> Callable[[int], Tensor]:
+    """batch -> latents, or with decoded images, as the base script makes them: all are decoded after every step."""
+    model = EagerDiT(comparable(*SHAPE)).eval().to(DEVICE)
+    vae = images.autoencoder().to(DEVICE) if decoded else None
+
+    @torch.no_grad()
+    def run(batch: int) -> Tensor:
+        if not decoded:
+            return euler(model, noise(batch), classes(batch), STEPS, GUIDANCE)
+        watch = lambda x: vae.decode(x / vae.config.scaling_factor).sample.clamp(-1, 1)
+        return euler(model, noise(batch), classes(batch), STEPS, GUIDANCE, watch)
+
+    return run
+
+
+def fastdit_sampler(precision: str, decoded: bool) -> Callable[[int], Tensor]:
+    """batch -> latents, or with decoded images, by `fastdit sample`'s functions."""
+    model = fastdit_model(EagerDiT(comparable(*SHAPE))).to(DEVICE, sample.DTYPES[precision]).eval().requires_grad_(False)
+    config = SampleConfig(steps=STEPS, solver="euler", guidance=GUIDANCE)
+    codec = autoencoder.KL("SD-VAE", 256, DEVICE, images.autoencoder()).for_decoding(torch.float32) if decoded else None
+    run_velocity = sample.fast_velocity(model, DEVICE)
+
+    def run(batch: int) -> Tensor:
+        ids, draw = torch.arange(batch, device=DEVICE), lambda ids, steps: noise(batch)[None]
+        [(_, x)] = sample.latents(model, config, classes(batch), ids, draw, NULL, run=run_velocity)
+        return codec.decode(x) if decoded else x
+
+    return run
+
+
+def provider(name: str, decoded: bool) -> Callable[[int], tuple]:
+    """In a worker: batch -> seconds, and the latents or images on the CPU."""
+    sampler = eager_sampler(decoded) if name == "eager" else fastdit_sampler(name.removeprefix("fastdit "), decoded)
+
+    def run(batch: int) -> tuple[float, Tensor]:
+        synchronize()
+        began = time.perf_counter()
+        out = sampler(batch)
+        synchronize()
+        return time.perf_counter() - began, out.float().cpu()
+
+    return run
+
+
+def psnr(found: Tensor, wanted: Tensor) -> float:
+    """In dB, of images in [-1,1]."""
+    return 10 * torch.log10(4 / (found - wanted).square().mean()).item()
+
+
+def decode(latents: Tensor) -> Tensor:
+    return autoencoder.KL("SD-VAE", 256, torch.device("cpu"), images.autoencoder()).decode(latents)
+
+
+def check(finals: dict[str, Tensor], decoded: bool) -> tuple[dict[str, dict], dict[str, str]]:
+    """How far each provider's latents or images are from eager's, and the reasons of those that are too far."""
+    values, errors, eager = {}, {}, finals.get("eager")
+    for name, x in finals.items():
+        if eager is None:
+            errors[name] = "parity: there is no eager reference to compare with"
+            continue
+        away = ((x - eager).abs().max() / eager.abs().max()).item()
+        values[name] = {"parity": f"{away:.1e}"}
+        if name.endswith("bf16"):
+            db = psnr(x, eager) if decoded else psnr(decode(x[:1]), decode(eager[:1]))
+            values[name]["psnr_db"] = f"{db:.1f}"
+            if db < PSNR:
+                errors[name] = f"parity: the images' PSNR is {db:.1f} dB, less than {PSNR}"
+        elif away > PARITY:
+            errors[name] = f"parity: {'images' if decoded else 'latents'} differ by {away:.1e}, more than {PARITY}"
+    return values, errors
+
+
+def measure(batch: int, decoded: bool, names: tuple[str, ...], turns: int, say: Callable) -> dict[str, Result]:
+    make = lambda name: lambda: Worker("bench_sampling:provider", name, decoded, allocator=name != "eager")
+    workers, errors = start({name: make(name) for name in names}, say)
+    limits = {p: Limits((2048, SHAPE[0], 4 * SHAPE[0]), sample.DTYPES[p]) for p in {"fp32", PRECISION}}
+    calls = {name: lambda _, w=w: w(batch) for name, w in workers.items()}
+    rates = {f"limits {p}": lambda _, limit=limit: limit()[0] for p, limit in limits.items()}
+    found, failed = take_turns(rates | calls, turns + 1, say)  # the first is cold
+    errors |= failed
+    peaks = {name: w.peak_memory() for name, w in workers.items() if name not in errors}
+    for worker in workers.values():
+        worker.stop()
+    values, failed = check({name: found[name][-1][1] for name in peaks}, decoded)
+    errors |= failed
+    samples = {name: [] if name in errors else [turn[0] for turn in found[name][1:]] for name in names}
+    results = {}
+    for name in names:
+        key = {"case": "S/2 and SD-VAE" if decoded else "S/2", "provider": name, "size": f"batch {batch}"}
+        own = {}
+        if samples[name]:
+            precision = name.removeprefix("fastdit ") if name != "eager" else "fp32"
+            median, rate = quantiles(samples[name])[0], statistics.median(found[f"limits {precision}"])
+            own = {
+                "precision": precision,
+                "images_per_s": f"{batch / median:.4g}", "speedup": speedup(samples["eager"], samples[name]),
+                "bound_share": "" if decoded else f"{batch * flops_per_image() / rate / median:.3f}", **values[name],
+                "cold_s": f"{found[name][0][0]:.3g}", "peak_mb": f"{peaks[name] / 1e6:.0f}", "gemm_gflops": f"{rate / 1e9:.1f}",
+            }  # fmt: skip
+        results[name] = Result(key, samples[name], own, errors.get(name, ""))
+    return results
+
+
+def groups(full: bool) -> dict[str, Group]:
+    names = tuple(dict.fromkeys(("eager", "fastdit fp32", f"fastdit {PRECISION}")))
+    cuda = DEVICE.type == "cuda"
+    batch, turns = (64, 5) if cuda else (4, 5) if full else (2, 2)
+    found = {"S/2": Group(names, functools.partial(measure, batch, False, names, turns))}
+    if full or cuda:
+        found["S/2 and SD-VAE"] = Group(names, functools.partial(measure, 16 if cuda else 1, True, names, 1))
+    return found
+
+
+def test_sampling(replay, group, member) -> None:
+    replay(group, member)

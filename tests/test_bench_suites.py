@@ -1,0 +1,102 @@
+"""What the benchmark suites check of their own rows, and two suites as a user runs them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bench_end_to_end
+import bench_sampling
+import eager_reference
+import record
+from fastdit import autoencoder
+from fastdit.data.order import center_crops
+
+ROOT = Path(__file__).parent.parent
+
+
+def turns(losses, seconds):
+    return [(losses[i : i + 1], seconds[i]) for i in range(len(losses))]
+
+
+def test_end_to_end_rows_need_the_reference_losses():
+    limits = [(1e11, 1e10)] * 3
+    found = {
+        "eager": turns([1.0, 0.9, 0.8], [9.0, 4.0, 4.0]), "from latents": turns([1.0, 0.9, 0.8], [9.0, 0.5, 0.5]),
+        "from images": turns([1.0, 0.9, 0.7], [9.0, 2.0, 2.0]), "limits": limits,
+    }  # fmt: skip
+    names, peaks = ("eager", "from images", "from latents"), dict.fromkeys(found, 1)
+    del peaks["limits"]
+    rows = bench_end_to_end.rows(2, 3, names, found, peaks, {})
+    assert rows["from latents"].values["speedup"] == "8.000" and rows["from latents"].samples == [0.5, 0.5]
+    assert rows["from images"].error.startswith("parity") and rows["from images"].samples == []
+    gone = bench_end_to_end.rows(2, 3, names, found | {"eager": []}, dict.fromkeys(names[1:], 1), {"eager": "out of memory"})
+    assert gone["eager"].error == "out of memory" and gone["from latents"].error.startswith("parity")
+
+
+def test_sampling_rows_need_the_reference_latents():
+    eager = torch.randn(2, 4, 8, 8)
+    values, errors = bench_sampling.check({"eager": eager, "fastdit fp32": eager + 1e-6}, decoded=True)
+    assert not errors and float(values["fastdit fp32"]["parity"]) < 1e-5
+    _, errors = bench_sampling.check({"eager": eager, "fastdit fp32": eager + 0.1}, decoded=True)
+    assert errors["fastdit fp32"].startswith("parity")
+    values, errors = bench_sampling.check({"eager": eager, "fastdit bf16": eager + 0.1}, decoded=True)
+    assert values["fastdit bf16"]["psnr_db"] == "26.0" and "26.0 dB" in errors["fastdit bf16"]
+
+
+def test_both_samplers_of_the_suite_give_the_same_latents(monkeypatch):
+    monkeypatch.setattr(bench_sampling, "SHAPE", (64, 2, 1, 128, None))
+    monkeypatch.setattr(bench_sampling, "STEPS", 3)
+    torch.manual_seed(0)
+    eager = bench_sampling.eager_sampler(False)(2)
+    torch.manual_seed(0)
+    ours = bench_sampling.fastdit_sampler("fp32", False)(2)
+    assert (ours - eager).abs().max() < 1e-4 * eager.abs().max()
+
+
+def test_the_reference_reads_and_encodes_images_as_fastdit_does():
+    """A photograph cut by the base script's integers is within 2 levels of what `center_crops` cuts; posteriors are the same."""
+    from photographs import crops, encoded
+
+    photo = next(iter(crops(1)))
+    ours = eager_reference.pixels(encoded(photo, format="PNG", quality=None), 64, 64)
+    start, end = center_crops(np.array([photo.height]), np.array([photo.width]), 64)
+    box = (*start[0][::-1], *end[0][::-1])
+    wanted = torch.from_numpy(np.asarray(photo.resize((64, 64), 3, box), np.float32).transpose(2, 0, 1) / 127.5 - 1)
+    assert (ours - wanted).abs().mean() < 2 / 127.5
+
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, scaling_factor=0.3).eval()
+    images, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 4, 8, 8)
+    codec = autoencoder.KL("tiny", 8, torch.device("cpu"), vae)
+    assert torch.allclose(eager_reference.encode(vae, images, noise), codec.encode(images, noise), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_suites_write_their_rows(tmp_path):
+    """Checkpoints and latents, measured for real."""
+    path = tmp_path / "rows.csv"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--csv={path}",
+        "-k",
+        "checkpoint or latents or index",
+    ]
+    suites = [ROOT / "benchmarks" / f"bench_{name}.py" for name in ("checkpoint", "data")]
+    done = subprocess.run([str(word) for word in [*command, *suites]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    rows = record.read(path)
+    assert {row["suite"] for row in rows} == {"checkpoint", "data"} and len(rows) == 6 + 3
+    assert all(not row["error"] and float(row["median_s"]) > 0 and row["commit"] for row in rows)
+    waits, save = (next(r for r in rows if (r["provider"], r["direction"]) == ("fastdit", d)) for d in ("waits", "save"))
+    assert float(waits["median_s"]) < float(save["median_s"])
