@@ -31,6 +31,7 @@ constexpr int WIDTH = 4;
 #endif
 constexpr int PARTS = LANES / WIDTH;
 typedef float Part __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef float UnalignedPart __attribute__((vector_size(4 * WIDTH), may_alias, aligned(4)));
 typedef int32_t IntPart __attribute__((vector_size(4 * WIDTH), may_alias));
 
 struct BFloat16 {
@@ -43,6 +44,12 @@ struct Floats {
   Floats() = default;
   INLINE Floats(float x) {
     for (Part& p : part) p = x - Part{};
+  }
+  // Part by part, here and in load and store: GCC 12 copies two ymm as four xmm by way of the stack, where loads wait for stores.
+  INLINE Floats(const Floats& v) { *this = v; }
+  INLINE Floats& operator=(const Floats& v) {
+    for (int i = 0; i < PARTS; i++) part[i] = v.part[i];
+    return *this;
   }
 };
 
@@ -77,11 +84,13 @@ class Scratch {
 
 INLINE Floats load(const float* p) {
   Floats v;
-  memcpy(&v, p, sizeof v);
+  for (int i = 0; i < PARTS; i++) v.part[i] = ((const UnalignedPart*)p)[i];
   return v;
 }
 
-INLINE void store(float* p, const Floats& v) { memcpy(p, &v, sizeof v); }
+INLINE void store(float* p, const Floats& v) {
+  for (int i = 0; i < PARTS; i++) ((UnalignedPart*)p)[i] = v.part[i];
+}
 
 // bf16 is the upper half of an fp32. Stores round to nearest, ties to even, and keep NaN; the AVX-512 instruction takes numbers
 // below 1.2e-38 as zero.
