@@ -52,6 +52,27 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def read_suites(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV that the suites wrote. Raises ValueError, in one sentence, where it is none."""
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns, rows = reader.fieldnames or (), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as a CSV ({error}): name one that `pytest benchmarks --csv` wrote") from error
+    if missing := [c for c in ("suite", "case", "provider", "device", *VALUES[:4], "error") if c not in columns]:
+        raise ValueError(f"{path} has no column {missing[0]}: name a CSV that `pytest benchmarks --csv` wrote")
+    for number, row in enumerate(rows, 2):
+        try:
+            whole = None not in row.values()
+            good = whole and (row["error"] or (int(row["samples"]) and all(float(row[c]) > 0 for c in VALUES[:3])))
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError(f"line {number} of {path} has neither times nor an error: measure that suite again")
+    return rows
+
+
 def write(path: Path, rows: list[dict], device: torch.device | None = None) -> None:
     """Replace the CSV at `path` by `rows`, each with where it was measured added where it does not say so yet. Columns: keys,
     values, others in the order of their first row."""

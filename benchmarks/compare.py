@@ -1,0 +1,179 @@
+"""What became slower between two CSVs of the suites, noise and the machine's drift taken into account.
+
+    python benchmarks/compare.py BEFORE.csv AFTER.csv [--threshold 10]
+
+Exit code 0: nothing did. 1: a row did, or fails that did not before. 2: bad input, which files of two devices are.
+
+A shared machine may be 30 % slower a day later, and each minute differs. So no time is compared with itself of the other file:
+
+- A provider is compared by `speedup` over the reference of its case (its first provider), which took turns with it.
+- The references, and rows without a speedup, are compared by `median_s` over the suite's drift: the median ratio, after over
+  before, of its references. Where a suite has one reference, that one is the drift, and cannot regress.
+
+A row is slower when that ratio exceeds the threshold and SIGMAS times its noise, and its `median_s` over the drift exceeds the
+threshold too: a bad minute of the reference is no regression of the others. Noise, of the ratio's logarithm, is the largest of
+
+1. the standard error of the medians that the ratio is made of: 1.253·σ/√n, σ = log(p80 / p20) / 1.683, of normal samples;
+2. the median of that over the suite's rows, since a few samples may lie together by chance;
+3. the scatter between runs, which the samples of one run do not show: 1.483 times the median distance of a suite's rows from the
+   median of their provider's rows. What slows a whole provider down moves that median, and is not scatter.
+
+Four sigmas: of 200 normal rows that did not change, one is called slower in 150 comparisons; with three, in four. A row of a
+single timing has no noise to judge by: it is counted, and never called slower.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import record
+
+SIGMAS = 4
+SHOWN = ("suite", "case", "provider", "direction", "size", "precision", "threads")
+Row = dict[str, str]
+Key = tuple[str, ...]
+
+
+class Pair(NamedTuple):
+    """A row of both files. slower: log of its time after over before, over the reference's or the drift; noise: of that.
+    threshold: a logarithm too."""
+
+    before: Row
+    after: Row
+    against: str  # "reference" or "drift"
+    slower: float
+    own: float  # the same over the drift
+    noise: float
+
+    def limit(self, threshold: float) -> float:
+        """Of `slower`, beyond which it is not noise."""
+        return max(threshold, SIGMAS * self.noise)
+
+    def changed(self, threshold: float, sign: int) -> bool:
+        return sign * self.slower > self.limit(threshold) and sign * self.own > threshold
+
+    def shown(self, threshold: float) -> Row:
+        change = {"after / before": f"{math.exp(self.slower):.3f}", "noise up to": f"{math.exp(self.limit(threshold)):.3f}"}
+        return (
+            self.after | {"before_s": self.before["median_s"], "after_s": self.after["median_s"], "against": self.against} | change
+        )
+
+
+def keyed(rows: Iterable[Row]) -> dict[Key, Row]:
+    return {tuple(row.get(key) or "" for key in record.KEYS): row for row in rows}
+
+
+def references(rows: dict[Key, Row]) -> dict[Key, Key]:
+    """The key of each row's reference: of the first provider of its case, whatever that one's precision."""
+    first: dict[Key, Key] = {}
+    group = lambda row: tuple(row.get(key) or "" for key in ("suite", "case", "direction", "size", "threads"))
+    return {key: first.setdefault(group(row), key) for key, row in rows.items()}
+
+
+def standard_error(row: Row) -> float:
+    """Of the median's logarithm."""
+    n = int(row["samples"])
+    sigma = math.log(float(row["p80_s"]) / float(row["p20_s"])) / 1.683
+    return 1.253 * sigma / math.sqrt(n) if n > 1 else math.inf
+
+
+def log_ratio(before: Row, after: Row, column: str) -> float:
+    return math.log(float(after[column]) / float(before[column]))
+
+
+def pairs_of(before: dict[Key, Row], after: dict[Key, Row]) -> tuple[float, list[Pair]]:
+    """The drift of a suite, as a ratio, and its rows that both files have times of."""
+    timed = [key for key in after if key in before and not after[key]["error"] and not before[key]["error"]]
+    if not timed:
+        return 1.0, []
+    reference = references(after)
+    times = {key: log_ratio(before[key], after[key], "median_s") for key in timed}
+    drift = statistics.median([times[key] for key in timed if reference[key] == key] or list(times.values()))
+    found = []
+    for key in timed:
+        rows, speeds = [before[key], after[key]], [float(row[key].get("speedup") or 0) for row in (before, after)]
+        if reference[key] in times and reference[key] != key and min(speeds) > 0:
+            rows += [before[reference[key]], after[reference[key]]]
+            rounding = [0.0003 / speed for speed in speeds]  # of three decimals, standard deviation
+            against, slower = "reference", math.log(speeds[0] / speeds[1])
+        else:
+            against, slower, rounding = "drift", times[key] - drift, []
+        noise = math.hypot(*map(standard_error, rows), *rounding)
+        found.append(Pair(before[key], after[key], against, slower, times[key] - drift, noise))
+    return math.exp(drift), with_scatter(found)
+
+
+def with_scatter(pairs: list[Pair]) -> list[Pair]:
+    """The pairs with at least the noise that is typical of the suite's rows that are compared in the same way."""
+    least = {}
+    for against in {pair.against for pair in pairs}:
+        mine = [pair for pair in pairs if pair.against == against]
+        middle = {pair.after["provider"]: [] for pair in mine}
+        for pair in mine:
+            middle[pair.after["provider"]].append(pair.slower)
+        away = [abs(x - statistics.median(xs)) for xs in middle.values() if len(xs) > 2 for x in xs]
+        judged = [pair.noise for pair in mine if math.isfinite(pair.noise)]
+        least[against] = max(1.483 * statistics.median(away or [0]), statistics.median(judged or [0]))
+    return [pair._replace(noise=max(pair.noise, least[pair.against])) for pair in pairs]
+
+
+def section(title: str, rows: list[Row], columns: tuple[str, ...]) -> None:
+    if rows:
+        print(f"\n{title}: {len(rows)}\n{record.table(rows, columns)}")
+
+
+def compare(before: dict[Key, Row], after: dict[Key, Row], threshold: float) -> int:
+    """Print what changed by more than exp(threshold); the exit code."""
+    suites = [list(dict.fromkeys(row["suite"] for row in rows.values())) for rows in (before, after)]
+    slower, faster = [], []
+    for suite in [suite for suite in suites[1] if suite in suites[0]]:
+        drift, pairs = pairs_of(*({k: row for k, row in rows.items() if row["suite"] == suite} for rows in (before, after)))
+        ups = [p.shown(threshold) for p in pairs if p.changed(threshold, 1)]
+        downs = [p.shown(threshold) for p in pairs if p.changed(threshold, -1)]
+        single = sum(math.isinf(p.noise) for p in pairs)
+        noise = math.exp(statistics.median([p.limit(0) for p in pairs] or [0]))
+        line = (
+            f"{suite}: {len(pairs)} rows, {len(ups)} slower, {len(downs)} faster; drift {drift:.3f}, median noise up to {noise:.3f}"
+        )
+        print(line + (f"; {single} of a single timing, not judged" if single else ""))
+        slower, faster = slower + ups, faster + downs
+    for name, mine, theirs in (("after", *suites), ("before", *suites[::-1])):
+        if gone := [suite for suite in mine if suite not in theirs]:
+            print(f"not in {name}: {', '.join(gone)}")
+    failing = [row for key, row in after.items() if row["error"] and key in before and not before[key]["error"]]
+    changed = (*SHOWN, "before_s", "after_s", "against", "after / before", "noise up to")
+    section("slower", slower, changed)
+    section("faster", faster, changed)
+    section("fails now", failing, (*SHOWN, "error"))
+    for name, mine, theirs in (("after", before, after), ("before", after, before)):
+        both = [row for key, row in mine.items() if key not in theirs and row["suite"] in suites[0] and row["suite"] in suites[1]]
+        section(f"not in {name}", both, SHOWN)
+    return 1 if slower or failing else 0
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--threshold", type=float, default=10, help="percent that a row may be slower (default: %(default)s)")
+    options = parser.parse_args(words)
+    if not options.threshold > 0:
+        parser.error(f"--threshold {options.threshold:g} is not a percentage above 0: leave it out for 10")
+    try:
+        before, after = (keyed(record.read_suites(path)) for path in (options.before, options.after))
+    except ValueError as error:
+        parser.error(str(error))
+    devices = [sorted({row["device"] for row in rows.values()}) for rows in (before, after)]
+    if devices[0] != devices[1]:
+        parser.error(f"{options.before} is of {devices[0]} and {options.after} of {devices[1]}: compare files of the same device")
+    if not before.keys() & after.keys():
+        parser.error(f"{options.before} and {options.after} have no row in common: measure the same suite, size and precision")
+    return compare(before, after, math.log1p(options.threshold / 100))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

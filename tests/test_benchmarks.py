@@ -1,0 +1,128 @@
+"""The benchmarks' tools on made-up CSVs: what compare.py calls slower."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compare
+import measure
+import record
+
+WHERE = {"device": "a CPU", "commit": "abc", "torch": "2.13.0", "date": "2026-01-02"}
+OPS, RUNS, SLOW = range(22), ("forward", "backward", "both"), ("op 3", "fused", "both")
+
+
+def timed(key, samples, reference):
+    return measure.Result(key, samples, {"speedup": measure.speedup(reference, samples)}).row()
+
+
+def kernels(path, seed, drift=1.0, slow=None, error=None, skip=(), device="a CPU", noise=0.03):
+    """198 rows as the suite of kernels writes them: 9 timings with normal noise.
+
+    slow, error: the (case, provider, direction) that is 20 % slower, or fails; skip: those that are not there.
+    """
+    rng, bases, rows = np.random.default_rng(seed), np.random.default_rng(0), []
+    for op in OPS:
+        for run in RUNS:
+            base, reference = np.exp(bases.normal(-7, 1)), None
+            for provider, share in (("eager", 1), ("compile", 0.8), ("fused", 0.5)):
+                key = {"case": f"op {op}", "provider": provider, "direction": run, "size": "8x256x384"}
+                own = base * share * drift * np.exp(rng.normal(0, noise, 9)) * (1.2 if tuple(key.values())[:3] == slow else 1)
+                reference = own if reference is None else reference
+                failed = tuple(key.values())[:3] == error
+                row = measure.Result(key, [], {}, "out of memory").row() if failed else timed(key, list(own), list(reference))
+                rows += [] if tuple(key.values())[:3] in skip else [row | {"suite": "kernels", "threads": 2}]
+    record.write(path, [WHERE | row | {"device": device} for row in rows])
+    return str(path)
+
+
+@pytest.fixture
+def before(tmp_path):
+    return kernels(tmp_path / "before.csv", 1)
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.15])
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_a_rerun_on_a_slower_day_is_no_regression(tmp_path, capsys, seed, noise):
+    files = [kernels(tmp_path / f"{drift}.csv", seed + 100 * drift, drift, noise=noise) for drift in (1, 2)]
+    assert compare.main(files) == 0
+    out = capsys.readouterr().out
+    assert "kernels: 198 rows, 0 slower, 0 faster; drift " in out
+    assert float(out.split("drift ")[1].split(",")[0]) == pytest.approx(2, rel=noise)
+
+
+@pytest.mark.parametrize("drift", [1.2, 0.8])
+def test_one_slower_row_is_found_and_only_it(tmp_path, before, capsys, drift):
+    after = kernels(tmp_path / "after.csv", 2, drift, SLOW)
+    assert compare.main([before, after]) == 1
+    out = capsys.readouterr().out
+    assert "198 rows, 1 slower, 0 faster" in out
+    (line,) = (line for line in out.splitlines() if line.startswith("kernels  "))
+    assert all(word in line for word in (*SLOW, "reference"))
+    assert compare.main([after, before]) == 0
+    assert "198 rows, 0 slower, 1 faster" in capsys.readouterr().out
+    assert compare.main([before, after, "--threshold", "40"]) == 0
+
+
+def test_a_reference_that_becomes_slower_blames_itself(tmp_path, before, capsys):
+    """Its case's other providers are faster by `speedup` then, and by their own times not."""
+    assert compare.main([before, kernels(tmp_path / "after.csv", 2, 1.2, ("op 3", "eager", "both"))]) == 1
+    out = capsys.readouterr().out
+    assert "198 rows, 1 slower, 0 faster" in out and "drift" in out.split("slower: 1")[1]
+
+
+def test_a_provider_that_becomes_slower_as_a_whole_is_no_scatter(tmp_path, capsys):
+    """One fused train step of a few: the same as all rows of a provider."""
+
+    def steps(path, seed, factor):
+        rng, rows = np.random.default_rng(seed), []
+        for case in ("S/2", "B/2", "L/2"):
+            eager = list(np.exp(rng.normal(0, 0.01, 9)))
+            own = {"eager": eager, "engine": list(factor * np.exp(rng.normal(-0.7, 0.01, 9)))}
+            rows += [timed({"case": case, "provider": name, "size": "batch 8"}, own[name], eager) for name in own]
+        record.write(path, [WHERE | row | {"suite": "train_step", "threads": 2} for row in rows])
+        return str(path)
+
+    first = steps(tmp_path / "a.csv", 1, 1)
+    assert compare.main([first, steps(tmp_path / "b.csv", 2, 1)]) == 0
+    assert compare.main([first, steps(tmp_path / "c.csv", 2, 1.2)]) == 1
+    assert "train_step: 6 rows, 3 slower, 0 faster" in capsys.readouterr().out
+
+
+def test_new_failures_and_missing_rows_are_listed(tmp_path, before, capsys):
+    fails = kernels(tmp_path / "fails.csv", 2, error=SLOW, skip=[("op 4", "fused", "both")])
+    assert compare.main([before, fails]) == 1
+    out = capsys.readouterr().out
+    assert "fails now: 1" in out and "out of memory" in out and "not in after: 1" in out and "op 4" in out
+    assert compare.main([fails, before]) == 0
+    assert "not in before: 1" in capsys.readouterr().out
+
+
+def test_a_single_timing_is_not_judged(tmp_path, capsys):
+    def write(name, seconds):
+        row = timed({"case": "S/2", "provider": "make the cache", "size": "batch 2"}, [seconds], [])
+        record.write(tmp_path / name, [WHERE | row | {"suite": "end_to_end", "threads": 2}])
+        return str(tmp_path / name)
+
+    assert compare.main([write("a.csv", 1.0), write("b.csv", 3.0)]) == 0
+    assert "1 of a single timing, not judged" in capsys.readouterr().out
+
+
+def test_bad_input_ends_in_one_sentence(tmp_path, before, capsys):
+    elsewhere = kernels(tmp_path / "gpu.csv", 1, device="a GPU")
+    more = tmp_path / "more.csv"
+    record.write(more, [row | {"threads": "4"} for row in record.read(Path(before))])
+    (tmp_path / "bytes.csv").write_bytes(b"\x80\xff\x00garbage")
+    (tmp_path / "other.csv").write_text("op,kernel\nmodulate,x\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "cut.csv").write_text("\n".join(Path(before).read_text().splitlines()[:5])[:-60])
+    wrong = {
+        "none.csv": "cannot be read", "bytes.csv": "cannot be read", "other.csv": "no column suite", "empty.csv": "no column suite",
+        "cut.csv": "line 5", elsewhere: "the same device", more: "no row in common",
+    }  # fmt: skip
+    for path, sentence in wrong.items():
+        with pytest.raises(SystemExit) as stopped:
+            compare.main([before, str(tmp_path / path)])
+        assert stopped.value.code == 2
+        assert sentence in capsys.readouterr().err, path
