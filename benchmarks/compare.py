@@ -87,7 +87,7 @@ def log_ratio(before: Row, after: Row, column: str) -> float:
 
 def pairs_of(before: dict[Key, Row], after: dict[Key, Row]) -> tuple[float, list[Pair]]:
     """The drift of a suite, as a ratio, and its rows that both files have times of."""
-    timed = [key for key in after if key in before and not after[key]["error"] and not before[key]["error"]]
+    timed = [key for key in after if after[key]["median_s"] and before.get(key, {}).get("median_s")]
     if not timed:
         return 1.0, []
     reference = references(after)

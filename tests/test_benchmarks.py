@@ -1,4 +1,4 @@
-"""The benchmarks' tools on made-up CSVs: what compare.py calls slower."""
+"""The benchmarks' tools on made-up CSVs: what compare.py calls slower, what report.py writes into the README."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pytest
 import compare
 import measure
 import record
+import report
 
 WHERE = {"device": "a CPU", "commit": "abc", "torch": "2.13.0", "date": "2026-01-02"}
 OPS, RUNS, SLOW = range(22), ("forward", "backward", "both"), ("op 3", "fused", "both")
@@ -126,3 +127,69 @@ def test_bad_input_ends_in_one_sentence(tmp_path, before, capsys):
             compare.main([before, str(tmp_path / path)])
         assert stopped.value.code == 2
         assert sentence in capsys.readouterr().err, path
+
+
+def test_the_readme_shows_the_committed_csvs():
+    assert report.main(["--check"]) == 0
+
+
+def csv_of_suites(path):
+    """A train step with a provider that failed, an op with a backward and one without, and a suite that nobody knows."""
+    steps = {"eager": [0.8, 0.8], "engine": [0.41, 0.39], "+packed": []}
+    extra = {"images_per_s": "12345.6", "mfu": "0.5"}
+    rows = [{"suite": "train_step"} | timed({"case": "S/2", "provider": n}, s, steps["eager"]) for n, s in steps.items()]
+    rows[1] |= extra
+    rows[2]["error"] = "parity: a|b"
+    for op, runs in {"swiglu": RUNS, "counter_normal": RUNS[:1]}.items():
+        for name, factor in (("eager", 1), ("fused", 0.25 if op == "swiglu" else 0.5)):
+            for run in runs:
+                key = {"case": op, "provider": name, "direction": run, "size": "8x256x384"}
+                row = timed(key, [3e-5 * factor] * 2, [3e-5] * 2)
+                rows.append(
+                    row | {"suite": "kernels", "copy_share": "0.75", "speedup": "9" if run == "backward" else row["speedup"]}
+                )
+    rows.append({"suite": "new_one", "case": "x", "provider": "y", "median_s": "250", "p20_s": "250", "p80_s": "250", "samples": 1})
+    record.write(path, [WHERE | row | {"threads": 2, "precision": "fp32"} for row in rows])
+
+
+def test_report_fills_the_readme_and_checks_it(tmp_path, capsys):
+    readme, path = tmp_path / "README.md", tmp_path / "results" / "here.csv"
+    csv_of_suites(path)
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    words = ["--readme", str(readme), str(path)]
+    assert report.main([*words, "--check"]) == 1 and "old" in readme.read_text()
+    assert report.main(words) == 0 and report.main([*words, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n") and "old" not in text
+    assert "**Train step**: a CPU, 2 threads, fp32; torch 2.13.0, commit abc, 2026-01-02 ([rows](results/here.csv))." in text
+    for line in (
+        "| case | provider | median | images/s | over eager | MFU | no numbers: why |",
+        "| S/2 | eager | 800 ms |  | 1.00 x |  |  |", "| S/2 | engine | 400 ms | 12,346 | 2.00 x | 50 % |  |",
+        "| S/2 | +packed |  |  |  |  | parity: a/b |", "| swiglu | 8x256x384 | 4.00 x | 75 % |",
+        "| counter_normal, forward | 8x256x384 | 2.00 x | 75 % |", "| x | y | 250 s |",
+    ):  # fmt: skip
+        assert line in text.splitlines(), line
+    for picture in ("here_speedup.png", "here_kernels.png"):
+        assert (path.with_name(picture)).read_bytes().startswith(b"\x89PNG") and f"](results/{picture})" in text
+
+    (path.with_name("here_kernels.png")).unlink()
+    assert report.main([*words, "--check"]) == 1
+    report.main(words)
+    csv_text = path.read_text()
+    path.write_text(csv_text.replace("12345.6", "12945.6"))
+    assert report.main([*words, "--check"]) == 1
+    path.write_text(csv_text)
+    readme.write_text(text.replace("12,346", "13,000"))  # by hand
+    assert report.main([*words, "--check"]) == 1
+    readme.write_text("no markers\n")
+    with pytest.raises(SystemExit) as stopped:
+        report.main(words)
+    assert stopped.value.code == 2 and "once each" in capsys.readouterr().err and readme.read_text() == "no markers\n"
+
+
+def test_only_csvs_of_timed_suites_are_reported(tmp_path):
+    """Others lie in the same folder."""
+    csv_of_suites(tmp_path / "here.csv")
+    record.write(tmp_path / "memory.csv", [{"suite": "plan_memory", "peak_mb": 1}])
+    record.write(tmp_path / "quality.csv", [{"step": 1}])
+    assert [report.of_suites(tmp_path / name) for name in ("here.csv", "memory.csv", "quality.csv")] == [True, False, False]
