@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import record
-from measure import DEVICE, PRECISION, THREADS, Group, Result
+from measure import DEVICE, EXCUSED, PRECISION, THREADS, Group, Result
 
 DEFAULT_CSV = Path("runs/benchmarks.csv")
-SHOWN = (*record.KEYS[1:5], "median_s", "images_per_s", "speedup", "mfu", "bound_share", "copy_share", "peak_mb", "parity", "error")
 
 
 class Clock:
@@ -94,7 +93,7 @@ def replay(request: pytest.FixtureRequest, benchmark, results):
         benchmark.group = f"{suite} {group}"
         benchmark.extra_info.update(result.row())
         if result.error:
-            if result.error.startswith(("out of memory", "ModuleNotFoundError")):
+            if result.error.startswith(EXCUSED):
                 pytest.skip(result.error)
             pytest.fail(result.error, pytrace=False)
         samples = list(result.samples)
@@ -108,6 +107,6 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     for suite, rows in config.stash[ROWS].items():
         record.merge(path, suite, rows, THREADS, DEVICE)
         terminalreporter.section(f"{suite}, {PRECISION}, {record.device_name(DEVICE)}, {THREADS} threads")
-        terminalreporter.write_line(record.table(rows, SHOWN))
+        terminalreporter.write_line(record.table(rows, record.SHOWN))
     if config.stash[ROWS]:
         terminalreporter.write_line(f"\nrows: {path}")

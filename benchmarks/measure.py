@@ -28,6 +28,7 @@ THREADS = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 PRECISION = precision("auto", DEVICE)  # bf16 where the device computes in it; else fp32, the eager reference's too
 DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}[PRECISION]
 SWEEPS = 3  # of all providers, at least
+EXCUSED = ("out of memory", "ModuleNotFoundError")  # what an error begins with that says no more than what is missing here
 
 
 class Result(NamedTuple):

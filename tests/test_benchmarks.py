@@ -1,11 +1,20 @@
-"""The benchmarks' tools on made-up CSVs: what compare.py calls slower, what report.py writes into the README."""
+"""The benchmarks' tools on made-up CSVs and sections: what compare.py calls slower, what report.py writes, how gpu.py goes on."""
 
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import compare
+import gpu
 import measure
 import record
 import report
@@ -193,3 +202,103 @@ def test_only_csvs_of_timed_suites_are_reported(tmp_path):
     record.write(tmp_path / "memory.csv", [{"suite": "plan_memory", "peak_mb": 1}])
     record.write(tmp_path / "quality.csv", [{"step": 1}])
     assert [report.of_suites(tmp_path / name) for name in ("here.csv", "memory.csv", "quality.csv")] == [True, False, False]
+
+
+def sections(folder, *texts, needs=(), limit=20):
+    """Named a, b, c: Python that runs in `folder`, and writes its name into the file `ran` before."""
+    text = "import os, sys, time; os.chdir({!r}); open('ran', 'a').write({!r}); {}"
+    commands = {
+        name: [sys.executable, "-c", text.format(str(folder), name, text_of)] for name, text_of in zip("abc", texts, strict=False)
+    }
+    return [gpu.Section(name, command, needs, limit) for name, command in commands.items()]
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, capfd):
+    """SIGKILL in the second of three sections; the next call leaves the first out, a change of the sources does not."""
+    todo = sections(tmp_path, "", "open('pid', 'w').write(str(os.getpid())); time.sleep(0 if os.path.exists('again') else 60)", "")
+    script = f"import gpu, pathlib\nfrom gpu import Section\ngpu.run({todo!r}, pathlib.Path({str(tmp_path / 'state.json')!r}), 100)"
+    path = os.pathsep.join(sys.path)
+    running = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not ((pid := tmp_path / "pid").exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.kill()
+    running.wait()
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+    assert (tmp_path / "ran").read_text() == "ab"
+    (tmp_path / "again").touch()
+    assert gpu.run(todo, tmp_path / "state.json", 100) == 0
+    assert (tmp_path / "ran").read_text() == "abbc" and "[1/3] a: done before" in capfd.readouterr().out
+    assert gpu.run(todo, tmp_path / "state.json", 100) == 0 and (tmp_path / "ran").read_text() == "abbc"
+
+
+def test_sections_are_repeated_when_the_sources_change(tmp_path, monkeypatch):
+    todo = sections(tmp_path, "")
+    for version, ran in (("1", "a"), ("1", "a"), ("2", "aa")):
+        monkeypatch.setattr(gpu, "version", lambda version=version: version)
+        assert gpu.run(todo, tmp_path / "state.json", 100) == 0 and (tmp_path / "ran").read_text() == ran
+
+
+def test_a_failing_section_and_a_slow_one_let_the_others_run(tmp_path, capfd):
+    todo = sections(tmp_path, "sys.exit(3)", "time.sleep(60)", "print('here')")
+    todo[1] = todo[1]._replace(limit=0.5)
+    assert gpu.run(todo, tmp_path / "state.json", 100) == 1
+    out = capfd.readouterr().out
+    for line in ("a: failed: exit code 3", "b: failed: took longer than its 0.5 s", "here", "[3/3] c: done in", "failed: a, b;"):
+        assert line in out
+    assert gpu.run(todo, tmp_path / "state.json", 100) == 1
+    assert (tmp_path / "ran").read_text().count("c") == 1 and (tmp_path / "ran").read_text().count("a") == 2
+
+
+def test_a_missing_package_skips_a_section_in_one_line(tmp_path, capfd):
+    skipped = sections(tmp_path, "", needs=("pytest", "no_such_package.here"))
+    assert gpu.run([*skipped, *sections(tmp_path, "", "")[1:]], tmp_path / "state.json", 100) == 0
+    assert "[1/2] a: skipped, no_such_package.here missing" in capfd.readouterr().out
+    assert (tmp_path / "ran").read_text() == "b"
+
+
+def test_what_does_not_fit_is_left(tmp_path, capfd):
+    todo = [*sections(tmp_path, "", limit=50), *sections(tmp_path, "", "")[1:]]
+    assert gpu.run(todo, tmp_path / "state.json", 30) == 1
+    assert (tmp_path / "ran").read_text() == "b" and "left: a;" in capfd.readouterr().out
+    assert gpu.run(todo, tmp_path / "state.json", 60) == 0 and (tmp_path / "ran").read_text() == "ba"
+
+
+def test_a_suites_cases_are_recorded_one_by_one(tmp_path, monkeypatch, capsys):
+    """The second of three breaks, the third has no room for one provider; the next call measures the second alone."""
+    measured, made, broken = [], [], [True]
+
+    def measure_case(case, say):
+        measured.append(case)
+        if case == "bad" and broken[0]:
+            raise RuntimeError("no luck")
+        errors = {"big": "out of memory"} if case == "large" else {}
+        key = lambda name: {"case": case, "provider": name, "direction": "forward", "size": "1"}
+        return {n: measure.Result(key(n), [] if n in errors else [0.5, 0.6], {}, errors.get(n, "")) for n in ("eager", "big")}
+
+    def groups(full):
+        made.append(full)
+        return {c: measure.Group(("eager", "big"), lambda say, c=c: measure_case(c, say)) for c in ("ok", "bad", "large")}
+
+    monkeypatch.setitem(sys.modules, "bench_made_up", types.SimpleNamespace(SUITE="made_up", groups=groups))
+    csv, state = tmp_path / "rows.csv", tmp_path / "state.json"
+    assert gpu.measure_suite("made_up", csv, state) == 1
+    assert "bad: RuntimeError: no luck" in capsys.readouterr().out
+    assert made == [True, True]  # workers anew after what broke, and only then
+    assert [(row["case"], row["error"]) for row in record.read_suites(csv)] == [
+        ("ok", ""), ("ok", ""), ("large", ""), ("large", "out of memory")
+    ]  # fmt: skip
+    broken[0] = False
+    assert gpu.measure_suite("made_up", csv, state) == 0
+    assert measured == ["ok", "bad", "large", "bad"] and len(record.read_suites(csv)) == 6
+
+
+def test_gpu_needs_a_gpu_and_its_suites_exist(capsys, tmp_path):
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit) as stopped:
+            gpu.main([])
+        assert stopped.value.code == 2 and "no CUDA GPU" in capsys.readouterr().err
+    for section in gpu.sections(tmp_path / "rows.csv"):
+        assert section.limit < 600
+        if "--suite" in section.command:
+            assert importlib.import_module(f"bench_{section.command[section.command.index('--suite') + 1]}").groups(True)
