@@ -1,0 +1,106 @@
+"""Does `fastdit plan` know what a train step takes? Its memory on one CPU rank against the resident memory of the real step.
+
+    python benchmarks/plan_memory.py [--out benchmarks/results/plan_memory.csv]
+
+Each case is a process of its own that trains as `fastdit train` does (engine, AdamW, EMA; no loader, logs or checkpoints), after a
+tiny model whose steps load the libraries. Measured: the most that was resident in STEPS steps over what was resident before the
+model (VmHWM, reset). The plan counts live tensors; what freed ones leave resident is the allocator's doing, hence two of them:
+"returned", where glibc gives freed blocks of 64 KiB and more back, and "kept", as `fastdit train` sets it up for speed.
+"""
+
+import argparse
+import ctypes
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import record
+from fastdit import engine, flow, plan, telemetry
+from fastdit.config import Config, parse
+from fastdit.ema import ShardedEma
+from fastdit.model import DiT
+from measure import DEVICE, THREADS, Result, Worker
+
+STEPS = 4  # the second is the first with AdamW's moments and the EMA
+WARM = ["model.preset=test/4", "train.batch_size=2"]
+CASES = {
+    "S/2": ["model.preset=S/2", "train.batch_size=8"],
+    "S/2, full": ["model.preset=S/2", "train.batch_size=16", "train.checkpoint=full"],
+    "XL/2 x 2": ["model.preset=XL/2", "model.depth=2", "train.batch_size=4"],  # mostly weights
+}
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def settings(words: list[str]) -> Config:
+    """In fp32: bf16 is emulated on many CPUs, through copies in fp32 that no GPU makes."""
+    return parse(None, [*plan.IMAGENET_LATENTS, "train.precision=fp32", *words])
+
+
+def run_steps(config: Config, world: engine.World) -> None:
+    """Build all that a run holds and take STEPS steps, on noise."""
+    model, size = DiT(config.model), config.model.input_size
+    running = engine.initialize(model, config, world)
+    ema = ShardedEma(engine.fragments(running, world), config.train.ema_decay)
+    x0 = torch.randn(config.train.batch_size, config.model.in_channels, size, size)
+    labels = torch.zeros(len(x0), dtype=torch.int64)
+    for step in range(STEPS):
+        ids = flow.sample_ids(step, 0, len(x0), world.device)
+        running.backward(flow.losses(running, config.flow, config.model.num_classes, x0, labels, 0, ids).mean())
+        running.step()
+        ema.update()
+
+
+def resident(key: str) -> int:
+    """Bytes: VmRSS now, or VmHWM, the most since it was reset."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def measured() -> Callable[[list[str]], int]:
+    """In a worker: the words of a case -> bytes."""
+    world = engine.start("cpu")
+    run_steps(settings(WARM), world)
+
+    def measure(words: list[str]) -> int:
+        ctypes.CDLL(None).malloc_trim(0)
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        run_steps(settings(words), world)
+        return resident("VmHWM") - before
+
+    return measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan_memory.csv"))
+    options = parser.parse_args()
+    if DEVICE.type == "cuda":
+        parser.error("this compares resident memory of a CPU run: hide the GPU with CUDA_VISIBLE_DEVICES=")
+    rows = []
+    with telemetry.progress_bar(2 * len(CASES), description="runs", unit="run") as bar:
+        for case, words in CASES.items():
+            config = settings(words)
+            predicted = plan.memory(config, 1).peak
+            for allocator, variables in (("returned", RETURNED), ("kept", {})):
+                os.environ.update(variables)
+                worker = Worker("plan_memory:measured", allocator=allocator == "kept")
+                for name in variables:
+                    del os.environ[name]
+                peak = worker(words)
+                worker.stop()
+                values = {
+                    "peak_mb": f"{peak / 1e6:.0f}", "predicted_mb": f"{predicted / 1e6:.0f}",
+                    "measured_over_predicted": f"{peak / predicted:.3f}",
+                }  # fmt: skip
+                key = {"suite": "plan_memory", "case": case, "provider": allocator, "size": f"batch {config.train.batch_size}"}
+                rows.append(Result(key, [], values).row() | {"precision": "fp32", "threads": THREADS})
+                bar.update()
+    print(record.table(rows, ("case", "size", "provider", "predicted_mb", "peak_mb", "measured_over_predicted")))
+    record.write(options.out, rows)
+
+
+if __name__ == "__main__":
+    main()
