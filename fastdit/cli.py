@@ -1,4 +1,5 @@
-"""The command line. Exit codes: 0; 1 for a run that diverged; 2 for bad input, after one sentence; 75 after SIGTERM, saved."""
+"""The command line. Exit codes: 0; 1 for a run that diverged; 2 for bad input, after one sentence; 75 after SIGTERM, saved;
+141 where the reader of stdout has gone."""
 
 import argparse
 import dataclasses
@@ -221,60 +222,47 @@ def _add_sample(commands) -> None:
     )
     add = sample.add_argument
     add(
-        "--checkpoint",
-        type=Path,
-        metavar="PATH",
+        "--checkpoint", type=Path, metavar="PATH",
         help="a run's folder (its newest checkpoint), a checkpoint's, an exported file, or the base model's model_Ns.pkl",
-    )
+    )  # fmt: skip
     add("--loadDir", dest="load_dir", type=Path, default=Path(), metavar="DIR", help="the base command's way to name it: a folder")
     add("--loadFile", dest="load_file", metavar="PKL", help="and a file in it")
     add("--params", type=Path, metavar="JSON", help="of a .pkl (default: model_params_Ns.json beside it)")
     add("--loadDefFile", dest="load_def_file", metavar="JSON", help="the same, a file in --loadDir")
     add(
-        "--weights",
-        default="ema",
-        metavar="ema|raw|ema_D",
+        "--weights", default="ema", metavar="ema|raw|ema_D",
         help="averaged, of the last step, or a decay of train.ema_more (default: ema)",
-    )
+    )  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "gpu"), default="auto", help="gpu: cuda (default: CUDA when there is one)")
     add(
-        "--dtype",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
+        "--dtype", choices=("auto", "fp32", "bf16"), default="auto",
         help="of the model (default: the run's precision where the device computes in it; fp32 for the base model)",
-    )
+    )  # fmt: skip
 
     what = sample.add_argument_group("what is drawn")
     add = what.add_argument
     add(
-        "--class",
-        "--class_label",
-        "--class-name",
-        dest="classes",
-        metavar="IDS",
+        "--class", "--class_label", "--class-name", dest="classes", metavar="IDS",
         help='ids or names such as 207,360 or "golden retriever,otter", all, or -1 for a random class (default: all of up to 100 '
         "classes, else -1)",
-    )
+    )  # fmt: skip
     add("--per-class", "--batch_size", type=int, default=1, metavar="N", help="images a class (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the noise; -1: drawn and printed (default: %(default)s)")
     add(
-        "--seed-per-sample",
-        action="store_true",
+        "--seed-per-sample", action="store_true",
         help="an image depends on the seed and its number alone, not on batch or ranks (default: one generator draws all noise, "
         "as the base command)",
-    )
+    )  # fmt: skip
     add("--at-once", type=int, default=100, metavar="N", help="images a batch: less needs less memory (default: %(default)s)")
 
     how = sample.add_argument_group("how (defaults: the run's sample settings)")
     add = how.add_argument
     add("--steps", "--num_steps", type=int, metavar="N", help="solver steps")
     add(
-        "--solver",
-        "--sampler",
-        metavar="NAME",
+        "--solver", "--sampler", metavar="NAME",
         help="euler, heun (calls the model twice a step), dpm++ (DPM-Solver++ 2M), dopri5 "
         "(adaptive: --steps only count the frames), euler_stochastic (the base model's), sde (Euler-Maruyama)",
-    )
+    )  # fmt: skip
     add("--guidance", type=float, metavar="W", help="v = (1+W)·v(class) - W·v(null); papers' scale is 1+W")
     add("--guidance-low", type=float, metavar="T", help="guidance only where t >= T (t = 1 is noise); with high, saves time")
     add("--guidance-high", type=float, metavar="T", help="and only where t <= T")
@@ -288,13 +276,9 @@ def _add_sample(commands) -> None:
     add("--gif-of", metavar="I,J", help="which samples, counted from 0 (default: the first 4)")
     add("--gif-fps", "--gif_fps", type=float, default=10, metavar="N", help="frames a second (default: %(default)s)")
     add(
-        "--npz",
-        type=Path,
-        metavar="NPZ",
-        help="arr_0 (images uint8 [n,S,S,C]) and arr_1 (class ids), as ADM's evaluator reads them; "
-        ""
-        "killed, the same command goes on",
-    )
+        "--npz", type=Path, metavar="NPZ",
+        help="arr_0 (images uint8 [n,S,S,C]) and arr_1 (class ids), as ADM's evaluator reads them; killed, the same goes on",
+    )  # fmt: skip
     add(
         "--latents", type=Path, metavar="NPZ", help="final latents fp32 [n,C,h,w] in the model's scale; alone, needs no autoencoder"
     )
@@ -320,11 +304,9 @@ def _add_metrics_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, metavar="N", help="that an index' images are cut to")
     parser.add_argument("--samples", type=int, metavar="N", help="to draw from a checkpoint (default: 50,000; with digits 500)")
     parser.add_argument(
-        "--labels",
-        choices=("balanced", "random"),
-        default="balanced",
+        "--labels", choices=("balanced", "random"), default="balanced",
         help="each class equally often, or drawn (default: %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of noise and random labels (default: %(default)s)")
     parser.add_argument("--weights", default="ema", metavar="ema|raw|ema_D", help="as of `fastdit sample` (default: ema)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model (default: %(default)s)")
@@ -466,6 +448,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _reader_gone() -> int:
+    """After a BrokenPipeError: the exit code of a program that SIGPIPE ends, if it was stdout's; else the error again."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+        return 141
+    raise
+
+
 def main(words: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     parser = _parser()
@@ -478,6 +470,9 @@ def main(words: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _reader_gone()
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":  # one sentence, not one a rank
             print(f"fastdit: {error}", file=sys.stderr)

@@ -38,9 +38,9 @@ class Card(NamedTuple):
 # Where a datasheet gives tensor-core rates with sparsity, half of them.
 CARDS = {
     "a100": Card("A100 SXM 80 GB", 312e12, 19.5e12, 2.039e12, 80e9, 300e9, "NVIDIA A100 datasheet (2021)"),
-    "h100": Card("H100 SXM", 989e12, 67e12, 3.35e12, 80e9, 450e9, "NVIDIA H100 datasheet (2023)"),
-    "h800": Card("H800 SXM", 989e12, 67e12, 3.35e12, 80e9, 200e9, "as H100 SXM, with NVLink cut to 400 GB/s in both directions"),
-    "h200": Card("H200 SXM", 989e12, 67e12, 4.8e12, 141e9, 450e9, "NVIDIA H200 datasheet (2024)"),
+    "h100": Card("H100 SXM", 989.4e12, 67e12, 3.35e12, 80e9, 450e9, "NVIDIA H100 datasheet (2023)"),
+    "h800": Card("H800 SXM", 989.4e12, 67e12, 3.35e12, 80e9, 200e9, "as H100 SXM, with NVLink cut to 400 GB/s in both directions"),
+    "h200": Card("H200 SXM", 989.4e12, 67e12, 4.8e12, 141e9, 450e9, "NVIDIA H200 datasheet (2024)"),
     "b200": Card("B200 SXM", 2250e12, 75e12, 8e12, 180e9, 900e9, "NVIDIA HGX B200 datasheet (2025), an eighth of a board"),
     "rtx4090": Card("RTX 4090", 165.2e12, 82.6e12, 1.008e12, 24e9, 32e9, "NVIDIA Ada whitepaper (2022); PCIe 4.0 x16"),
     "rtx5090": Card("RTX 5090", 209.5e12, 104.8e12, 1.792e12, 32e9, 64e9, "NVIDIA RTX Blackwell whitepaper (2025); PCIe 5.0 x16"),
@@ -307,7 +307,9 @@ def make(config: Config, card: Card, gpus: int, epochs: float, images: int, pric
     peak = card.bf16 if train.precision == "bf16" else card.fp32
     step_images = train.batch_size * train.accumulation
     p, N = dtype.itemsize, counted.parameters
-    stages = (2, 3) if config.zero.offload else (1, 2, 3)
+    # on one GPU the engine's own choice alone
+    stages = (config.zero.stage,) if gpus == 1 else (2, 3) if config.zero.offload else (1, 2, 3)
+    largest = {how: memory(replaced(config, train__checkpoint=how), gpus, card).largest_batch for how in ("none", "light", "full")}
     gradients, weights = communication(config, N, gpus)
     hours = {end: epochs * images / getattr(speed, end) / 3600 for end in ("fast", "slow")}
     return {
@@ -325,11 +327,10 @@ def make(config: Config, card: Card, gpus: int, epochs: float, images: int, pric
                 how: walk(config.model, 1, dtype, how).kept_block for how in ("none", "light", "full")
             },
             "stages": {
-                stage: memory(replaced(config, zero__stage=stage), gpus, card)._asdict() for stage in stages
+                actual_stage(planned, gpus): memory(planned, gpus, card)._asdict()
+                for planned in (replaced(config, zero__stage=stage) for stage in stages)
             },
-            "largest_batch": {
-                how: memory(replaced(config, train__checkpoint=how), gpus, card).largest_batch for how in ("none", "light", "full")
-            },
+            "largest_batch": largest, "fits": train.batch_size <= largest[train.checkpoint],
         },
         "bytes_per_step_and_gpu": {
             "ops_fused": step_images * p * op_bytes(config.model, True, train.checkpoint),
@@ -363,7 +364,7 @@ def assumptions(config: Config, card: Card, gpus: int) -> list[str]:
         "not counted: kernel launches, which bound small models and batches (steps under 20 ms); checkpoints, grids, restarts",
     ]  # fmt: skip
     if actual_stage(config, gpus) != config.zero.stage:
-        lines.append(f"on one GPU the engine runs ZeRO {actual_stage(config, gpus)} for zero.stage={config.zero.stage}")
+        lines.append(f"one GPU has nothing to shard: the engine runs without ZeRO, whatever zero.stage={config.zero.stage} says")
     if config.zero.stage == 3:
         lines.append(f"ZeRO 3: DeepSpeed keeps up to {ZERO_3_LIVE / 1e9:.0f} G gathered weights from the forward to the backward")
     if config.zero.offload:
@@ -371,15 +372,26 @@ def assumptions(config: Config, card: Card, gpus: int) -> list[str]:
     return lines
 
 
+def _size(size: float) -> str:
+    """Bytes as text: in GB, or MB below 0.1 GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB" if size else "0"
+
+
+def _misfit(memory: dict) -> str:
+    """What is wrong where the batch does not fit the card, and what would."""
+    how, largest = memory["checkpoint"], memory["largest_batch"]
+    text = f"does not fit: {memory['batch_size']} images a GPU with train.checkpoint={how} take "
+    text += f"{_size(memory['stages'][memory['stage']]['peak'])} of {_size(memory['card'])}: "
+    others = [f"{size} with {other}" for other, size in largest.items() if other != how and size > largest[how]]
+    if largest[how]:
+        return text + f"at most {largest[how]} do" + (f" ({', '.join(others)})" if others else "")
+    return text + "not one does" + (f" ({', '.join(others)})" if others else ": use more GPUs, zero.stage=3 or zero.offload=true")
+
+
 def describe(plan: dict) -> str:
     """A plan as text."""
-    gb = lambda value: f"{value / 1e9:.1f}"
     run, memory, speed, moved = plan["run"], plan["memory"], plan["images_per_s"], plan["bytes_per_step_and_gpu"]
-    flops, hardware, milliseconds = (
-        plan["flops_per_image"],
-        plan["hardware"],
-        {k: v * 1e3 for k, v in plan["seconds_per_step"].items()},
-    )
+    flops, hardware = plan["flops_per_image"], plan["hardware"]
     between = lambda values, form: f"{min(values.values()):{form}} to {max(values.values()):{form}}"
     rows = [
         ("model", f"{plan['model']['preset']}, {plan['model']['parameters'] / 1e6:.1f} M parameters"),
@@ -392,24 +404,27 @@ def describe(plan: dict) -> str:
         ("saved a block", ", ".join(f"{how} {size / 1e6:.2f}" for how, size in memory["saved_per_image_and_block"].items())
          + " MB an image, by train.checkpoint"),
         ("largest batch", ", ".join(f"{how} {size}" for how, size in memory["largest_batch"].items())
-         + f" a GPU, by train.checkpoint, ZeRO {memory['stage']}"),
+         + " a GPU, by train.checkpoint, " + (f"ZeRO {memory['stage']}" if memory["stage"] else "without ZeRO")),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     lines = ["Predictions from the model's shapes and datasheets: nothing here was measured.", ""]
+    lines += [] if memory["fits"] else [_misfit(memory), ""]
     lines += [f"{name:{width}}  {text}" for name, text in rows]
     heads = ("ZeRO", "weights", "masters, moments", "EMA", "gradients", "buckets", "activations", "peak", "largest batch")
-    lines += ["", f"memory, GB a GPU of {gb(memory['card'])}, train.checkpoint={memory['checkpoint']}", "  ".join(heads)]
+    lines += ["", f"memory a GPU, of {_size(memory['card'])}, train.checkpoint={memory['checkpoint']}"]
+    table = [heads]
     for stage, values in memory["stages"].items():
-        cells = [str(stage), *(gb(values[key]) for key in list(values)[:-1]), str(values["largest_batch"])]
-        lines.append("  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True)))
-    lines += ["", "one step, a GPU          GB moved    ms"]
+        table.append((str(stage or "none"), *(_size(values[key]) for key in list(values)[:-1]), str(values["largest_batch"])))
+    lines += ["  ".join(f"{cell:>{max(7, len(head))}}" for cell, head in zip(row, heads, strict=True)) for row in table]
+    lines += ["", f"{'one step, a GPU':22} {'moved':>9} {'ms':>8}"]
     for name, size, time in (
         ("matmuls, attention", None, "matmuls"), ("ops, fused", "ops_fused", "ops_fused"),
         ("ops, unfused", "ops_unfused", "ops_eager"),
         ("AdamW, EMA, buckets", "optimizer", "optimizer"), ("gradients sent", "gradients_sent", "gradients_sent"),
         ("weights sent", "weights_sent", "weights_sent"),
     ):  # fmt: skip
-        lines.append(f"{name:22} {gb(moved[size]) if size else '':>10} {milliseconds[time]:>5.1f}")
+        seconds = plan["seconds_per_step"][time]
+        lines.append(f"{name:22} {_size(moved[size]) if size else '':>9} {seconds * 1e3:>8.2f}")
     lines += [
         "",
         f"images/s   {between(speed, ',.0f')} (MFU {between(plan['mfu'], '.0%')})",

@@ -1,6 +1,9 @@
 """The plan's sums against torch's FLOP counter and against published trainers."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -99,6 +102,39 @@ def test_one_gpu_holds_gradients_through_the_forward_only_to_add_them_up():
     one, two = (plan.memory(plan.settings(None, [*words, f"train.accumulation={n}"]), 1, plan.CARDS["h100"]) for n in (1, 2))
     parameters = plan.walk(plan.settings(None, words).model, 1, torch.float32, "none").parameters
     assert two.peak - one.peak == 4 * parameters
+
+
+def test_one_gpu_has_one_row_and_what_does_not_fit_is_said():
+    made = lambda gpus, batch: plan.make(
+        plan.settings(None, ["model.preset=XL/2", f"train.batch_size={batch}"]), plan.CARDS["rtx4090"], gpus, 80, 1000, None
+    )
+    assert list(made(1, 8)["memory"]["stages"]) == [0] and list(made(8, 8)["memory"]["stages"]) == [1, 2, 3]
+    largest = made(1, 8)["memory"]["largest_batch"]["none"]
+    assert made(1, largest)["memory"]["fits"] and "does not fit" not in plan.describe(made(1, largest))
+    over = made(1, largest + 1)
+    assert not over["memory"]["fits"]
+    line = next(line for line in plan.describe(over).splitlines() if line.startswith("does not fit: "))
+    assert f"at most {largest} do" in line and f"{over['memory']['largest_batch']['full']} with full" in line
+    tight = plan.CARDS["rtx4090"]._replace(memory=10e9)  # less than the weights' states
+    config = plan.settings(None, ["model.preset=XL/2"])
+    assert "not one does: use more GPUs" in plan.describe(plan.make(config, tight, 1, 80, 1000, None))
+
+
+def test_small_models_are_told_in_megabytes():
+    config = plan.settings(None, ["model.preset=nano/4"])
+    text = plan.describe(plan.make(config, plan.CARDS["h100"], 1, 80, 1000, None))
+    assert "4.2 MB" in text and " 0.0 GB" not in text
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_reader_that_has_gone_gets_no_traceback(form):
+    """As `fastdit plan | head -1` has it. The text is below a pipe's and Python's buffers: it fails at the last flush."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as stdout:
+        command = [sys.executable, "-m", "fastdit.cli", "plan", "--preset", "test/4", *form]
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_command_and_bad_input(capsys):
