@@ -277,7 +277,7 @@ def _add_sample(commands) -> None:
     add("--gif-fps", "--gif_fps", type=float, default=10, metavar="N", help="frames a second (default: %(default)s)")
     add(
         "--npz", type=Path, metavar="NPZ",
-        help="arr_0 (images uint8 [n,S,S,C]) and arr_1 (class ids), as ADM's evaluator reads them; killed, the same goes on",
+        help="arr_0 (images uint8 [n,S,S,C]) and arr_1 (class ids), as ADM's evaluator reads them; a killed command goes on",
     )  # fmt: skip
     add(
         "--latents", type=Path, metavar="NPZ", help="final latents fp32 [n,C,h,w] in the model's scale; alone, needs no autoencoder"

@@ -27,6 +27,7 @@ class Card(NamedTuple):
     node's other GPUs in one direction (half of the number that NVIDIA prints)."""
 
     name: str
+    device: str  # what torch.cuda.get_device_name says of it, and of no other
     bf16: float  # FLOP/s
     fp32: float  # FLOP/s
     bandwidth: float  # bytes/s
@@ -34,17 +35,25 @@ class Card(NamedTuple):
     link: float  # bytes/s
     source: str
 
+    def peak(self, precision: str) -> float:
+        """FLOP/s in train.precision."""
+        return self.bf16 if precision == "bf16" else self.fp32
+
 
 # Where a datasheet gives tensor-core rates with sparsity, half of them.
 CARDS = {
-    "a100": Card("A100 SXM 80 GB", 312e12, 19.5e12, 2.039e12, 80e9, 300e9, "NVIDIA A100 datasheet (2021)"),
-    "h100": Card("H100 SXM", 989.4e12, 67e12, 3.35e12, 80e9, 450e9, "NVIDIA H100 datasheet (2023)"),
-    "h800": Card("H800 SXM", 989.4e12, 67e12, 3.35e12, 80e9, 200e9, "as H100 SXM, with NVLink cut to 400 GB/s in both directions"),
-    "h200": Card("H200 SXM", 989.4e12, 67e12, 4.8e12, 141e9, 450e9, "NVIDIA H200 datasheet (2024)"),
-    "b200": Card("B200 SXM", 2250e12, 75e12, 8e12, 180e9, 900e9, "NVIDIA HGX B200 datasheet (2025), an eighth of a board"),
-    "rtx4090": Card("RTX 4090", 165.2e12, 82.6e12, 1.008e12, 24e9, 32e9, "NVIDIA Ada whitepaper (2022); PCIe 4.0 x16"),
-    "rtx5090": Card("RTX 5090", 209.5e12, 104.8e12, 1.792e12, 32e9, 64e9, "NVIDIA RTX Blackwell whitepaper (2025); PCIe 5.0 x16"),
-}
+    "a100": Card("A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.039e12, 80e9, 300e9, "NVIDIA A100 datasheet (2021)"),
+    "h100": Card("H100 SXM", "NVIDIA H100 80GB HBM3", 989.4e12, 67e12, 3.35e12, 80e9, 450e9, "NVIDIA H100 datasheet (2023)"),
+    "h800": Card("H800 SXM", "NVIDIA H800", 989.4e12, 67e12, 3.35e12, 80e9, 200e9,
+                 "as H100 SXM, with NVLink cut to 400 GB/s in both directions"),
+    "h200": Card("H200 SXM", "NVIDIA H200", 989.4e12, 67e12, 4.8e12, 141e9, 450e9, "NVIDIA H200 datasheet (2024)"),
+    "b200": Card("B200 SXM", "NVIDIA B200", 2250e12, 75e12, 8e12, 180e9, 900e9,
+                 "NVIDIA HGX B200 datasheet (2025), an eighth of a board"),
+    "rtx4090": Card("RTX 4090", "NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12, 1.008e12, 24e9, 32e9,
+                    "NVIDIA Ada whitepaper (2022); PCIe 4.0 x16"),
+    "rtx5090": Card("RTX 5090", "NVIDIA GeForce RTX 5090", 209.5e12, 104.8e12, 1.792e12, 32e9, 64e9,
+                    "NVIDIA RTX Blackwell whitepaper (2025); PCIe 5.0 x16"),
+}  # fmt: skip
 GPUS_A_NODE = 8
 NETWORK = 50e9  # bytes/s a GPU and direction between nodes: one 400 Gb/s adapter for each
 
@@ -263,9 +272,10 @@ def rates(config: Config, gpus: int, flops: float, bandwidth: float, link: float
 
 def on_card(config: Config, card: Card, gpus: int) -> Rates:
     """The rates that a prediction counts on for a card of the table."""
-    peak = card.bf16 if config.train.precision == "bf16" else card.fp32
     link = card.link if gpus <= GPUS_A_NODE else min(card.link, NETWORK)
-    return rates(config, gpus, peak * MATMUL_SHARE, card.bandwidth * BANDWIDTH_SHARE, link * LINK_SHARE)
+    return rates(
+        config, gpus, card.peak(config.train.precision) * MATMUL_SHARE, card.bandwidth * BANDWIDTH_SHARE, link * LINK_SHARE
+    )
 
 
 def find_card(name: str) -> Card:
@@ -274,6 +284,11 @@ def find_card(name: str) -> Card:
     if key not in CARDS:
         raise InputError(f"--gpu {name} is not in plan's table: {nearest(key, list(CARDS))}")
     return CARDS[key]
+
+
+def card_of(device: str) -> Card | None:
+    """The row of CARDS for a name that torch.cuda.get_device_name gave. None for others: slower relatives share most of a name."""
+    return next((card for card in CARDS.values() if card.device == device), None)
 
 
 def settings(path: str | None, overrides: list[str]) -> Config:
@@ -304,7 +319,7 @@ def make(config: Config, card: Card, gpus: int, epochs: float, images: int, pric
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     counted, speed = walk(config.model, 1, dtype, "none"), on_card(config, card, gpus)
     model_flops = counted.forward + counted.backward
-    peak = card.bf16 if train.precision == "bf16" else card.fp32
+    peak = card.peak(train.precision)
     step_images = train.batch_size * train.accumulation
     p, N = dtype.itemsize, counted.parameters
     # on one GPU the engine's own choice alone

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdit import kernels
+from fastdit import kernels, plan
 from fastdit.checkpoint import flush, replacing, write_atomically
 from fastdit.config import Config, InputError
 from fastdit.engine import World
@@ -196,7 +196,14 @@ class Log:
             except wandb.errors.Error as error:
                 raise InputError(f"train.wandb={config.train.wandb} failed: {error}: use train.wandb=offline") from error
             self.wandb_id = self.wandb.id
+        counted = plan.walk(config.model, 1, torch.float32, "none")
+        self.world_size, self.flops = world.size, counted.forward + counted.backward  # of an image
+        self.peak = None  # FLOP/s of this device
+        if card := plan.card_of(device_name(world.device)):
+            self.peak = card.peak(config.train.precision)
         self.bar = progress_bar(config.train.total_steps, start_step)
+        if card:
+            self.say(f"MFU is of {self.peak / 1e12:g} TFLOP/s: {card.name}, {config.train.precision}, {card.source}")
         self.time, self.step = time.perf_counter(), start_step
 
     def advance(self) -> None:
@@ -205,20 +212,24 @@ class Log:
             self.bar.update()
 
     def write(self, step: int, **values: float | list | None) -> None:
-        """One line after `step` steps: the values, and images/s by the wall clock since the last line."""
+        """One line after `step` steps: the values, and by the wall clock since the last line images/s, TFLOP/s of each device (the
+        model's own: what is recomputed does not count) and, where its peak is known, MFU."""
         if not self.speaks:
             return
         now = time.perf_counter()
         rate = (step - self.step) * self.batch / (now - self.time)
         self.time, self.step = now, step
-        line = {"step": step, **values, "images_per_s": round(rate, 2), "time": round(time.time(), 3)}
+        flops = rate / self.world_size * self.flops
+        achieved = {"tflops": float(f"{flops / 1e12:.4g}")} | ({"mfu": round(flops / self.peak, 4)} if self.peak else {})
+        line = {"step": step, **values, "images_per_s": round(rate, 2), **achieved, "time": round(time.time(), 3)}
         self.event(line)
         if self.wandb:
             flat = {key: value for key, value in line.items() if key not in ("step", "loss_by_t")}
             flat |= {f"loss_by_t/bin_{i}": value for i, value in enumerate(values["loss_by_t"])}
             self.wandb.log(flat, step=step)
         loss = "none" if values["loss"] is None else f"{values['loss']:.4f}"
-        self.bar.set_postfix_str(f"loss {loss}, {rate:.0f} images/s", refresh=False)
+        share = f"MFU {achieved['mfu']:.0%}" if self.peak else f"{achieved['tflops']:.3g} TFLOP/s"
+        self.bar.set_postfix_str(f"loss {loss}, {rate:.0f} images/s, {share}", refresh=False)  # a narrow terminal cuts the end
 
     def event(self, line: dict) -> None:
         """A line of its own in metrics.jsonl."""

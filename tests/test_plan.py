@@ -137,6 +137,13 @@ def test_a_reader_that_has_gone_gets_no_traceback(form):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_a_devices_card_is_found_by_its_whole_name():
+    assert plan.card_of("NVIDIA A100-SXM4-80GB") == plan.CARDS["a100"] and plan.card_of("NVIDIA H200") == plan.CARDS["h200"]
+    slower = ("NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+    assert not any(map(plan.card_of, (*slower, "AMD EPYC, 2 threads", "")))
+    assert len({card.device for card in plan.CARDS.values()}) == len(plan.CARDS)
+
+
 def test_command_and_bad_input(capsys):
     assert cli.main(["plan", "--preset", "S/2", "--gpus", "1", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)

@@ -1,11 +1,14 @@
-"""Sums of the losses by timestep, and the clock of a step's phases."""
+"""Sums of the losses by timestep, the clock of a step's phases, and what a log line says of the speed."""
 
+import json
 import time
 
 import pytest
 import torch
 
 from fastdit import telemetry
+from fastdit.config import parse
+from fastdit.engine import World
 
 
 def test_loss_sums_by_bins_of_t():
@@ -57,3 +60,19 @@ def test_a_gpus_phases_are_timed_by_events_and_the_data_wait_by_the_host(monkeyp
     assert not asked and len(recorded) == 6
     seconds = clock.read()
     assert seconds["forward_backward"] == pytest.approx(0.3) and seconds["data_wait"] < 0.1 and seconds["ema"] == 0
+
+
+@pytest.mark.parametrize(("name", "mfu"), [("NVIDIA H100 80GB HBM3", True), ("NVIDIA H100 PCIe", False), ("AMD EPYC", False)])
+def test_a_log_line_has_each_devices_flops_and_mfu_where_the_peak_is_known(monkeypatch, tmp_path, capsys, name, mfu):
+    """Two ranks, 8 images a step; what XL/2 takes an image is published: 0.71 TFLOP forward and backward."""
+    monkeypatch.setattr(telemetry, "device_name", lambda device: name)
+    words = ["model.preset=XL/2", "model.in_channels=4", "model.num_classes=1000", "train.precision=bf16", "train.batch_size=4"]
+    log = telemetry.Log(tmp_path, parse(None, words), World(0, 2, torch.device("cpu"), None), 0, None)
+    log.time -= 0.01  # 10 steps in no time: a rate whose MFU is not rounded away
+    log.write(10, loss=1.0, loss_by_t=[])
+    log.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["tflops"] == pytest.approx(line["images_per_s"] / 2 * 0.71, rel=0.01)
+    assert ("mfu" in line) == mfu == ("MFU is of 989.4 TFLOP/s: H100 SXM, bf16" in capsys.readouterr().err)
+    if mfu:
+        assert line["mfu"] == pytest.approx(line["tflops"] / 989.4, rel=0.01)

@@ -50,7 +50,7 @@ def test_a_run_leaves_what_it_should(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     phases = {f"{phase}_s" for phase in telemetry.PHASES}
-    told = {"loss", "loss_by_t", "lr", "grad_norm", "skipped", "peak_memory_gb", "images_per_s", "time"}
+    told = {"loss", "loss_by_t", "lr", "grad_norm", "skipped", "peak_memory_gb", "images_per_s", "tflops", "time"}
     assert set(lines[0]) == {"step", "epoch"} | told | phases
     assert (
         all(0 <= lines[0][phase] < 60 for phase in phases)
