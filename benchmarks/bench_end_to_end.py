@@ -86,7 +86,7 @@ def fastdit(folder: Path, source: str, batch: int, steps: int) -> Callable[[int]
     trainer = Trainer(config, world, loader, codec, run, None, {"step": 0, "wandb_id": None, "summed_steps": 0})
 
     def step(step: int) -> torch.Tensor:
-        trainer._step(step)
+        trainer.step(step)
         trainer.ema.update()
         return trainer.step_sums[0] / batch
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from eager_reference import rotate_interleaved
 from fastdit import kernels
+from fastdit.rates import COPY
 from kernel_cases import CASES, TOKENS
-from limits import COPY, MOVED
+from limits import MOVED
 from measure import DEVICE, DTYPE, SWEEPS, Group, Result, Worker, quantiles, seconds, speedup, start, take_turns
 
 SUITE = "kernels"

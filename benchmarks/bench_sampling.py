@@ -20,7 +20,7 @@ import images
 from eager_reference import EagerDiT, comparable, euler, fastdit_model
 from fastdit import autoencoder, sample
 from fastdit.config import SampleConfig
-from limits import Limits
+from fastdit.rates import matmul_rate
 from measure import DEVICE, PRECISION, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 
 SUITE = "sampling"
@@ -124,9 +124,9 @@ def check(finals: dict[str, Tensor], decoded: bool) -> tuple[dict[str, dict], di
 def measure(batch: int, decoded: bool, names: tuple[str, ...], turns: int, say: Callable) -> dict[str, Result]:
     make = lambda name: lambda: Worker("bench_sampling:provider", name, decoded, allocator=name != "eager")
     workers, errors = start({name: make(name) for name in names}, say)
-    limits = {p: Limits((2048, SHAPE[0], 4 * SHAPE[0]), sample.DTYPES[p]) for p in {"fp32", PRECISION}}
     calls = {name: lambda _, w=w: w(batch) for name, w in workers.items()}
-    rates = {f"limits {p}": lambda _, limit=limit: limit()[0] for p, limit in limits.items()}
+    shape = (2048, SHAPE[0], 4 * SHAPE[0])
+    rates = {f"limits {p}": lambda _, p=p: matmul_rate(shape, sample.DTYPES[p], DEVICE) for p in {"fp32", PRECISION}}
     found, failed = take_turns(rates | calls, turns + 1, say)  # the first is cold
     errors |= failed
     peaks = {name: w.peak_memory() for name, w in workers.items() if name not in errors}

@@ -3,13 +3,11 @@
 B batch, T tokens, H width, F SwiGLU hidden.
 """
 
-import torch
 from torch import nn
 
 from fastdit.model import DiT
-from measure import DEVICE, DTYPE, seconds
-
-COPY = 1 << 28  # bytes: eight times the last-level cache of the machines it ran on, five times an H100's
+from fastdit.rates import copy_rate, matmul_rate
+from measure import DEVICE, DTYPE
 
 # Elements that each op must read or write, forward and backward, per element of its result's [B,T,H] (swiglu: [B,T,F]; flow: the
 # latent). The modulation and the statistics, 1/T and 1/H of it, are left out. Data have no gradient.
@@ -22,17 +20,12 @@ MOVED = {
 class Limits:
     """Made in a worker; called, it measures both rates. shape: M, K, N of the matmul."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype = DTYPE) -> None:
-        M, K, N = shape
-        self.flop = 2 * M * K * N
-        self.a, self.b = (torch.randn(s, dtype=dtype, device=DEVICE) for s in ((M, K), (K, N)))
-        self.source, self.target = (torch.ones(COPY // 4, device=DEVICE) for _ in range(2))
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
 
     def __call__(self) -> tuple[float, float]:
-        """FLOP/s of `a @ b`, and bytes/s of a copy, reads and writes counted."""
-        calls = max(3, int(2e10 / self.flop)) if DEVICE.type == "cpu" else 50
-        rate = self.flop / seconds(lambda: self.a @ self.b, calls)
-        return rate, 2 * COPY / seconds(lambda: self.target.copy_(self.source), 3)
+        """FLOP/s of a matmul in the precision that is measured, and bytes/s of a copy, reads and writes counted."""
+        return matmul_rate(self.shape, DTYPE, DEVICE), copy_rate(DEVICE)
 
 
 def flops_per_image(model: DiT) -> int:

@@ -10,7 +10,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +18,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from fastdit import rates
 from fastdit.cli import ALLOCATOR
 from fastdit.engine import precision
 
@@ -74,8 +74,7 @@ def reason(error: BaseException) -> str:
 
 
 def synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    rates.synchronize(DEVICE)
 
 
 def peak_memory() -> int:
@@ -171,10 +170,4 @@ def take_turns(
 
 def seconds(call: Callable[[], object], calls: int) -> float:
     """Of one call, the mean of some after one that is not counted."""
-    call()
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    synchronize()
-    return (time.perf_counter() - start) / calls
+    return rates.seconds(call, DEVICE, calls)

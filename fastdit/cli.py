@@ -3,6 +3,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ from fastdit.config import Config, InputError, SampleConfig, Stopped, parse
 
 # Huge pages, and what is freed is kept for the next step: without them a step on a CPU spends 8-12 % in page faults and TLB misses.
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184"
-
 
 # Read when CUDA and NCCL start: freed memory serves other shapes too; a collective that times out leaves a trace of all ranks.
 CUDA_ENVIRONMENT = {
@@ -174,8 +174,6 @@ def _info(_: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    import json
-
     from fastdit import plan
 
     path, words = _file_and_overrides(arguments)
@@ -186,6 +184,15 @@ def _plan(arguments: argparse.Namespace) -> None:
     card = plan.find_card(arguments.gpu)
     made = plan.make(config, card, arguments.gpus, arguments.epochs, arguments.images, arguments.price_per_gpu_hour)
     print(json.dumps(made, indent=1) if arguments.json else plan.describe(made))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    config = parse(*_file_and_overrides(arguments))
+    from fastdit import doctor
+
+    found = doctor.examine(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found, indent=1) if arguments.json else doctor.describe(found))
 
 
 def _add_plan(commands) -> None:
@@ -443,6 +450,17 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_plan(commands)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="measure this machine, and what keeps a run from its speed",
+        description="Measure the rates of matmuls, attention, memory, links and data, the step that they allow, and a few real "
+        "training steps; name the largest gap. Works alone and under torchrun; keeps no files.",
+        epilog="example: fastdit doctor launch/quickstart.yaml train.batch_size=128",
+    )
+    _add_settings(doctor)
+    doctor.add_argument("--json", action="store_true", help="all figures as JSON, in seconds, bytes/s, FLOP/s and images/s")
+    doctor.set_defaults(run=_doctor)
+
     info = commands.add_parser("info", help="versions, device, and which backend each op uses")
     info.set_defaults(run=_info)
     return parser
@@ -464,7 +482,7 @@ def main(words: list[str] | None = None) -> int:
     # argparse takes no positional after an option behind a `nargs="*"`: overrides may come there all the same
     arguments, rest = parser.parse_known_args(words)
     arguments.overrides = rest
-    if words is None and arguments.command in ("train", "sample", "encode", "evaluate", "sweep"):
+    if words is None and arguments.command in ("train", "sample", "encode", "evaluate", "sweep", "doctor"):
         _tune_environment()
     if rest and ("settings" not in arguments or any(word.startswith("-") or "=" not in word for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -473,14 +491,10 @@ def main(words: list[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         return _reader_gone()
-    except InputError as error:
+    except (InputError, Stopped) as error:
         if os.environ.get("RANK", "0") == "0":  # one sentence, not one a rank
             print(f"fastdit: {error}", file=sys.stderr)
-        return 2
-    except Stopped as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"fastdit: {error}", file=sys.stderr)
-        return 75  # EX_TEMPFAIL: try again
+        return 2 if isinstance(error, InputError) else 75  # EX_TEMPFAIL: try again
     except FloatingPointError as error:
         print(f"fastdit: {error}", file=sys.stderr)
         return 1

@@ -165,7 +165,7 @@ class Trainer:
             faulthandler.dump_traceback_later(settings.timeout_s, exit=True, file=sys.__stderr__)  # unless it is set again by then
             lr = self.engine.get_lr()[0]  # of this step: engine.step moves the schedule on
             done, last = step + 1, step + 1 == settings.total_steps
-            if self._step(step) and done % settings.ema_every == 0:
+            if self.step(step) and done % settings.ema_every == 0:
                 with self.clock.phase("ema"):
                     self.ema.update()
             self.log.advance()
@@ -184,7 +184,7 @@ class Trainer:
             if self.stop and not last:
                 raise Stopped(f"told to stop by SIGTERM: saved step {done}, the same command continues")
 
-    def _step(self, step: int) -> bool:
+    def step(self, step: int) -> bool:
         """One optimizer step: `accumulation` micro-steps on this rank's share of the global batch; whether it was taken.
 
         Where a loss or a gradient of any rank is not finite, DeepSpeed takes it on none.

@@ -1,0 +1,107 @@
+"""`fastdit doctor`: its figures of a tiny run, and that it names what was made slow."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.profiler import profile
+
+from fastdit import cli, doctor, plan, rates
+from fastdit.config import parse
+
+TINY = ["model.preset=test/4", "train.precision=fp32", "train.batch_size=4"]
+CPU = torch.device("cpu")
+
+
+def test_the_command(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["doctor", "--json", *TINY, "train.accumulation=2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+    assert found["images_a_step"] == 8 and found["precision"] == "fp32" and found["matmul"]["shape"] == [4 * 64, 64, 256]
+    assert found["images_per_s"]["measured"] == pytest.approx(8 / found["step_s"])
+    assert min(found["matmul"]["flops"], found["attention"]["flops"], found["copy_bytes_per_s"], found["data_images_per_s"]) > 0
+    assert found["attention"]["kind"] == "scaled_dot_product_flash_attention_for_cpu"
+    assert found["link_bytes_per_s"] is None and found["overlap_hidden"] is None
+    parts = found["parts_s"]
+    assert parts["communication"] == {"expected": 0.0, "measured": 0.0}
+    assert all(parts[name]["measured"] > 0 for name in ("data", "matmuls", "ops", "optimizer"))
+    # the phases, without log lines and what the profile's own steps took longer
+    assert sum(part["measured"] for part in parts.values()) == pytest.approx(found["step_s"], rel=0.5)
+    text = doctor.describe(found)
+    assert "not measured: one rank" in text and f"largest gap: {found['largest_gap']}, " in text
+
+
+def test_slow_data_are_the_largest_gap(monkeypatch):
+    """A loader that takes 0.1 s a batch, where a step takes some milliseconds."""
+    load = doctor.data.load
+
+    def slow(config, place, world):
+        loader = load(config, place, world)
+        batch = loader.batch
+        monkeypatch.setattr(loader, "batch", lambda *step: time.sleep(0.1) or batch(*step))
+        return loader
+
+    monkeypatch.setattr(doctor.data, "load", slow)
+    found = doctor.examine(parse(None, TINY))
+    assert found["largest_gap"] == "data" and found["parts_s"]["data"]["measured"] >= 0.1
+    assert found["data_images_per_s"] <= 4 / 0.1
+    assert "largest gap: data, " in doctor.describe(found)
+
+
+def test_a_profile_tells_matmuls_from_other_ops():
+    x = torch.randn(64, 64, requires_grad=True)
+    linear = torch.nn.Linear(64, 64)
+    with profile() as found:
+        linear(x).exp().sum().backward()
+    events = found.key_averages()
+    matmuls, collectives = doctor.profiled(events, CPU)
+    assert {"aten::addmm", "aten::mm"} <= {event.key for event in events if doctor.MATMULS.match(event.key)}
+    assert 0 < matmuls < sum(event.self_cpu_time_total for event in events) / 1e6 and collectives == 0
+
+
+def test_gloos_spans_count_whole():
+    """They run in a thread of their own, and the profiler gives them no time of their own."""
+    span = SimpleNamespace(key="gloo:all_reduce", self_cpu_time_total=0.0, cpu_time_total=3e5)
+    call = SimpleNamespace(key="c10d::allreduce_", self_cpu_time_total=100.0, cpu_time_total=3e5)  # waits for the span
+    assert doctor.profiled([span, call], CPU) == (0.0, 0.3)
+
+
+@pytest.mark.slow
+def test_two_ranks():
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fastdit.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launcher, "doctor", "--json", *TINY], env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["ranks"] == 2 and found["images_a_step"] == 8 and found["link_bytes_per_s"] > 0
+    assert all(found["parts_s"]["communication"].values())
+
+
+def test_collectives_belong_to_the_phase_that_sends():
+    """30 ms of them, two thirds gradients: on a CPU all count, on CUDA those of the weights."""
+    expected = plan.Rates(0.1, 0.02, 0.05, 0.01, gradients_sent=0.002, weights_sent=0.001, fast=1, slow=1)
+    step = {"data_wait": 0.0, "forward_backward": 0.2, "optimizer": 0.03, "ema": 0.01, "matmuls": 0.12, "collectives": 0.03}
+    cpu, cuda = doctor.compare(expected, True, step, False), doctor.compare(expected, False, step, True)
+    measured = lambda parts: [round(parts[name]["measured"], 6) for name in ("matmuls", "ops", "optimizer", "communication")]
+    assert measured(cpu) == [0.12, 0.06, 0.03, 0.03] and measured(cuda) == [0.12, 0.08, 0.03, 0.01]
+    assert cpu["communication"]["expected"] == pytest.approx(0.003) and cuda["communication"]["expected"] == 0.001
+    assert (cpu["ops"]["expected"], cuda["ops"]["expected"]) == (0.02, 0.05)
+
+
+def test_rates_count_what_they_say(monkeypatch):
+    """Of calls that take a second each."""
+    monkeypatch.setattr(rates, "seconds", lambda call, device, calls: call() is None or 1.0)
+    assert rates.matmul_rate((8, 4, 2), torch.float32, CPU) == 2 * 8 * 4 * 2
+    assert rates.copy_rate(CPU) == 2 * rates.COPY
+    monkeypatch.setattr(rates.dist, "all_reduce", lambda tensor: None)
+    assert rates.link_rate(4, CPU) == 1.5 * rates.LINK["cpu"] and rates.link_rate(1, CPU) is None
+
+
+def test_bad_input(capsys):
+    assert cli.main(["doctor", "data.source=nowhere"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("fastdit: data.source=nowhere is neither")
