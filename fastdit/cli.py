@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from fastdit.config import Config, InputError, SampleConfig, Stopped, parse
+from fastdit.config import InputError, SampleConfig, Stopped, parse
 
 # Huge pages, and what is freed is kept for the next step: without them a step on a CPU spends 8-12 % in page faults and TLB misses.
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184"
@@ -149,28 +149,9 @@ def _import_base(arguments: argparse.Namespace) -> None:
 
 
 def _info(_: argparse.Namespace) -> None:
-    import torch
+    from fastdit import doctor
 
-    from fastdit import kernels
-    from fastdit.engine import deepspeed_config, settle
-    from fastdit.kernels import library
-    from fastdit.telemetry import check_backend, device_name, versions
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backend = check_backend(device)
-    for name, version in versions().items():
-        print(f"{name:20} {version}")
-    print(f"{'device':20} {device_name(device)}")
-    built = library.EXTENSION and f"built, runs {library.INSTRUCTION_SETS[library.cpp.isa()]}"
-    print(f"{'C++ extension':20} {built or 'not built: install again with a C++ compiler and FASTDIT_BUILD_EXT=1'}")
-    config = settle(Config(), device)
-    print(f"{'precision':20} auto is {config.train.precision} here")
-    zero = deepspeed_config(config, 2)["zero_optimization"]
-    overlap = "with" if zero["overlap_comm"] else "without"
-    print(f"{'default ZeRO':20} stage {zero['stage']} {overlap} overlap, buckets of {zero['reduce_bucket_size']:,} elements")
-    print(f"\nkernel backend on {device.type}:")
-    for op in kernels.OPS:
-        print(f"  {op:26} {backend}")
+    print(doctor.info())
 
 
 def _plan(arguments: argparse.Namespace) -> None:

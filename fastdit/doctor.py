@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdit import autoencoder, data, engine, plan, telemetry
+from fastdit import autoencoder, data, engine, kernels, plan, telemetry
 from fastdit.config import Config
+from fastdit.kernels import library
 from fastdit.rates import attention_rate, copy_rate, hidden_share, link_rate, matmul_rate, seconds, synchronize
 from fastdit.train import Trainer
 
@@ -22,6 +23,25 @@ READ = 20  # batches, after a first one
 # As the profiler calls them: the ops whose own time, or whose kernels', is matmuls; gloo's spans and NCCL's kernels.
 MATMULS = re.compile(r"aten::(addmm|mm|bmm|baddbmm|linear|_scaled_dot_product)|mkl(dnn)?::|flash_attn::")
 COLLECTIVES = re.compile(r"gloo:|ncclDevKernel")
+
+
+def info() -> str:
+    """Versions, the device, and what runs on it by default, as text."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend, built = telemetry.check_backend(device), None
+    if library.EXTENSION:
+        built = f"built, runs {library.INSTRUCTION_SETS[library.cpp.isa()]}"
+    config = engine.settle(Config(), device)
+    zero = engine.deepspeed_config(config, 2)["zero_optimization"]
+    overlap = "with" if zero["overlap_comm"] else "without"
+    rows = {
+        **telemetry.versions(), "device": telemetry.device_name(device),
+        "C++ extension": built or "not built: install again with a C++ compiler and FASTDIT_BUILD_EXT=1",
+        "precision": f"auto is {config.train.precision} here",
+        "default ZeRO": f"stage {zero['stage']} {overlap} overlap, buckets of {zero['reduce_bucket_size']:,} elements",
+    }  # fmt: skip
+    lines = [f"{name:20} {value}" for name, value in rows.items()]
+    return "\n".join([*lines, "", f"kernel backend on {device.type}:", *(f"  {op:26} {backend}" for op in kernels.OPS)])
 
 
 def data_rate(loader, config: Config, device: torch.device) -> float:
