@@ -132,7 +132,7 @@ def _snapshot(engine, ema: ShardedEma, sums: Tensor) -> dict[str, Tensor]:
     """This rank's part of a checkpoint, copied to the host: training may go on."""
     kinds = {"raw": [f.master for f in ema.fragments], **ema.all, **moments(engine, ema.fragments)}
     shards = {f"{kind}/{f.name}@{f.start}": t for kind, own in kinds.items() for f, t in zip(ema.fragments, own, strict=True)}
-    return {key: tensor.detach().cpu().clone() for key, tensor in (shards | {LOG_SUMS: sums}).items()}
+    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in (shards | {LOG_SUMS: sums}).items()}
 
 
 def _write_own(temporary: Path, shards: dict[str, Tensor], config: Config, state: dict, rank: int) -> dict[str, str]:
@@ -176,7 +176,7 @@ def _write(folder: Path, shards: dict[str, Tensor], config: Config, state: dict,
         others = [old for old in sorted(folder.glob("step_*")) if old != final and is_whole(old, by_hash=False)]
         kept = lambda old: train.keep_every and int(old.name.removeprefix("step_")) % train.keep_every == 0
         passing = [old for old in others if not kept(old)]
-        for old in passing[: len(passing) + 1 - train.keep_checkpoints]:
+        for old in passing[: max(0, len(passing) + 1 - train.keep_checkpoints)]:
             shutil.rmtree(old)
 
     together(world, lambda: written(commit), everywhere=False)

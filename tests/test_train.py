@@ -428,8 +428,11 @@ def test_a_checkpoint_whose_bytes_changed_does_not_count(trained, tmp_path):
 
 def test_every_kth_checkpoint_is_kept(tmp_path):
     few = ["train.total_steps=7", "train.save_steps=1", "train.keep_checkpoints=1", "train.keep_every=3", "train.sample_steps=0"]
-    run = train(parse(None, settings(tmp_path, *few)))
-    assert sorted(p.name[-1] for p in (run / "checkpoints").glob("step_*")) == ["3", "6", "7"]
+    kept = lambda run: sorted(int(p.name[-1]) for p in (run / "checkpoints").glob("step_*"))
+    assert kept(train(parse(None, settings(tmp_path, *few)))) == [3, 6, 7]
+    four = ["train.keep_checkpoints=4", "train.keep_every=0", "train.name=four"]
+    for steps, wanted in ((3, [1, 2, 3]), (7, [4, 5, 6, 7])):
+        assert kept(train(parse(None, settings(tmp_path, *few, *four, f"train.total_steps={steps}")))) == wanted
 
 
 def test_a_full_disk_keeps_the_checkpoints_before(tmp_path, capsys, monkeypatch):
