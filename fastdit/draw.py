@@ -82,7 +82,7 @@ class Request:
         wrong = next((part for part in chosen if not part.isdecimal() or int(part) >= n), None)
         if wrong is not None:
             raise InputError(f"--gif-of {wrong!r} is not one of the {n} samples: give numbers from 0 to {n - 1}, such as 0,1")
-        return [int(part) for part in chosen]
+        return list(dict.fromkeys(int(part) for part in chosen))
 
 
 class Clock:

@@ -239,6 +239,8 @@ def save(summary: Summary, path: Path) -> None:
 def load(path: Path) -> Summary | None:
     """The statistics of an .npz, None where it holds none. Raises InputError when it is corrupt."""
     try:
+        if path.exists() and not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("no zip archive")
         with np.load(path) as found:
             if "mu" not in found or "sigma" not in found:
                 return None
@@ -248,8 +250,8 @@ def load(path: Path) -> Summary | None:
         raise InputError(f"{path} cannot be read as an .npz: {error}: it is damaged or not one; fetch or make it again") from error
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if mean in arrays:
-            width = arrays[mean].shape[-1]
-            if covariance not in arrays or arrays[covariance].shape != (width, width):
+            width = arrays[mean].numel()
+            if arrays[mean].ndim != 1 or covariance not in arrays or arrays[covariance].shape != (width, width):
                 raise InputError(f"{path} holds {mean} of width {width} but no {covariance} of {width} x {width}: make it again")
             arrays |= {key: arrays[key].double() for key in (mean, covariance)}
     return Summary(**arrays, about=about)

@@ -29,6 +29,7 @@ def guided(
     low, high = interval
 
     def velocity(x: Tensor, t: Tensor, at: float) -> Tensor:
+        at = min(max(at, 0.0), 1.0)  # dopri5 steps past the end, and interpolates
         if both is None or not low <= at <= high:
             return run(x, t, *alone).float()
         v_class, v_null = run(torch.cat((x, x)), t, *both).float().chunk(2)
@@ -60,7 +61,7 @@ def timesteps(steps: int, shift: float = 1.0, device: torch.device | None = None
     t_next is t − 1/n, because the base model's embedding feels the last bit."""
     times = torch.linspace(1, 1 / steps, steps)
     pairs = shifted(torch.stack((times, times - 1 / steps)), shift).to(device)
-    at = [shifted(1 - i / steps, shift) for i in range(steps)] + [0.0]
+    at = [shifted((steps - i) / steps, shift) for i in range(steps + 1)]
     return [Step(*pair.unbind(), at[i], at[i + 1]) for i, pair in enumerate(pairs.unbind(1))]
 
 

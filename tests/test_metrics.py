@@ -144,5 +144,11 @@ def test_statistics_that_a_file_cannot_hold_are_refused(tmp_path):
     np.savez(path, mu=np.zeros(4), sigma=np.zeros((3, 3)))
     with pytest.raises(InputError, match="no sigma of 4 x 4"):
         metrics.load(path)
+    np.savez(path, mu=np.float64(0), sigma=np.zeros((1, 1)))
+    with pytest.raises(InputError, match="holds mu of width 1"):
+        metrics.load(path)
+    np.save(tmp_path / "x.npy", np.zeros(4))
+    with pytest.raises(InputError, match=r"x\.npy cannot be read as an \.npz"):
+        metrics.load(tmp_path / "x.npy")
     np.savez(path, arr_0=np.zeros(3))
     assert metrics.load(path) is None

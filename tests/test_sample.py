@@ -126,7 +126,7 @@ def test_a_random_class_where_there_are_a_thousand(tmp_path, capsys):
 
 
 def test_every_kind_of_file(latent_run, tmp_path, capsys):
-    more = ["--class", "3,7", "--per-class", "2", "--at-once", "3", "--gif-of", "3,0"]
+    more = ["--class", "3,7", "--per-class", "2", "--at-once", "3", "--gif-of", "3,0,3"]
     files = {"out": "g.png", "gif": "g.gif", "npz": "s.npz", "latents": "l.npz", "folder": "images"}
     named = [word for flag, name in files.items() for word in (f"--{flag}", tmp_path / name)]
     assert cli.main(words(latent_run, *more, *named)) == 0

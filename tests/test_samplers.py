@@ -162,6 +162,20 @@ def test_guidance_is_on_all_channels_and_in_one_batch():
     torch.testing.assert_close(v, expected.view(2, 1, 1, 1).expand(2, 4, 2, 2))
 
 
+def test_guidance_holds_where_dopri5_steps_past_the_end():
+    """It interpolates back to t = 0: without guidance there the velocity would jump, and the step size shrink to nothing."""
+    model = Stub()
+    velocity = samplers.guided(model, torch.tensor([1, 2]), 5, 1.0, (0.0, 0.5))
+    for at in (0.1, 0.0, -0.05):
+        velocity(torch.zeros(2, 1, 2, 2), torch.tensor(at), at)
+    assert model.calls == [[1, 2, 5, 5]] * 3
+
+
+@pytest.mark.parametrize(("steps", "low"), [(5, 0.2), (10, 0.1), (20, 0.35)])
+def test_a_step_at_the_intervals_end_is_guided(steps, low):
+    assert low in [step.at for step in samplers.timesteps(steps)]
+
+
 def test_no_null_half_without_guidance_or_outside_of_its_interval():
     model = Stub()
     x = torch.zeros(2, 1, 2, 2)
