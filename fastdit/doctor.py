@@ -21,7 +21,9 @@ from fastdit.train import Trainer
 WARM, STEPS, PROFILED = 2, 6, 2  # training steps
 READ = 20  # batches, after a first one
 # As the profiler calls them: the ops whose own time, or whose kernels', is matmuls; gloo's spans and NCCL's kernels.
-MATMULS = re.compile(r"aten::(addmm|mm|bmm|baddbmm|linear|_scaled_dot_product)|mkl(dnn)?::|flash_attn::")
+MATMULS = re.compile(
+    r"aten::(addmm|mm|bmm|baddbmm|linear|_scaled_dot_product|_(flash|efficient|cudnn)_attention_)|mkl(dnn)?::|flash_attn::"
+)
 COLLECTIVES = re.compile(r"gloo:|ncclDevKernel")
 
 

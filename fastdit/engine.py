@@ -13,7 +13,6 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from packaging.version import Version
 from torch import Tensor, nn
 
 from fastdit.config import Config, InputError
@@ -22,7 +21,7 @@ from fastdit.optimizer import OneRankAdamW
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-DEEPSPEED = Version("0.19.8")  # the first without the races of its issues 7965 and 8061, which gave NaN
+DEEPSPEED = "0.19.8"  # the first without the races of its issues 7965 and 8061, which gave NaN
 CONTROL_TIMEOUT = timedelta(minutes=60)  # rank 0 may hash and write for long while the others wait
 
 
@@ -76,8 +75,9 @@ def start(device: str = "auto") -> World:
         place = torch.device("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
+    from packaging.version import Version
 
-    if Version(deepspeed.__version__) < DEEPSPEED:
+    if Version(deepspeed.__version__) < Version(DEEPSPEED):
         raise InputError(
             f"deepspeed {deepspeed.__version__} is installed, whose overlapped communication races with compiled blocks: "
             f"pip install 'deepspeed>={DEEPSPEED}'"
