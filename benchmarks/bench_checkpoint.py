@@ -6,6 +6,7 @@ load: from the page cache into model, optimizer and EMA; fastdit's hashes everyt
 """
 
 import functools
+import os
 import shutil
 import tempfile
 import time
@@ -59,6 +60,7 @@ def fastdit(folder: Path, case: str) -> Callable[[], dict]:
         checkpoint.load(found, dit, ema, saved, sums, config, world)
 
     def run() -> dict[str, float]:
+        os.sync()  # what the other one left to be written
         shutil.rmtree(folder / "run", ignore_errors=True)
         waits = seconds(lambda: saver.save(dit, ema, state, sums))
         return {"waits": waits, "save": waits + seconds(saver.wait), "load": seconds(load)}
@@ -83,6 +85,7 @@ def torch_save(folder: Path, case: str) -> Callable[[], dict]:
             tensor.copy_(found["ema"][name])
 
     def run() -> dict[str, float]:
+        os.sync()
         (folder / "state.pt").unlink(missing_ok=True)
         state = {"model": model.state_dict(), "ema": averaged, "optimizer": optimizer.state_dict()}
         save = seconds(lambda: torch.save(state, folder / "state.pt"))

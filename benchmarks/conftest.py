@@ -78,7 +78,9 @@ def results(request: pytest.FixtureRequest):
             line = f"{module.SUITE} {name}: {text}"
             reporter.rewrite(f"{line:79}", erase=True) if reporter.isatty else reporter.write_line(f"  {line}")
 
-        return groups(module, full)[name].measure(say)
+        found = groups(module, full)[name].measure(say)
+        request.config.stash[ROWS][module.SUITE] += [result.row() for result in found.values()]  # -k or not: they are compared
+        return found
 
     return measured
 
@@ -88,9 +90,8 @@ def replay(request: pytest.FixtureRequest, benchmark, results):
     """replay(group, member) reports a member. Fails where the provider failed; skips what has no room or no package here."""
 
     def report(group: str, member: str) -> None:
-        result, suite = results(request.module, group)[member], request.module.SUITE
-        request.config.stash[ROWS][suite].append(result.row())
-        benchmark.group = f"{suite} {group}"
+        result = results(request.module, group)[member]
+        benchmark.group = f"{request.module.SUITE} {group}"
         benchmark.extra_info.update(result.row())
         if result.error:
             if result.error.startswith(EXCUSED):

@@ -213,7 +213,7 @@ def euler(
     """The base script's sampler: fp32, (1+w)·v(class) − w·v(null) with both halves in one batch at every step. decode: called after
     each step, as that script decodes for its animation; the images of the last are returned then."""
     null = torch.full_like(labels, model.config.num_classes)
-    for t in torch.linspace(1, 1 / steps, steps):
+    for t in torch.linspace(1, 1 / steps, steps).to(latent.device):  # as the CPU rounds it
         both = model(latent.repeat(2, 1, 1, 1), t.expand(2 * len(latent)), torch.cat((labels, null)))
         v, v_null = both.chunk(2)
         latent = latent - ((1 + guidance) * v - guidance * v_null) / steps

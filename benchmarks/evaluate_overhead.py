@@ -44,7 +44,7 @@ def main() -> None:
         reference = ["--features", "digits", "--reference"]
         cpu_seconds(["evaluate", *reference, "mnist5k", "--save-reference", in_folder("reference.npz")], options.threads)
         commands = {
-            "sample": ["sample", "--checkpoint", options.checkpoint, "--per-class", str(options.per_class),
+            "sample": ["sample", "--checkpoint", options.checkpoint, "--per-class", str(options.per_class), "--seed-per-sample",
                        "--npz", in_folder("samples.npz"), "--out", in_folder("grid.png")],
             "evaluate": ["evaluate", options.checkpoint, *reference, in_folder("reference.npz"),
                          "--samples", str(10 * options.per_class), "--out", in_folder("streamed.json")],

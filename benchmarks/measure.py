@@ -4,6 +4,7 @@ A bench_*.py has SUITE, its name, and `groups(full)`, its cases. A Group's `meas
 them under pytest, gpu.py without it. Needs torch alone; so do the suites of kernels, blocks and train steps.
 """
 
+import atexit
 import importlib
 import multiprocessing
 import os
@@ -127,6 +128,7 @@ class Worker:
         except BaseException:
             self.stop()
             raise
+        atexit.register(self.stop)  # a suite keeps some until the end, when nothing is left to end them with
 
     def __call__(self, *arguments):
         return self.pool.submit(_call, arguments).result()

@@ -1,11 +1,11 @@
 """Does the distance see quality? Samples of one run's checkpoints, early to late, EMA and raw, and the late ones blurred and noisy.
 
-    fastdit train launch/quickstart.yaml train.total_steps=600 train.save_steps=50 train.keep_every=50 train.name=quality
-    python benchmarks/quality.py --run runs/quality [--steps 100,300,600] [--samples 2000]
+    fastdit train launch/quickstart.yaml train.save_steps=100 train.keep_every=100 train.name=quality
+    python benchmarks/quality.py --run runs/quality [--steps 100,400,1200] [--samples 2000] [--seeds 3]
 
 Fréchet distance, KID, precision, recall and accuracy on the features of the digits' classifier, against the 4,500 training digits.
-The held-out ones, "real", show how low it can get. Samples are drawn without guidance (Heun, 10 steps) and kept in the run's
-folder: a second call goes on where the first ended. Some 90 CPU seconds for 1,000 samples.
+The held-out ones, "real", show how low it can get. The last checkpoint is sampled with several seeds. Samples are drawn without
+guidance (Heun, 10 steps) and kept in the run's folder: a second call goes on where the first ended. Some 90 CPU seconds for 1,000.
 """
 
 import argparse
@@ -28,13 +28,13 @@ NOISES = (8, 16, 32)  # of 255, standard deviation
 RESULTS = Path(__file__).parent / "results"
 
 
-def samples(run: Path, step: int, weights: str, count: int) -> sources.Source:
+def samples(run: Path, step: int, weights: str, count: int, seed: int = 0) -> sources.Source:
     """Samples of a checkpoint: drawn, or read where an earlier call kept them."""
-    path = run / "quality" / f"{step}_{weights}_{count}.npz"
+    path = run / "quality" / f"{step}_{weights}_{count}_{seed}.npz"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         checkpoint = run / "checkpoints" / folder_name(step)
-        source = sources.of_checkpoint(checkpoint, count, "balanced", SAMPLER, 0, weights, "fp32", torch.device("cpu"))
+        source = sources.of_checkpoint(checkpoint, count, "balanced", SAMPLER, seed, weights, "fp32", torch.device("cpu"))
         world, parts = evaluate.world_of_this_process(), []
         with progress_bar(count, description=f"step {step}, {weights}", unit="image") as bar:
             for _, images in source.batches(world):
@@ -56,7 +56,8 @@ def noisy(images: np.ndarray, amount: float) -> np.ndarray:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Distance over steps of EMA and raw weights; distance over blur and noise."""
+    """Distance over steps of EMA and raw weights; distance over blur and noise. Of the first seed."""
+    rows = [row for row in rows if not row["seed"]]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     over_steps, over_blur, over_noise = figure.subplots(1, 3)
     real = next(row["fid"] for row in rows if row["weights"] == "real")
@@ -80,8 +81,9 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--steps", default="100,300,600", help="checkpoints, early to late")
+    parser.add_argument("--steps", default="100,400,1200", help="checkpoints, early to late")
     parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, default=3, help="of the last checkpoint's samples")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.csv", help="the plot lies beside it")
     options = parser.parse_args()
     steps = [int(step) for step in options.steps.split(",")]
@@ -92,9 +94,11 @@ def main() -> None:
     reference = summary(sources.of_array(*mnist5k("train"), {}))
     rows = []
 
-    def note(source: sources.Source, step: int, weights: str, change: str = "none", amount: float = 0) -> None:
+    def note(
+        source: sources.Source, step: int, weights: str, change: str = "none", amount: float = 0, seed: int = 0
+    ) -> None:  # fmt: skip
         found = metrics.compare(summary(source), reference, world.device)
-        row = {"step": step, "weights": weights, "change": change, "amount": amount, "images": source.count}
+        row = {"step": step, "weights": weights, "change": change, "amount": amount, "seed": seed, "images": source.count}
         rows.append(row | {key: float(f"{found[key]:.5g}") for key in ("fid", "kid", "precision", "recall", "accuracy")})
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
 
@@ -102,6 +106,9 @@ def main() -> None:
     for step in steps:
         for weights in ("ema", "raw"):
             note(samples(options.run, step, weights, options.samples), step, weights)
+    for seed in range(1, options.seeds):
+        for weights in ("ema", "raw"):
+            note(samples(options.run, steps[-1], weights, options.samples, seed), steps[-1], weights, seed=seed)
     last = samples(options.run, steps[-1], "ema", options.samples)
     images = np.concatenate([images for _, images in last.batches(world)])
     for change, spoil, amounts in (("blur", blurred, BLURS), ("noise", noisy, NOISES)):

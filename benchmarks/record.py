@@ -79,7 +79,7 @@ def write(path: Path, rows: list[dict], device: torch.device | None = None) -> N
     here = measured_on(device or torch.device("cpu"))
     whole = [here | row for row in rows]
     found, last = list(dict.fromkeys(column for row in whole for column in row)), list(here)
-    known = [c for c in (*KEYS, *VALUES) if c in found]
+    known = [c for c in (*KEYS, *VALUES) if c in found] if "suite" in found else []
     columns = [*known, *(c for c in found if c not in (*known, *last)), *(c for c in last if c not in known)]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")

@@ -1,5 +1,6 @@
 """What the benchmark suites check of their own rows, and two suites as a user runs them."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,8 @@ def test_end_to_end_rows_need_the_reference_losses():
     rows = bench_end_to_end.rows(2, 3, names, found, peaks, {})
     assert rows["from latents"].values["speedup"] == "8.000" and rows["from latents"].samples == [0.5, 0.5]
     assert rows["from images"].error.startswith("parity") and rows["from images"].samples == []
+    found["from images"] = turns([1.0, math.nan, 0.8], [9.0, 2.0, 2.0])
+    assert bench_end_to_end.rows(2, 3, names, found, peaks, {})["from images"].error.startswith("parity")
     gone = bench_end_to_end.rows(2, 3, names, found | {"eager": []}, dict.fromkeys(names[1:], 1), {"eager": "out of memory"})
     assert gone["eager"].error == "out of memory" and gone["from latents"].error.startswith("parity")
 
@@ -43,6 +46,8 @@ def test_sampling_rows_need_the_reference_latents():
     assert not errors and float(values["fastdit fp32"]["parity"]) < 1e-5
     _, errors = bench_sampling.check({"eager": eager, "fastdit fp32": eager + 0.1}, decoded=True)
     assert errors["fastdit fp32"].startswith("parity")
+    _, errors = bench_sampling.check({"eager": eager, "fastdit fp32": eager * torch.nan, "fastdit bf16": eager * torch.nan}, True)
+    assert set(errors) == {"fastdit fp32", "fastdit bf16"}
     values, errors = bench_sampling.check({"eager": eager, "fastdit bf16": eager + 0.1}, decoded=True)
     assert values["fastdit bf16"]["psnr_db"] == "26.0" and "26.0 dB" in errors["fastdit bf16"]
 

@@ -95,7 +95,11 @@ exit ${code:-0}
 def test_slurm_starts_the_ranks_and_queues_again_after_sigterm(tmp_path, stops):
     """With stubs of srun and scontrol that start two ranks here."""
     (tmp_path / "stubs").mkdir()
-    told = "(until [ -s $OUT/r/metrics.jsonl ]; do sleep 0.1; done; pkill -TERM -f bin/fastdit.train.*$OUT) &\n" if stops else ""
+    told = (
+        "(for i in {1..600}; do [ -s $OUT/r/metrics.jsonl ] && break; sleep 0.1; done; pkill -TERM -f bin/fastdit.train.*$OUT) &\n"
+        if stops
+        else ""
+    )
     script(tmp_path / "stubs/srun", SRUN.replace("shift\n", f"shift\n{told}", 1))
     script(tmp_path / "stubs/scontrol", f'#!/bin/bash\n[ "$1" = show ] && echo 127.0.0.1 || echo "$@" > {tmp_path}/scontrol\n')
     variables = {
