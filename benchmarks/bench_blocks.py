@@ -94,7 +94,7 @@ def groups(full: bool) -> dict[str, Group]:
     worker = functools.cache(lambda: Worker("bench_blocks:served"))
     members = tuple(f"{name} {direction}" for name in names for direction in DIRECTIONS)
     return {
-        case: Group(members, lambda say, case=case: worker()(case, batch, names, SWEEPS))
+        case: Group(members, lambda say, case=case: worker()(case, batch, names, SWEEPS[full]))
         for case in (cases if full else cases[:1])
     }  # fmt: skip
 

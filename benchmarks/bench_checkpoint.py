@@ -120,7 +120,7 @@ def measure(case: str, turns: int, say: Callable) -> dict[str, Result]:
             own, theirs = ([turn[direction] for turn in found.get(n, [])[1:]] for n in (name, "torch.save"))
             if name in sizes:
                 values = {
-                    "speedup": speedup(theirs, own), "file_mb": f"{sizes[name] / 1e6:.0f}",
+                    **speedup(theirs, own), "file_mb": f"{sizes[name] / 1e6:.0f}",
                     "gb_per_s": f"{sizes[name] / quantiles(own)[0] / 1e9:.3g}",
                 }  # fmt: skip
             results[f"{name} {direction}"] = Result(key, own if name in sizes else [], values, errors.get(name, ""))

@@ -156,7 +156,7 @@ def result(case: str, name: str, size: str, first: list, own: list, values: dict
         return Result({"case": case, "provider": name, "size": size}, [], {}, error)
     cpu, wall = quantiles([turn[1] for turn in own])[0], [turn[0] for turn in own]
     values = {
-        "images_per_s": f"{1 / quantiles(wall)[0]:.4g}", "speedup": speedup([turn[0] for turn in first], wall),
+        "images_per_s": f"{1 / quantiles(wall)[0]:.4g}", **speedup([turn[0] for turn in first], wall),
         "cpu_ms_per_image": f"{cpu * 1e3:.3g}", **(values or {}),
     }  # fmt: skip
     return Result({"case": case, "provider": name, "size": size}, wall, values)

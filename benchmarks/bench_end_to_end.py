@@ -180,7 +180,7 @@ def rows(
             median = quantiles(samples[name])[0]
             mfu, share = shares(model, batch, median, rates)
             values = {
-                "images_per_s": f"{batch / median:.4g}", "speedup": speedup(samples["eager"], samples[name]),
+                "images_per_s": f"{batch / median:.4g}", **speedup(samples["eager"], samples[name]),
                 "mfu": f"{mfu:.3f}",  # the autoencoder's FLOPs are not the model's
                 "bound_share": f"{share:.3f}", "parity": f"{parity[name]:.1e}", "parity_steps": steps,
                 "peak_mb": f"{peaks[name] / 1e6:.0f}", "gflop_per_image": f"{flops_per_image(model) / 1e9:.2f}",

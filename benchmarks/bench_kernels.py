@@ -184,7 +184,7 @@ def interleave(
             samples = [] if why else [s for turn in found[member] for s in turn]
             values = {}
             if samples:
-                values["speedup"] = speedup(middle.get(f"eager {run}", []), middle[member])
+                values |= speedup(middle.get(f"eager {run}", []), middle[member])
                 values["peak_mb"] = f"{allocated(calls[member]) / 1e6:.2f}"
             results[member] = Result(key(name, run), samples, values, why)
     return results, 2 * COPY / statistics.median(middle["copy"])
@@ -239,7 +239,7 @@ def groups(full: bool) -> dict[str, Group]:
         members = tuple(f"{name} {run}" for name in PROVIDERS for run in directions_of(op))
         for size in (32,) if op in FLOW else widths:
             size = HIDDEN[size] if op == "swiglu" else size
-            found[f"{op} {size}"] = Group(members, lambda say, op=op, size=size: worker()(op, size, batch, SWEEPS))
+            found[f"{op} {size}"] = Group(members, lambda say, op=op, size=size: worker()(op, size, batch, SWEEPS[full]))
     return found
 
 

@@ -147,7 +147,7 @@ def measure(batch: int, decoded: bool, names: tuple[str, ...], turns: int, say: 
             median, rate = quantiles(samples[name])[0], statistics.median(found[f"limits {precision}"])
             own = {
                 "precision": precision,
-                "images_per_s": f"{batch / median:.4g}", "speedup": speedup(samples["eager"], samples[name]),
+                "images_per_s": f"{batch / median:.4g}", **speedup(samples["eager"], samples[name]),
                 "bound_share": "" if decoded else f"{batch * flops_per_image() / rate / median:.3f}", **values[name],
                 "cold_s": f"{found[name][0][0]:.3g}", "peak_mb": f"{peaks[name] / 1e6:.0f}", "gemm_gflops": f"{rate / 1e9:.1f}",
             }  # fmt: skip

@@ -180,7 +180,7 @@ def measure(
             median = quantiles(samples[name])[0]
             mfu, share = shares(model, size, median, rates)
             values = {
-                "images_per_s": f"{size / median:.4g}", "speedup": speedup(samples["eager"], samples[name]),
+                "images_per_s": f"{size / median:.4g}", **speedup(samples["eager"], samples[name]),
                 "mfu": f"{mfu:.3f}", "bound_share": f"{share:.3f}", "parity": f"{parity[name]:.1e}",
                 "parity_steps": len(losses[name]), "peak_mb": f"{workers[name].peak_memory() / 1e6:.0f}",
                 "cpu_s": f"{statistics.median(turn[2] for turn in found[name]):.6g}",

@@ -13,7 +13,8 @@ A shared machine may be 30 % slower a day later, and each minute differs. So no 
 A row is slower when that ratio exceeds the threshold and SIGMAS times its noise, and its `median_s` over the drift exceeds the
 threshold too: a bad minute of the reference is no regression of the others. Noise, of the ratio's logarithm, is the largest of
 
-1. the standard error of the medians that the ratio is made of: 1.253·σ/√n, σ = log(p80 / p20) / 1.683, of normal samples;
+1. the standard error of the two medians that the ratio is made of, of the turns' ratios where they are kept (turns are pairs, so
+   they scatter less than the times): 1.253·σ/√n, σ = log(p80 / p20) / 1.683, of normal samples;
 2. the median of that over the suite's rows, since a few samples may lie together by chance;
 3. the scatter between runs, which the samples of one run do not show: 1.483 times the median distance of a suite's rows from the
    median of their provider's rows. What slows a whole provider down moves that median, and is not scatter.
@@ -74,10 +75,10 @@ def references(rows: dict[Key, Row]) -> dict[Key, Key]:
     return {key: first.setdefault(group(row), key) for key, row in rows.items()}
 
 
-def standard_error(row: Row) -> float:
-    """Of the median's logarithm."""
-    n = int(row["samples"])
-    sigma = math.log(float(row["p80_s"]) / float(row["p20_s"])) / 1.683
+def standard_error(row: Row, low: str = "p20_s", high: str = "p80_s", count: str = "samples") -> float:
+    """Of the logarithm of a median, by the columns of its percentiles."""
+    n = int(row[count])
+    sigma = math.log(float(row[high]) / float(row[low])) / 1.683
     return 1.253 * sigma / math.sqrt(n) if n > 1 else math.inf
 
 
@@ -97,12 +98,15 @@ def pairs_of(before: dict[Key, Row], after: dict[Key, Row]) -> tuple[float, list
     for key in timed:
         rows, speeds = [before[key], after[key]], [float(row[key].get("speedup") or 0) for row in (before, after)]
         if reference[key] in times and reference[key] != key and min(speeds) > 0:
-            rows += [before[reference[key]], after[reference[key]]]
             rounding = [0.0003 / speed for speed in speeds]  # of three decimals, standard deviation
             against, slower = "reference", math.log(speeds[0] / speeds[1])
+            if all(row.get("speedup_p20") for row in rows):
+                noise = math.hypot(*(standard_error(row, "speedup_p20", "speedup_p80", "turns") for row in rows), *rounding)
+            else:  # of older files: as if turns were no pairs
+                rows += [before[reference[key]], after[reference[key]]]
+                noise = math.hypot(*map(standard_error, rows), *rounding)
         else:
-            against, slower, rounding = "drift", times[key] - drift, []
-        noise = math.hypot(*map(standard_error, rows), *rounding)
+            against, slower, noise = "drift", times[key] - drift, math.hypot(*map(standard_error, rows))
         found.append(Pair(before[key], after[key], against, slower, times[key] - drift, noise))
     return math.exp(drift), with_scatter(found)
 
