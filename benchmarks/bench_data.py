@@ -7,6 +7,7 @@ by memory map and from the device's memory. `parity`: the largest mean differenc
 """
 
 import functools
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -117,8 +118,6 @@ def encoder(precision: str) -> Callable[[int], tuple]:
 
 def write_latents(folder: Path, count: int) -> None:
     """A latent set of random numbers."""
-    import json
-
     shard = np.random.default_rng(0).standard_normal((count, 2, 2, *LATENTS), np.float32).astype(np.float16)
     folder.mkdir()
     np.save(folder / "moments_00000.npy", shard)
@@ -150,14 +149,14 @@ def latents(folder: Path, resident: str) -> Callable[[int], tuple]:
     return run
 
 
-def result(case: str, name: str, size: str, first: list, own: list, values: dict | None = None, error: str = "") -> Result:
+def result(case: str, name: str, size: str, first: list, own: list, error: str = "") -> Result:
     """A row of seconds an image. first: those of the provider that it is compared with."""
     if error:
         return Result({"case": case, "provider": name, "size": size}, [], {}, error)
     cpu, wall = quantiles([turn[1] for turn in own])[0], [turn[0] for turn in own]
     values = {
         "images_per_s": f"{1 / quantiles(wall)[0]:.4g}", **speedup([turn[0] for turn in first], wall),
-        "cpu_ms_per_image": f"{cpu * 1e3:.3g}", **(values or {}),
+        "cpu_ms_per_image": f"{cpu * 1e3:.3g}",
     }  # fmt: skip
     return Result({"case": case, "provider": name, "size": size}, wall, values)
 
@@ -207,8 +206,8 @@ def measure_scan(count: int, turns: int, say: Callable) -> dict[str, Result]:
 def measure_encoding(names: tuple[str, ...], turns: int, say: Callable) -> dict[str, Result]:
     makers = {name: functools.partial(Worker, "bench_data:encoder", name) for name in names}
     results, _ = compete("encode, 256 pixels", f"batch {ENCODED}", makers, None, turns, say)
-    for name, result in results.items():
-        result.values["precision"] = name
+    for name, row in results.items():
+        row.values["precision"] = name
     return results
 
 

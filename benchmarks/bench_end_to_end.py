@@ -20,13 +20,13 @@ import eager_reference
 import images
 from bench_train_step import CASES, LR, PARITY, WEIGHT_DECAY, difference, matmul_of
 from eager_reference import comparable, eager_model
-from fastdit import autoencoder, data, engine, flow, kernels
+from fastdit import engine, flow, kernels
 from fastdit.config import Config, DataConfig, TrainConfig
 from fastdit.data.encode import encode
 from fastdit.data.index import open_index
 from fastdit.data.order import Order
 from fastdit.model import DiT
-from fastdit.train import Trainer
+from fastdit.train import Trainer, open_data
 from limits import flops_per_image, shares
 from measure import DEVICE, PRECISION, THREADS, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 
@@ -80,9 +80,7 @@ def fastdit(folder: Path, source: str, batch: int, steps: int) -> Callable[[int]
     """step -> loss, by the loop of `fastdit train`."""
     world = engine.start(DEVICE.type)
     config = engine.settle(settings(folder, folder / source, batch, steps), world.device)
-    loader = data.load(config, data.locate(config), world)
-    manifest = getattr(loader, "manifest", None)
-    codec = autoencoder.load(config.data, config.model, loader.channels, world.device, manifest)
+    _, loader, codec = open_data(config, world)
     run = folder / "runs" / source
     run.mkdir(parents=True)
     trainer = Trainer(config, world, loader, codec, run, None, {"step": 0, "wandb_id": None, "summed_steps": 0})

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdit import autoencoder, data, engine, kernels, plan, telemetry
+from fastdit import engine, kernels, plan, telemetry
 from fastdit.config import Config
 from fastdit.kernels import library
 from fastdit.rates import attention_rate, copy_rate, hidden_share, link_rate, matmul_rate, seconds, synchronize
-from fastdit.train import Trainer
+from fastdit.train import Trainer, open_data
 
 WARM, STEPS, PROFILED = 2, 6, 2  # training steps
 READ = 20  # batches, after a first one
@@ -122,10 +122,7 @@ def examine(config: Config) -> dict:
     world = engine.start(config.train.device)
     config = engine.settle(config, world.device)
     backend = telemetry.check_backend(world.device)
-    place = engine.together(world, lambda: data.locate(config), everywhere=False)
-    loader = engine.together(world, lambda: data.load(config, place, world))
-    manifest = getattr(loader, "manifest", None)
-    codec = engine.together(world, lambda: autoencoder.load(config.data, config.model, loader.channels, world.device, manifest))
+    _, loader, codec = open_data(config, world)
     model, train, device = config.model, config.train, world.device
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     shape = (train.batch_size * (model.input_size // model.patch_size) ** 2, model.width, 2 * model.hidden)  # SwiGLU's first

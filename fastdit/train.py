@@ -47,6 +47,15 @@ def _checkpoint_to_resume(config: Config, world: engine.World) -> tuple[Path | N
     return found, state
 
 
+def open_data(config: Config, world: engine.World) -> tuple:
+    """Where a run's data lie, their loader, and the codec that makes latents of them. Raises InputError on all ranks."""
+    place = engine.together(world, lambda: data.locate(config), everywhere=False)
+    loader = engine.together(world, lambda: data.load(config, place, world))
+    manifest = getattr(loader, "manifest", None)
+    codec = engine.together(world, lambda: autoencoder.load(config.data, config.model, loader.channels, world.device, manifest))
+    return place, loader, codec
+
+
 def _lock_run_folder(run: Path) -> TextIO:
     """Make a run's folder and lock it, until the returned file is closed or the process ends, however it ends.
 
@@ -87,10 +96,7 @@ def _train(config: Config) -> Path:
             print(f"already trained to step {state['step']} in {resume_from}: nothing to do (raise train.total_steps to go on)")
         return resume_from.parent.parent
     engine.together(world, lambda: telemetry.check_wandb(config))
-    place = engine.together(world, lambda: data.locate(config), everywhere=False)
-    loader = engine.together(world, lambda: data.load(config, place, world))
-    manifest = getattr(loader, "manifest", None)
-    codec = engine.together(world, lambda: autoencoder.load(config.data, config.model, loader.channels, world.device, manifest))
+    place, loader, codec = open_data(config, world)
     run = Path(config.train.out) / config.train.name
     validation = validate.Validation(config, place, codec, run, world) if config.validate.steps else None
     lock = engine.together(world, lambda: _lock_run_folder(run) if world.rank == 0 else None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from fastdit import cli, doctor, plan, rates
+from fastdit import cli, data, doctor, plan, rates
 from fastdit.config import parse
 
 TINY = ["model.preset=test/4", "train.precision=fp32", "train.batch_size=4"]
@@ -37,7 +37,7 @@ def test_the_command(capsys, monkeypatch, tmp_path):
 
 def test_slow_data_are_the_largest_gap(monkeypatch):
     """A loader that takes 0.1 s a batch, where a step takes some milliseconds."""
-    load = doctor.data.load
+    load = data.load
 
     def slow(config, place, world):
         loader = load(config, place, world)
@@ -45,7 +45,7 @@ def test_slow_data_are_the_largest_gap(monkeypatch):
         monkeypatch.setattr(loader, "batch", lambda *step: time.sleep(0.1) or batch(*step))
         return loader
 
-    monkeypatch.setattr(doctor.data, "load", slow)
+    monkeypatch.setattr(data, "load", slow)
     found = doctor.examine(parse(None, TINY))
     assert found["largest_gap"] == "data" and found["parts_s"]["data"]["measured"] >= 0.1
     assert found["data_images_per_s"] <= 4 / 0.1
