@@ -10,7 +10,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
-from bench_kernels import BOUND, directions, interleave
+from bench_kernels import BOUND, Turns, directions, in_processes, interleave, together
 from eager_reference import EagerDiT, comparable, fastdit_model
 from fastdit import kernels
 from fastdit.model import DiT
@@ -49,7 +49,7 @@ class FusedBlock(nn.Module):
         return kernels.gated_residual(x, self.block.mlp(y), gate2)
 
 
-def measure(case: str, batch: int, names: tuple[str, ...], sweeps: int) -> dict[str, Result]:
+def measure(case: str, batch: int, names: tuple[str, ...], sweeps: int) -> Turns:
     """All members of a group; runs in a worker."""
     width, heads, hidden = CASES[case]
     torch._functorch.config.donated_buffer = False
@@ -74,12 +74,7 @@ def measure(case: str, batch: int, names: tuple[str, ...], sweeps: int) -> dict[
         parity = ((fused(x.to(DTYPE), condition.to(DTYPE)).float() - expected).abs().max() / expected.abs().max()).item()
     ours = [name for name in names if name.startswith("fused")]
     errors = {name: f"parity: the outputs differ by {parity:.1e}" for name in ours} if parity > 2 * BOUND else {}
-    key = lambda name, direction: {"case": case, "provider": name, "direction": direction, "size": f"{batch}x256x{width}"}
-    results, _ = interleave({name: functools.partial(calls, name) for name in names}, key, DIRECTIONS, errors, sweeps)
-    for result in results.values():
-        if result.samples and result.key["provider"] in ours:
-            result.values["parity"] = f"{parity:.1e}"
-    return results
+    return interleave({name: functools.partial(calls, name) for name in names}, DIRECTIONS, errors, sweeps, parity)
 
 
 def served() -> Callable:
@@ -91,12 +86,14 @@ def groups(full: bool) -> dict[str, Group]:
     cuda = DEVICE.type == "cuda"
     batch, cases = (64, list(CASES)) if cuda else (4, ["S/2", "base/2"])
     names = ("eager", "compile", "fused", "fused+compile") if cuda else ("eager", "compile", "fused")
-    worker = functools.cache(lambda: Worker("bench_blocks:served"))
+    worker = functools.cache(lambda _: Worker("bench_blocks:served"))
     members = tuple(f"{name} {direction}" for name in names for direction in DIRECTIONS)
-    return {
-        case: Group(members, lambda say, case=case: worker()(case, batch, names, SWEEPS[full]))
-        for case in (cases if full else cases[:1])
-    }  # fmt: skip
+
+    def group(case: str, say: Callable[[str], None]) -> dict[str, Result]:
+        processes = in_processes(worker, full, say, case, batch, names, SWEEPS[full])
+        return together(processes, members, {"case": case, "size": f"{batch}x256x{CASES[case][0]}"})
+
+    return {case: Group(members, functools.partial(group, case)) for case in (cases if full else cases[:1])}
 
 
 def test_blocks(replay, group, member) -> None:

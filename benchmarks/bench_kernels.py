@@ -8,6 +8,7 @@ op's reference, outputs and gradients, relative to the largest value.
 import functools
 import statistics
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch._functorch.config
@@ -19,7 +20,7 @@ from fastdit import kernels
 from fastdit.rates import COPY
 from kernel_cases import CASES, TOKENS
 from limits import MOVED
-from measure import DEVICE, DTYPE, SWEEPS, Group, Result, Worker, quantiles, seconds, speedup, start, take_turns
+from measure import DEVICE, DTYPE, PROCESSES, SWEEPS, Group, Result, Worker, quantiles, seconds, spread, start, take_turns
 
 SUITE = "kernels"
 DIRECTIONS = ("forward", "backward", "both")
@@ -157,40 +158,56 @@ def fill(inputs: tuple) -> None:
 Calls = dict[str, Callable[[], object]]
 
 
-def interleave(
-    makers: dict[str, Callable[[], Calls]],
-    key: Callable[[str, str], dict],
-    runs: tuple[str, ...],
-    errors: dict[str, str],
-    sweeps: int,
-) -> tuple[dict[str, Result], float]:
-    """Results of "provider direction" for every provider and direction of `runs`, and bytes/s of a copy, measured in turns.
+class Turns(NamedTuple):
+    """What one process measured, by "provider direction": each turn's samples, bytes that a call allocated, why there are none."""
 
-    errors: of providers that are wrong and shall not be measured.
-    """
+    samples: dict[str, list[list[float]]]
+    allocated: dict[str, int]
+    errors: dict[str, str]
+    bandwidth: float  # bytes/s of a copy
+    parity: float
+
+
+def interleave(
+    makers: dict[str, Callable[[], Calls]], runs: tuple[str, ...], errors: dict[str, str], sweeps: int, parity: float
+) -> Turns:
+    """Every provider and direction of `runs` in turns, with a copy. errors: of providers that are wrong, and are not measured."""
     providers, failed = start({name: make for name, make in makers.items() if name not in errors}, lambda _: None)
-    errors = errors | failed
+    errors = {f"{name} {run}": why for name, why in (errors | failed).items() for run in runs}
     calls = {f"{name} {run}": own[run] for name, own in providers.items() for run in runs}
     source, target = (torch.ones(COPY // 4, device=DEVICE) for _ in range(2))
     turns = {"copy": lambda _: [seconds(lambda: target.copy_(source), 3)]}
     turns |= {member: lambda _, call=call: times(call) for member, call in calls.items()}
-    found, failed = take_turns(turns, sweeps, lambda _: None)
-    middle = {member: [quantiles(samples)[0] for samples in each] for member, each in found.items()}
+    samples, failed = take_turns(turns, sweeps, lambda _: None)
+    errors |= failed
+    held = {member: allocated(call) for member, call in calls.items() if member not in errors}
+    return Turns(samples, held, errors, 2 * COPY / statistics.median(s for [s] in samples["copy"]), parity)
+
+
+def together(processes: list[Turns], members: tuple[str, ...], key: dict[str, str]) -> dict[str, Result]:
+    """A result a member. Where tensors lie in memory differs between processes and stays the same in one, which on a CPU moves a
+    median by 4 %, rarely by 30. So a speedup of several processes is the median of theirs, with the spread between them."""
     results = {}
-    for name in makers:
-        for run in runs:
-            member = f"{name} {run}"
-            why = errors.get(name) or failed.get(member, "")
-            samples = [] if why else [s for turn in found[member] for s in turn]
-            values = {}
-            if samples:
-                values |= speedup(middle.get(f"eager {run}", []), middle[member])
-                values["peak_mb"] = f"{allocated(calls[member]) / 1e6:.2f}"
-            results[member] = Result(key(name, run), samples, values, why)
-    return results, 2 * COPY / statistics.median(middle["copy"])
+    for member in members:
+        name, run = member.split()
+        why = next((p.errors[member] for p in processes if member in p.errors), "")
+        values = {}
+        if not why:
+            values["peak_mb"] = f"{max(p.allocated[member] for p in processes) / 1e6:.2f}"
+            pairs = [zip(p.samples.get(f"eager {run}", ()), p.samples[member], strict=False) for p in processes]
+            ratios = [[quantiles(theirs)[0] / quantiles(ours)[0] for theirs, ours in pair] for pair in pairs]
+            if all(ratios):
+                several = len(ratios) > 1
+                values |= spread([statistics.median(r) for r in ratios] if several else ratios[0])
+                values["processes"] = len(ratios) if several else ""
+            if name.startswith("fused"):
+                values["parity"] = f"{max(p.parity for p in processes):.1e}"
+        samples = [] if why else [s for p in processes for turn in p.samples[member] for s in turn]
+        results[member] = Result(key | {"provider": name, "direction": run}, samples, values, why)
+    return results
 
 
-def measure(op: str, size: int, batch: int, sweeps: int) -> dict[str, Result]:
+def measure(op: str, size: int, batch: int, sweeps: int) -> Turns:
     """All members of a group; runs in a worker."""
     function, inputs = CASES[op].make(size, batch, DTYPE, DEVICE)
     fill(inputs)
@@ -205,18 +222,22 @@ def measure(op: str, size: int, batch: int, sweeps: int) -> dict[str, Result]:
     }
     parity = difference(function, inputs, backward)
     errors = {"fused": f"parity: differs from the reference by {parity:.1e} of the largest value"} if parity > BOUND else {}
+    return interleave(makers, runs, errors, sweeps, parity)
+
+
+def rows(op: str, size: int, batch: int, members: tuple[str, ...], processes: list[Turns]) -> dict[str, Result]:
+    """The group's results, with the rates of the bytes that its algorithm must move."""
     shape = f"{batch}x4x{size}x{size}" if op in FLOW else f"{batch}x{TOKENS}x{size}"
-    key = lambda name, run: {"case": op, "provider": name, "direction": run, "size": shape}
-    results, bandwidth = interleave(makers, key, runs, errors, sweeps)
+    results = together(processes, members, {"case": op, "size": shape})
+    bandwidth = statistics.median(p.bandwidth for p in processes)
     forward, back = moved(op, size, batch)
     bytes_of = {"forward": forward, "backward": back, "both": forward + back}
     for result in results.values():
         if result.samples:
             rate = bytes_of[result.key["direction"]] / quantiles(result.samples)[0]
             result.values.update(
-                gb_per_s=f"{rate / 1e9:.1f}", copy_share=f"{rate / bandwidth:.3f}", copy_gb_s=f"{bandwidth / 1e9:.1f}",
-                parity=f"{parity:.1e}" if result.key["provider"] == "fused" else "",
-            )  # fmt: skip
+                gb_per_s=f"{rate / 1e9:.1f}", copy_share=f"{rate / bandwidth:.3f}", copy_gb_s=f"{bandwidth / 1e9:.1f}"
+            )
     return results
 
 
@@ -229,17 +250,31 @@ def served() -> Callable:
     return measure
 
 
+def in_processes(worker: Callable[[int], Worker], full: bool, say: Callable[[str], None], *arguments) -> list[Turns]:
+    """What each of them measured, one after the other. worker: a process by its number."""
+    found = []
+    for i in range(PROCESSES[full]):
+        say(f"process {i + 1} of {PROCESSES[full]}")
+        found.append(worker(i)(*arguments))
+    return found
+
+
 def groups(full: bool) -> dict[str, Group]:
     cuda = DEVICE.type == "cuda"
     batch = 64 if cuda else 8
     widths = {(True, True): (384, 768, 1088, 1152), (True, False): (1152,), (False, True): (384, 1088)}.get((cuda, full), (384,))
-    worker = functools.cache(lambda: Worker("bench_kernels:served"))
+    worker = functools.cache(lambda _: Worker("bench_kernels:served"))
+
+    def group(op: str, size: int, say: Callable[[str], None]) -> dict[str, Result]:
+        processes = in_processes(worker, full, say, op, size, batch, SWEEPS[full])
+        return rows(op, size, batch, found[f"{op} {size}"].members, processes)
+
     found = {}
     for op in MOVED:
         members = tuple(f"{name} {run}" for name in PROVIDERS for run in directions_of(op))
         for size in (32,) if op in FLOW else widths:
             size = HIDDEN[size] if op == "swiglu" else size
-            found[f"{op} {size}"] = Group(members, lambda say, op=op, size=size: worker()(op, size, batch, SWEEPS[full]))
+            found[f"{op} {size}"] = Group(members, functools.partial(group, op, size))
     return found
 
 

@@ -13,11 +13,14 @@ A shared machine may be 30 % slower a day later, and each minute differs. So no 
 A row is slower when that ratio exceeds the threshold and SIGMAS times its noise, and its `median_s` over the drift exceeds the
 threshold too: a bad minute of the reference is no regression of the others. Noise, of the ratio's logarithm, is the largest of
 
-1. the standard error of the two medians that the ratio is made of, of the turns' ratios where they are kept (turns are pairs, so
-   they scatter less than the times): 1.253·σ/√n, σ = log(p80 / p20) / 1.683, of normal samples;
+1. the standard error of the two medians that the ratio is made of, of the turns' or processes' ratios where they are kept (turns
+   are pairs, so they scatter less than the times): 1.253·σ/√n, σ = log(p80 / p20) / 1.683 / (1 − 1.3/n), of normal samples. By the
+   last factor, percentiles of few samples lie too close together: simulated, right to 4 % from n = 4 on;
 2. the median of that over the suite's rows, since a few samples may lie together by chance;
 3. the scatter between runs, which the samples of one run do not show: 1.483 times the median distance of a suite's rows from the
    median of their provider's rows. What slows a whole provider down moves that median, and is not scatter.
+
+2 and 3 are not for speedups of many processes (`processes`), whose own spread is that between them.
 
 Four sigmas: of 200 normal rows that did not change, one is called slower in 150 comparisons; with three, in four. A row of a
 single timing has no noise to judge by: it is counted, and never called slower.
@@ -78,8 +81,10 @@ def references(rows: dict[Key, Row]) -> dict[Key, Key]:
 def standard_error(row: Row, low: str = "p20_s", high: str = "p80_s", count: str = "samples") -> float:
     """Of the logarithm of a median, by the columns of its percentiles."""
     n = int(row[count])
-    sigma = math.log(float(row[high]) / float(row[low])) / 1.683
-    return 1.253 * sigma / math.sqrt(n) if n > 1 else math.inf
+    if n < 2:
+        return math.inf
+    sigma = math.log(float(row[high]) / float(row[low])) / 1.683 / (1 - 1.3 / n)
+    return 1.253 * sigma / math.sqrt(n)
 
 
 def log_ratio(before: Row, after: Row, column: str) -> float:
@@ -112,17 +117,18 @@ def pairs_of(before: dict[Key, Row], after: dict[Key, Row]) -> tuple[float, list
 
 
 def with_scatter(pairs: list[Pair]) -> list[Pair]:
-    """The pairs with at least the noise that is typical of the suite's rows that are compared in the same way."""
+    """The pairs, those of speedups of many processes left out, with at least the noise that is typical of those compared so."""
+    single = lambda pair: pair.against == "drift" or not (pair.before.get("processes") and pair.after.get("processes"))
     least = {}
-    for against in {pair.against for pair in pairs}:
-        mine = [pair for pair in pairs if pair.against == against]
+    for against in {pair.against for pair in pairs if single(pair)}:
+        mine = [pair for pair in pairs if pair.against == against and single(pair)]
         middle = {pair.after["provider"]: [] for pair in mine}
         for pair in mine:
             middle[pair.after["provider"]].append(pair.slower)
         away = [abs(x - statistics.median(xs)) for xs in middle.values() if len(xs) > 2 for x in xs]
         judged = [pair.noise for pair in mine if math.isfinite(pair.noise)]
         least[against] = max(1.483 * statistics.median(away or [0]), statistics.median(judged or [0]))
-    return [pair._replace(noise=max(pair.noise, least[pair.against])) for pair in pairs]
+    return [pair._replace(noise=max(pair.noise, least[pair.against])) if single(pair) else pair for pair in pairs]
 
 
 def section(title: str, rows: list[Row], columns: tuple[str, ...]) -> None:

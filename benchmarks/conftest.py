@@ -33,7 +33,7 @@ CLOCK = Clock()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--full", action="store_true", help="the full sizes: three quarters of an hour on 2 cores (default: quick, some 9 minutes)"
+        "--full", action="store_true", help="the full sizes: about an hour on 2 cores (default: quick, some 9 minutes)"
     )
     parser.addoption(
         "--csv", type=Path, default=DEFAULT_CSV, help="where the rows go, into those of other suites (default: %(default)s)"

@@ -28,7 +28,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 PRECISION = precision("auto", DEVICE)  # bf16 where the device computes in it; else fp32, the eager reference's too
 DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}[PRECISION]
-SWEEPS = {False: 3, True: 9}  # of all providers, quick and full
+SWEEPS = {False: 3, True: 5}  # of all providers of ops and blocks, quick and full, in each of so many processes, of which
+PROCESSES = {False: 1, True: 1 if DEVICE.type == "cuda" else 12}  # `bench_kernels.together` says why there are several
 EXCUSED = ("out of memory", "ModuleNotFoundError")  # what an error begins with that says no more than what is missing here
 
 
@@ -61,11 +62,14 @@ def quantiles(samples: list[float]) -> tuple[float, ...]:
 
 
 def speedup(theirs: list[float], ours: list[float]) -> dict[str, str]:
-    """How many times as fast as theirs: median, 20th and 80th percentile of the turns' ratios, and how many; nothing of nothing."""
-    if not (theirs and ours):
-        return {}
-    median, low, high = quantiles([a / b for a, b in zip(theirs, ours, strict=True)])
-    return {"speedup": f"{median:.3f}", "speedup_p20": f"{low:.4f}", "speedup_p80": f"{high:.4f}", "turns": f"{len(ours)}"}
+    """How many times as fast as theirs, of times that were taken in turns; nothing of nothing."""
+    return spread([a / b for a, b in zip(theirs, ours, strict=True)]) if theirs and ours else {}
+
+
+def spread(speedups: list[float]) -> dict[str, str]:
+    """A row's columns of them: median, 20th and 80th percentile, and how many."""
+    median, low, high = quantiles(speedups)
+    return {"speedup": f"{median:.3f}", "speedup_p20": f"{low:.4f}", "speedup_p80": f"{high:.4f}", "turns": f"{len(speedups)}"}
 
 
 def reason(error: BaseException) -> str:

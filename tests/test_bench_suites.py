@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bench_end_to_end
+import bench_kernels
 import bench_sampling
 import eager_reference
 import record
@@ -39,6 +40,29 @@ def test_end_to_end_rows_need_the_reference_losses():
     assert bench_end_to_end.rows(2, 3, names, found, peaks, {})["from images"].error.startswith("parity")
     gone = bench_end_to_end.rows(2, 3, names, found | {"eager": []}, dict.fromkeys(names[1:], 1), {"eager": "out of memory"})
     assert gone["eager"].error == "out of memory" and gone["from latents"].error.startswith("parity")
+
+
+def test_a_speedup_of_several_processes_is_the_median_of_theirs():
+    """The second process, whose tensors lie badly, is one value in three; in one process each turn is a value."""
+    eager, held = [[2.0, 2.2, 1.8]] * 2, {"eager forward": 8_000_000, "fused forward": 4_000_000}
+    processes = [
+        bench_kernels.Turns({"eager forward": eager, "fused forward": [[ours], [ours]]}, held, {}, 1e9, parity)
+        for ours, parity in ((1.0, 1e-7), (4.0, 3e-7), (0.8, 2e-7))
+    ]
+    members = ("eager forward", "fused forward")
+    found = bench_kernels.together(processes, members, {"case": "op", "size": "1"})
+    row = found["fused forward"].row()
+    assert [row[k] for k in ("speedup", "turns", "parity", "peak_mb", "samples")] == ["2.000", "3", "3.0e-07", "4.00", 6]
+    assert found["eager forward"].values["speedup"] == "1.000" and "parity" not in found["eager forward"].values
+    assert (float(row["speedup_p20"]), float(row["speedup_p80"])) == pytest.approx((1.1, 2.3))
+    [alone] = [bench_kernels.together(processes[:1], members, {})["fused forward"].values]
+    assert (alone["speedup"], alone["turns"]) == ("2.000", "2")
+    wrong = processes[1]._replace(samples={"eager forward": eager}, errors={"fused forward": "parity: wrong"})
+    gone = bench_kernels.together([processes[0], wrong], members, {})
+    assert gone["fused forward"].error == "parity: wrong" and not gone["fused forward"].samples
+    no_reference = [p._replace(samples=p.samples | {"eager forward": []}, errors={"eager forward": "died"}) for p in processes]
+    alone = bench_kernels.together(no_reference, members, {})["fused forward"]
+    assert alone.samples and "speedup" not in alone.values
 
 
 def test_sampling_rows_need_the_reference_latents():

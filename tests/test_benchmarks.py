@@ -100,6 +100,32 @@ def test_a_provider_that_becomes_slower_as_a_whole_is_no_scatter(tmp_path, capsy
     assert "train_step: 6 rows, 3 slower, 0 faster" in capsys.readouterr().out
 
 
+def test_speedups_of_many_processes_are_judged_by_their_own_spread(tmp_path, capsys):
+    """A quiet op that is 20 % slower is found beside ops that scatter by 15 % between processes, and those are left alone."""
+
+    def steps(path, seed, factor, processes=12):
+        rng, rows = np.random.default_rng(seed), []
+        for op in OPS:
+            ratios = 2 * np.exp(rng.normal(0, 0.15 if op else 0.04, 12)) / (1 if op else factor)
+            key = {"case": f"op {op}", "provider": "fused", "direction": "both", "size": "8x256x384"}
+            eager = timed({**key, "provider": "eager"}, [1.0] * 9, [1.0] * 9)
+            own = measure.Result(
+                key, [(1 if op else factor) / 2] * 9, measure.spread(list(ratios)) | {"processes": processes}
+            ).row()
+            rows += [eager, own]
+        record.write(path, [WHERE | row | {"suite": "kernels", "threads": 2} for row in rows])
+        return str(path)
+
+    first = steps(tmp_path / "a.csv", 1, 1)
+    for seed in range(2, 12):
+        assert compare.main([first, steps(tmp_path / "b.csv", seed, 1)]) == 0
+        capsys.readouterr()
+        assert compare.main([first, steps(tmp_path / "c.csv", seed, 1.2)]) == 1
+        assert "kernels: 44 rows, 1 slower, 0 faster" in capsys.readouterr().out
+    files = [steps(tmp_path / f"{seed}.csv", seed, factor, "") for seed, factor in ((1, 1), (2, 1.2))]
+    assert compare.main(files) == 0  # as rows of one process, whose scatter is the suite's
+
+
 def test_new_failures_and_missing_rows_are_listed(tmp_path, before, capsys):
     fails = kernels(tmp_path / "fails.csv", 2, error=SLOW, skip=[("op 4", "fused", "both")])
     assert compare.main([before, fails]) == 1
