@@ -1,7 +1,7 @@
 """Does the distance see quality? Samples of one run's checkpoints, early to late, EMA and raw, and the late ones blurred and noisy.
 
-    fastdit train launch/quickstart.yaml train.save_steps=100 train.keep_every=100 train.name=quality
-    python benchmarks/quality.py --run runs/quality [--steps 100,400,1200] [--samples 2000] [--seeds 3]
+    fastdit train launch/quickstart.yaml train.save_steps=200 train.keep_every=200 train.name=quality
+    python benchmarks/quality.py --run runs/quality [--steps 200,600,1400] [--samples 2000] [--seeds 3]
 
 Fréchet distance, KID, precision, recall and accuracy on the features of the digits' classifier, against the 4,500 training digits.
 The held-out ones, "real", show how low it can get. The last checkpoint is sampled with several seeds. Samples are drawn without
@@ -81,7 +81,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--steps", default="100,400,1200", help="checkpoints, early to late")
+    parser.add_argument("--steps", default="200,600,1400", help="checkpoints, early to late")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3, help="of the last checkpoint's samples")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.csv", help="the plot lies beside it")

@@ -129,8 +129,8 @@ class TrainConfig:
     out: str = "runs"
     resume: str = "auto"  # auto: continue this run if it has a checkpoint | never | the folder of a checkpoint
     seed: int = 0
-    total_steps: int = 1200
-    batch_size: int = 64  # images a device and micro-step
+    total_steps: int = 1400
+    batch_size: int = 32  # images a device and micro-step
     accumulation: int = 1  # micro-steps a step
     precision: str = "auto"  # auto: bf16 where the device computes in it, else fp32 | bf16 (fp32 masters) | fp32
     device: str = "auto"  # auto: CUDA when there is one | cpu | cuda
@@ -141,21 +141,21 @@ class TrainConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.01
-    schedule: str = "cosine"  # constant | cosine (to zero at total_steps), after the warm-up
+    schedule: str = "constant"  # after the warm-up: constant, which the EMA averages | cosine, to zero at total_steps
     warmup_steps: int = 50
     clip: float = 1.0  # gradient norm; 0: no clipping
     ema_decay: float = 0.99
     ema_more: list[float] = field(default_factory=list)  # decays of further averages, such as [0.999,0.9999]
     ema_every: int = 1  # steps between EMA updates
     log_steps: int = 25  # steps a log line; its loss is the mean over them
-    save_steps: int = 400  # steps between checkpoints; the last step is always saved
+    save_steps: int = 350  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # the newest ones
     keep_every: int = 0  # and every checkpoint whose step is a multiple of this; 0: none
     deterministic: bool = False  # bitwise resume on CUDA too: slower attention backward; on a CPU it always is
     timeout_s: int = 600  # a step that takes longer, as when another rank hangs, prints where it waits and ends the process
     profile: str | None = None  # steps to trace on rank 0, such as 20-25: <run>/profile/ for Perfetto or chrome://tracing
     max_skipped_steps: int = 5  # in a row, whose loss or gradients were not finite: one more ends the run
-    sample_steps: int = 400  # steps between grids of EMA samples; 0: none
+    sample_steps: int = 700  # steps between grids of EMA samples; 0: none
     wandb: str = "disabled"  # disabled | offline | online
     wandb_project: str = "fastdit"
 

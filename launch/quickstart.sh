@@ -8,7 +8,7 @@ launch/install.sh
 bin=$(cd "${VENV:-.venv}/bin" && pwd)
 export PATH="$bin:$PATH"
 
-global_batch=64
+global_batch=32
 gpus=$("$bin/python" -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then
     ranks=1  # this model is far too small for more

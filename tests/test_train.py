@@ -23,7 +23,8 @@ from fastdit.train import train
 
 TINY = [
     "model.preset=test/4", "train.precision=bf16", "train.batch_size=4", "train.warmup_steps=1", "train.lr=1e-3",
-    "train.log_steps=2", "train.save_steps=2", "train.sample_steps=4", "sample.steps=2", "sample.solver=euler",
+    "train.log_steps=2", "train.save_steps=2", "train.sample_steps=4", "train.schedule=cosine",
+    "sample.steps=2", "sample.solver=euler",
 ]  # fmt: skip
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set where a run began in this process
