@@ -28,8 +28,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 PRECISION = precision("auto", DEVICE)  # bf16 where the device computes in it; else fp32, the eager reference's too
 DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}[PRECISION]
-SWEEPS = {False: 3, True: 5}  # of all providers of ops and blocks, quick and full, in each of so many processes, of which
-PROCESSES = {False: 1, True: 1 if DEVICE.type == "cuda" else 12}  # `bench_kernels.together` says why there are several
+SWEEPS = {False: 3, True: 5}  # quick and full: how often ops and blocks are measured in a process, all providers in turns
+PROCESSES = {False: 1, True: 1 if DEVICE.type == "cuda" else 12}  # why there are several: `bench_kernels.together`
 EXCUSED = ("out of memory", "ModuleNotFoundError")  # what an error begins with that says no more than what is missing here
 
 
