@@ -21,7 +21,6 @@ TINY = [
     "train.warmup_steps=2",
     "train.log_steps=3",
     "train.save_steps=4",
-    "train.schedule=cosine",
     "train.sample_steps=0",
 ]
 
