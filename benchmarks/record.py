@@ -4,6 +4,7 @@ import csv
 import datetime
 import functools
 import io
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -17,12 +18,13 @@ SHOWN = (*KEYS[1:5], "median_s", "images_per_s", "speedup", "mfu", "bound_share"
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with the instruction set that torch uses."""
+    """The GPU's name, or the CPU's with the instruction set that torch uses, and the one that oneDNN's matmuls are held to."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}{f', oneDNN up to {held}' if held else ''}"
 
 
 @functools.cache

@@ -328,3 +328,11 @@ def test_gpu_needs_a_gpu_and_its_suites_exist(capsys, tmp_path):
         assert section.limit < 600
         if "--suite" in section.command:
             assert importlib.import_module(f"bench_{section.command[section.command.index('--suite') + 1]}").groups(True)
+
+
+def test_a_row_says_that_onednn_was_held_to_an_instruction_set(monkeypatch) -> None:
+    """bf16 matmuls without AMX are another machine's: compare.py must not take them for the same one's."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    free = record.device_name(torch.device("cpu"))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    assert record.device_name(torch.device("cpu")) == f"{free}, oneDNN up to AVX512_CORE_BF16"
