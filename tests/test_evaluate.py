@@ -87,8 +87,8 @@ def inception(tmp_path_factory):
 def test_a_checkpoint_and_its_npz_give_the_same(trained, reference, tmp_path, monkeypatch):
     streamed = run(trained, reference, tmp_path / "a.json", "--samples", "40", "--seed", "7")
     npz = tmp_path / "samples.npz"
-    assert cli.main(["sample", "--checkpoint", str(trained), "--per-class", "4", "--seed", "7", "--seed-per-sample", "--npz",
-                     str(npz), "--out", str(tmp_path / "grid.png")]) == 0  # fmt: skip
+    assert cli.main(["sample", "--checkpoint", str(trained), "--per-class", "4", "--seed", "7", "--seed-per-sample",
+                     "--dtype", "fp32", "--npz", str(npz), "--out", str(tmp_path / "grid.png")]) == 0  # fmt: skip
     from_file = run(npz, reference, tmp_path / "b.json")
     assert numbers(from_file) == pytest.approx(numbers(streamed), rel=1e-9)
     assert {"fid", "kid", "inception_score", "precision", "recall", "accuracy", "accuracy_by_class"} == set(streamed["metrics"])
