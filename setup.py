@@ -18,6 +18,7 @@ ISA_FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bf16", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+    ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mamx-tile", "-mamx-bf16"]
 WANTED = os.environ.get("FASTDIT_BUILD_EXT", "auto")
 if WANTED not in ("0", "1", "auto"):
     sys.exit(f"FASTDIT_BUILD_EXT={WANTED} must be 0, 1 or unset")

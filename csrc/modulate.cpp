@@ -1,6 +1,7 @@
 // modulate and gated_residual_modulate: the formulas are in kernels/modulate.py and kernels/gated_residual_modulate.py.
 // B batch, T tokens, H width. A unit is ROWS tokens of one sample; its vectors of modulation are read once. Streams ([B,T,H]) are
 // all of one type, the vectors of modulation of any.
+#include "norm.h"
 #include "ops.h"
 #include "parallel.h"
 
@@ -14,42 +15,6 @@ struct Rows {
 INLINE Rows rows_of(int64_t unit, int64_t parts, int64_t T) {
   const int64_t b = unit / parts, first = unit % parts * ROWS;
   return {b, first, first + ROWS < T ? first + ROWS : T};
-}
-
-INLINE void read_scale(const View& scale, int64_t b, int64_t H, Floats* out) {
-  read(scale, scale.at(b), H, out);
-  for (int64_t i = 0; i < vectors(H); i++) out[i] += 1.0f;
-}
-
-// Σ f(i) over the vectors of a row, in two chains of adds, so that one does not wait for the other.
-template <class F>
-INLINE float sum_of(int64_t V, const F& f) {
-  Floats even{}, odd{};
-  int64_t i = 0;
-  for (; i + 2 <= V; i += 2) {
-    even += f(i);
-    odd += f(i + 1);
-  }
-  if (i < V) even += f(i);
-  return sum(even + odd);
-}
-
-// y = LN(row)·scale + shift; mean and 1/σ of the row, in two steps: E[x²] − mean² would cancel. `total` is the row's sum.
-template <class T>
-INLINE void norm_forward(const Floats* row, float total, int64_t H, float eps, const Floats* scale, const Floats* shift, T* y,
-                         float& mean, float& rstd) {
-  const int64_t V = vectors(H), whole = H / LANES;
-  const float m = mean = total / H;
-  float squares = sum_of(whole, [&](int64_t i) INLINE_LAMBDA {
-    const Floats c = row[i] - m;
-    return c * c;
-  });
-  if (whole < V) {
-    const Floats c = keep(row[whole] - m, H - whole * LANES);
-    squares += sum(c * c);
-  }
-  const float r = rstd = 1.0f / std::sqrt(squares / H + eps);
-  for (int64_t i = 0; i < V; i++) store_some(y + i * LANES, (row[i] - m) * r * scale[i] + shift[i], H - i * LANES);
 }
 
 // d = rstd·(g − mean(g) − x̂·mean(g·x̂)) with g = dy·scale, a vector of d at a time to `use(i, d)`; adds to dshift and dscale. dy and

@@ -7,6 +7,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <optional>
@@ -48,20 +54,31 @@ double pass(double x) { return x; }
 int64_t pass(int64_t x) { return x; }
 bool pass(bool x) { return x; }
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, amx };
 
-// The best instruction set here; FASTDIT_ISA=avx2 or baseline lowers it, for tests.
+// Linux gives a process AMX's registers when it asks for them.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+  return false;
+#endif
+}
+
+// The best instruction set here; FASTDIT_ISA=avx512, avx2 or baseline lowers it, for tests.
 Isa isa() {
   static const Isa found = [] {
     Isa best = Isa::baseline;
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16");
-    best = avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
+    best = avx2 && avx512 ? may_use_tiles() ? Isa::amx : Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
 #endif
     const char* limit = std::getenv("FASTDIT_ISA");
     if (limit && !strcmp(limit, "baseline")) best = Isa::baseline;
-    if (limit && !strcmp(limit, "avx2") && best == Isa::avx512) best = Isa::avx2;
+    if (limit && !strcmp(limit, "avx2")) best = std::min(best, Isa::avx2);
+    if (limit && !strcmp(limit, "avx512")) best = std::min(best, Isa::avx512);
     return best;
   }();
   return found;
@@ -70,13 +87,14 @@ Isa isa() {
 // Its place in kernels/library.py's INSTRUCTION_SETS.
 int64_t isa_number() { return (int64_t)isa(); }
 
-template <auto on_avx512, auto on_avx2, auto on_baseline>
+// The same function for each instruction set, from the least one on.
+template <auto first, auto... more>
 struct Op;
-template <class... P, void (*on_avx512)(P...), void (*on_avx2)(P...), void (*on_baseline)(P...)>
-struct Op<on_avx512, on_avx2, on_baseline> {
+template <class... P, void (*first)(P...), auto... more>
+struct Op<first, more...> {
   static void call(typename Given<P>::type... arguments) {
-    const auto kernel = isa() == Isa::avx512 ? on_avx512 : isa() == Isa::avx2 ? on_avx2 : on_baseline;
-    kernel(pass(arguments)...);
+    static constexpr decltype(first) kernels[] = {first, more...};
+    kernels[std::min((size_t)isa(), sizeof...(more))](pass(arguments)...);
   }
 };
 
@@ -100,6 +118,11 @@ STABLE_TORCH_LIBRARY(fastdit_cpp, m) {
   m.def(
       "qk_norm_rope_backward(Tensor? dq, Tensor? dk, Tensor? dv, Tensor? qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
       "Tensor? sin, float eps, Tensor(a!)? dqkv, Tensor(b!)? dweights) -> ()");
+  m.def(
+      "dit_block_forward(Tensor? x, Tensor? y, Tensor? gate1, Tensor? shift2, Tensor? scale2, Tensor? gate2, Tensor? next_shift, "
+      "Tensor? next_scale, Tensor? qkv_weight, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, Tensor? out_weight, "
+      "Tensor? up_weight, Tensor? up_bias, Tensor? down_weight, Tensor? down_bias, int heads, float eps, float qk_eps, "
+      "Tensor(a!)? wide, Tensor(b!)? narrow, Tensor(c!)? r, Tensor(d!)? y_out) -> ()");
   m.def("swiglu_forward(Tensor? packed, Tensor(a!)? out) -> ()");
   m.def("swiglu_backward(Tensor? grad, Tensor? packed, Tensor(a!)? grad_packed) -> ()");
   m.def("flow_interpolate_forward(Tensor? x0, Tensor? noise, Tensor? t, Tensor(a!)? out) -> ()");
@@ -119,10 +142,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastdit_cpp, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastdit_cpp, CPU, m) {
 #if defined(__x86_64__)
 #define IMPLEMENT(name, parameters) \
-  m.impl(#name, TORCH_BOX((&fastdit::Op<&fastdit::avx512::name, &fastdit::avx2::name, &fastdit::baseline::name>::call)));
+  m.impl(#name,             \
+         TORCH_BOX((&fastdit::Op<&fastdit::baseline::name, &fastdit::avx2::name, &fastdit::avx512::name, &fastdit::amx::name>::call)));
 #else
-#define IMPLEMENT(name, parameters) \
-  m.impl(#name, TORCH_BOX((&fastdit::Op<&fastdit::baseline::name, &fastdit::baseline::name, &fastdit::baseline::name>::call)));
+#define IMPLEMENT(name, parameters) m.impl(#name, TORCH_BOX((&fastdit::Op<&fastdit::baseline::name>::call)));
 #endif
   FASTDIT_KERNELS(IMPLEMENT)
 }

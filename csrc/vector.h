@@ -33,6 +33,7 @@ constexpr int PARTS = LANES / WIDTH;
 typedef float Part __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef float UnalignedPart __attribute__((vector_size(4 * WIDTH), may_alias, aligned(4)));
 typedef int32_t IntPart __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef uint32_t UIntPart __attribute__((vector_size(4 * WIDTH), may_alias));
 
 struct BFloat16 {
   uint16_t bits;
@@ -163,6 +164,16 @@ INLINE void store(_Float16* p, const Floats& v) {
 }
 #endif
 
+// Two vectors one after the other.
+INLINE void store(BFloat16* p, const Floats& first, const Floats& second) {
+#if defined(__AVX512F__)
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)second.part[0], (__m512)first.part[0]));
+#else
+  store(p, first);
+  store(p + LANES, second);
+#endif
+}
+
 // The first n < LANES elements; the other lanes are zero.
 template <class T>
 INLINE Floats load(const T* p, int64_t n) {
@@ -230,13 +241,15 @@ void with_type(Type type, const F& f) {
   f(_Float16{});
 }
 
+INLINE float as_float(BFloat16 x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 INLINE float read_one(const View& t, int64_t offset) {
-  if (t.type == Type::bf16) {
-    const uint32_t bits = (uint32_t)((const BFloat16*)t.data)[offset].bits << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-  }
+  if (t.type == Type::bf16) return as_float(((const BFloat16*)t.data)[offset]);
   return t.type == Type::fp32 ? ((const float*)t.data)[offset] : (float)((const _Float16*)t.data)[offset];
 }
 
@@ -267,6 +280,19 @@ INLINE float sum(const Floats& v) {
     for (int i = 0; i < half; i++) all[i] += all[i + half];
   return all[0];
 #endif
+}
+
+INLINE Floats max(Floats a, const Floats& b) {
+  for (int i = 0; i < PARTS; i++) a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
+
+INLINE float max(const Floats& v) {
+  float all[LANES];
+  store(all, v);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) all[i] = all[i] > all[i + half] ? all[i] : all[i + half];
+  return all[0];
 }
 
 // e^x within 2 units of the last place: 2^n times Taylor's polynomial of 2^f, |f| <= 1/2. Infinite above 88.7; below -87.3 it is 0

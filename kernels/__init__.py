@@ -6,6 +6,14 @@ N heads, D head dim, F SwiGLU hidden width, C/h/w the latent's channels, rows an
 
 from .counter_random import counter_normal, counter_normal_reference, counter_uniform, counter_uniform_reference
 from .dispatch import BACKENDS, backend, backend_in_use, keep_backend
+from .dit_block import (
+    BlockWeights,
+    dit_block,
+    dit_block_fits,
+    dit_block_is_fast,
+    dit_block_reference,
+    pack_dit_block,
+)
 from .flow_interpolate import flow_interpolate, flow_interpolate_reference
 from .flow_matching_loss import flow_matching_loss, flow_matching_loss_reference
 from .gated_residual import gated_residual, gated_residual_reference
@@ -29,12 +37,17 @@ OPS = (
 __all__ = [
     "BACKENDS",
     "OPS",
+    "BlockWeights",
     "backend",
     "backend_in_use",
     "counter_normal",
     "counter_normal_reference",
     "counter_uniform",
     "counter_uniform_reference",
+    "dit_block",
+    "dit_block_fits",
+    "dit_block_is_fast",
+    "dit_block_reference",
     "flow_interpolate",
     "flow_interpolate_reference",
     "flow_matching_loss",
@@ -46,6 +59,7 @@ __all__ = [
     "keep_backend",
     "modulate",
     "modulate_reference",
+    "pack_dit_block",
     "qk_norm_rope",
     "qk_norm_rope_reference",
     "swiglu",

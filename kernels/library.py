@@ -26,7 +26,7 @@ if EXTENSION:
     except OSError as error:
         raise ImportError(f"{EXTENSION} does not fit this torch {torch.__version__}: run launch/install.sh again") from error
 cpp = torch.ops.fastdit_cpp
-INSTRUCTION_SETS = ("baseline", "AVX2", "AVX-512")  # which of them runs, the processor and FASTDIT_ISA decide: cpp.isa()
+INSTRUCTION_SETS = ("baseline", "AVX2", "AVX-512", "AMX")  # which of them runs, the processor and FASTDIT_ISA decide: cpp.isa()
 
 
 def register(schema: str, fake: Callable) -> Callable[[Callable], Callable]:

@@ -13,10 +13,12 @@ rm -f kernels/_cpp*.so
 ln -s ../kernels fastdit/kernels  # the copy is imported as it lies, before the editable install
 export PYTHONPATH=$copy
 
-declare -A flags=([baseline]="" [avx2]="-mavx2 -mfma -mf16c" [avx512]="-mavx512f -mavx512bf16 -mavx2 -mfma -mf16c")
+declare -A flags=([baseline]="" [avx2]="-mavx2 -mfma -mf16c" [avx512]="-mavx512f -mavx512bf16 -mavx2 -mfma -mf16c"
+    [amx]="-mavx512f -mavx512bf16 -mavx2 -mfma -mf16c -mamx-tile -mamx-bf16")
 sets=(baseline)
 grep -qw avx2 /proc/cpuinfo && sets+=(avx2)
 grep -qw avx512_bf16 /proc/cpuinfo && sets+=(avx512)
+grep -qw amx_bf16 /proc/cpuinfo && sets+=(amx)
 
 for isa in "${sets[@]}"; do
     echo "threads, $isa"

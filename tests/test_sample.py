@@ -1,5 +1,6 @@
 """What `fastdit sample` draws and writes: seeds, batches and ranks; grids, animations, latents, npz; resuming; the notebook."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -92,7 +93,7 @@ def test_precision_is_the_runs_where_it_is_fast(tmp_path, capsys, monkeypatch, p
     run = make_run(tmp_path / "run", train={"precision": precision})
     assert sample.Sampler(run).dtype == "fp32"  # imported, as it was sampled
     model, config, _ = checkpoint.load_model(run, "ema", torch.device("cpu"))
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_: (model, config, {"step": 3}))
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: (copy.deepcopy(model), config, {"step": 3}))
     monkeypatch.setattr(sample, "native_bf16", lambda _: True)
     assert sample.Sampler(run).dtype == precision
     monkeypatch.setattr(sample, "native_bf16", lambda _: False)
@@ -100,6 +101,26 @@ def test_precision_is_the_runs_where_it_is_fast(tmp_path, capsys, monkeypatch, p
     exact, rough = (latents(run, tmp_path, "--class", "3,7", "--dtype", dtype) for dtype in ("fp32", "bf16"))
     assert 0 < np.abs(exact - rough).max() < 0.02 * np.abs(exact).max()
     assert "bf16 on" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not kernels.library.EXTENSION, reason="the C++ extension is not built")
+@torch.no_grad()
+def test_packed_blocks_sample_as_the_model_does(run, monkeypatch):
+    """Where AMX is, and here with plain vectors in its place: no further from fp32 than the model's own bf16."""
+    config = from_dict({"model": {"preset": "test/4", "zero_init_gates": False, "input_size": 16, "patch_size": 2}})
+
+    def final(dtype, fast):
+        torch.manual_seed(0)
+        model = DiT(config.model).to(dtype).eval().requires_grad_(False)
+        monkeypatch.setattr(kernels, "dit_block_is_fast", lambda device: fast)
+        assert sample.fast_velocity(model, torch.device("cpu")) is None
+        assert isinstance(model.blocks[0], sample.PackedBlock) == (fast and dtype == torch.bfloat16)
+        draw, ids = sample.per_sample_noise(3, sample.latent_shape(model)), torch.arange(3)
+        return next(sample.latents(model, config.sample, torch.tensor([1, 5, 1]), ids, draw, config.model.num_classes))[1]
+
+    truth, plain, packed = final(torch.float32, True), final(torch.bfloat16, False), final(torch.bfloat16, True)
+    error, plain_error = ((x - truth).abs().max().item() for x in (packed, plain))
+    assert 0 < error <= 2 * plain_error
 
 
 def test_classes_and_seeds_that_are_drawn(run, tmp_path, capsys):

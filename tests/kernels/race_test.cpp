@@ -7,6 +7,9 @@
 #include <thread>
 #include <vector>
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include "../../csrc/ops.h"
 
 namespace fastdit {
@@ -91,6 +94,15 @@ std::vector<char> run(Type E) {
   ops::flow_matching_loss_forward(xt, x0, noise, t, loss, error);
   ops::flow_matching_loss_backward(t, error, View{}, dv);
   keep({&loss, &error, &dv});
+  if (E == Type::bf16) {
+    const int64_t T = 160, N = 3, D = 32, H = N * D, F = 64;
+    Memory x(E, {B, T, H}), y(E, {B, T, H}), vector(E, {B, H}), cos(S, {T, D / 2}), sin(S, {T, D / 2}), weight(E, {D});
+    Memory qkv(E, {3 * H, H}), out(E, {H, H}), up(E, {2 * F, H}), up_bias(S, {2 * F}), down(E, {H, F}), down_bias(S, {H});
+    Memory wide(E, {B, T, 3 * H}), narrow(E, {B, T, H}), r(E, {B, T, H}), y_out(E, {B, T, H});
+    ops::dit_block_forward(x, y, vector, vector, vector, vector, vector, vector, qkv, weight, weight, cos, sin, out, up, up_bias,
+                           down, down_bias, N, 1e-5, 1e-6, wide, narrow, r, y_out);
+    keep({&r, &y_out});
+  }
   ops::counter_random_forward(ids, 1, 2, 3, false, uniform);
   ops::counter_random_forward(ids, 1, 2, 3, true, normal);
   keep({&uniform, &normal});
@@ -100,6 +112,9 @@ std::vector<char> run(Type E) {
 }  // namespace
 
 int main() {
+#if defined(__AMX_BF16__)
+  syscall(SYS_arch_prctl, 0x1023, 18);  // as ops.cpp asks for the tile registers
+#endif
   for (const Type type : {Type::fp32, Type::bf16, Type::fp16}) {
     threads = 1;
     const std::vector<char> expected = run(type);

@@ -1,0 +1,177 @@
+// Products of bf16 matrices in blocks of 32 x 32 fp32 sums: four tiles of 16 x 16, in AMX's tile registers where this is compiled for
+// them. Elsewhere plain vectors do the same, for the tests: oneDNN is faster there.
+//
+// A packed matrix W [N,K] (kernels/dit_block.py packs it) is N/32 panels of K/32 pieces of 32 x 32: two tiles one after the other, for
+// 16 of the panel's rows each, whose dword (i, j) is W's elements 2i and 2i+1 of row j. That is what TDPBF16PS multiplies with.
+#pragma once
+
+#include <algorithm>
+
+#include "vector.h"
+
+namespace fastdit::FASTDIT_ISA {
+
+constexpr int64_t TILE = 16, BLOCK = 32, PIECE = BLOCK * BLOCK;
+
+#if defined(__AMX_BF16__)
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+inline constexpr TileConfig TILE_CONFIG;
+
+// A thread's block of sums. One at a time: the registers are the thread's.
+class Block {
+ public:
+  // By hand: GCC 12's _tile_loadconfig is said to read 8 bytes, and what fills the rest may move behind it.
+  Block() { asm volatile("ldtilecfg %0" ::"m"(TILE_CONFIG)); }
+  ~Block() { _tile_release(); }
+  Block(const Block&) = delete;
+
+  INLINE void zero() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+
+  // Adds a·pieceᵀ. a: 32 rows of 32 elements, `stride` elements apart.
+  INLINE void add(const BFloat16* a, int64_t stride, const BFloat16* piece) {
+    _tile_loadd(6, piece, 64);
+    _tile_loadd(7, piece + PIECE / 2, 64);
+    _tile_loadd(4, a, 2 * stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a + TILE * stride, 2 * stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+
+  // Row i of tile (r, c) to out + r·down + c·right + i·stride.
+  INLINE void store(float* out, int64_t stride, int64_t down, int64_t right) const {
+    _tile_stored(0, out, 4 * stride);
+    _tile_stored(1, out + right, 4 * stride);
+    _tile_stored(2, out + down, 4 * stride);
+    _tile_stored(3, out + down + right, 4 * stride);
+  }
+};
+
+#else
+
+class Block {
+ public:
+  Block() = default;
+  Block(const Block&) = delete;
+
+  INLINE void zero() {
+    for (auto& tile : sums_)
+      for (Floats& row : tile) row = Floats{};
+  }
+
+  INLINE void add(const BFloat16* a, int64_t stride, const BFloat16* piece) {
+    for (int tile = 0; tile < 4; tile++)
+      for (int64_t k = 0; k < TILE; k++) {
+        BFloat16 pairs[2][TILE];
+        for (int64_t j = 0; j < TILE; j++)
+          for (int64_t of = 0; of < 2; of++) pairs[of][j] = piece[tile % 2 * PIECE / 2 + k * BLOCK + 2 * j + of];
+        const Floats even = load(pairs[0]), odd = load(pairs[1]);
+        for (int64_t i = 0; i < TILE; i++) {
+          const BFloat16* pair = a + (tile / 2 * TILE + i) * stride + 2 * k;
+          sums_[tile][i] += even * as_float(pair[0]) + odd * as_float(pair[1]);
+        }
+      }
+  }
+
+  INLINE void store(float* out, int64_t stride, int64_t down, int64_t right) const {
+    for (int tile = 0; tile < 4; tile++)
+      for (int64_t i = 0; i < TILE; i++)
+        fastdit::FASTDIT_ISA::store(out + tile / 2 * down + tile % 2 * right + i * stride, sums_[tile][i]);
+  }
+
+ private:
+  Floats sums_[4][TILE];
+};
+
+#endif
+
+// Blocks of a·Wᵀ one after the other. What becomes of the sums of one, finish(row, column, i, left, right) for each of its 32 rows i,
+// happens while the next one is computed: left and right are the row's sums of columns 0 .. 15 and 16 .. 31.
+template <class Finish>
+class Blocks {
+ public:
+  Blocks(Block& block, const Finish& finish) : block_(block), finish_(finish), sums_((float*)std::aligned_alloc(PAGE, 4 * PAGE)) {
+    if (!sums_) throw std::bad_alloc();
+  }
+  ~Blocks() { std::free(sums_); }
+  Blocks(const Blocks&) = delete;
+
+  // a: 32 rows, `stride` elements apart, of 32·steps columns; pieces: one panel of W. row, column: what `finish` is told.
+  INLINE void next(const BFloat16* a, int64_t stride, const BFloat16* pieces, int64_t steps, int64_t row, int64_t column) {
+    const int64_t rows_a_step = (BLOCK + steps - 1) / steps;
+    block_.zero();
+    for (int64_t k = 0; k < steps; k++) {
+      block_.add(a + k * BLOCK, stride, pieces + k * PIECE);
+      for (int64_t i = 0; i < rows_a_step && done_ < BLOCK; i++) finish_row();
+    }
+    half_ ^= TILE * TILE;
+    block_.store(sums_ + half_, TILE, 2 * PAGE / sizeof(float), PAGE / sizeof(float));
+    row_ = row, column_ = column, done_ = 0;
+  }
+
+  // Finishes the last block.
+  INLINE void finish() {
+    while (done_ < BLOCK) finish_row();
+  }
+
+ private:
+  // The four tiles lie a page apart: a load waits for stores that are not yet in the cache and agree with its address in the lower
+  // 12 bits, and four tiles side by side agree with every load.
+  static constexpr int64_t PAGE = 4096;
+
+  INLINE void finish_row() {
+    const float* left = sums_ + half_ + done_ / TILE * (2 * PAGE / sizeof(float)) + done_ % TILE * TILE;
+    finish_(row_, column_, done_, load(left), load(left + PAGE / sizeof(float)));
+    done_++;
+  }
+
+  Block& block_;
+  const Finish& finish_;
+  float* sums_;
+  int64_t half_ = 0, row_ = 0, column_ = 0, done_ = BLOCK;  // of the stored block
+};
+
+// The 16 x 16 dwords of rows `stride` dwords apart, transposed: rows become columns.
+INLINE void transpose(const uint32_t* in, int64_t stride, uint32_t* out) {
+  typedef uint32_t Row __attribute__((vector_size(64), aligned(4), may_alias));
+  Row rows[TILE];
+  for (int64_t i = 0; i < TILE; i++) rows[i] = *(const Row*)(in + i * stride);
+  // Swaps the upper right with the lower left quarter of every square of 2·SIDE rows.
+  const auto swap = [&]<int SIDE>() INLINE_LAMBDA {
+    Row low, high;
+    for (int j = 0; j < TILE; j++) low[j] = j & SIDE ? TILE + j - SIDE : j, high[j] = j & SIDE ? TILE + j : j + SIDE;
+    for (int i = 0; i < TILE; i++) {
+      if (i & SIDE) continue;
+      const Row a = rows[i], b = rows[i + SIDE];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + SIDE] = __builtin_shuffle(a, b, high);
+    }
+  };
+  swap.template operator()<8>();
+  swap.template operator()<4>();
+  swap.template operator()<2>();
+  swap.template operator()<1>();
+  for (int64_t i = 0; i < TILE; i++) *(Row*)(out + i * TILE) = rows[i];
+}
+
+// Two rows of 16 elements, taken in turns: even 0, odd 0, even 1, ..
+INLINE void interleave(const BFloat16* even, const BFloat16* odd, BFloat16* out) {
+  const Floats low = load(even), high = load(odd);  // bf16 is the upper half of these
+  for (int i = 0; i < PARTS; i++) {
+    const auto pairs = (UIntPart)high.part[i] | (UIntPart)low.part[i] >> 16;
+    ((UnalignedPart*)out)[i] = (UnalignedPart)pairs;
+  }
+}
+
+}  // namespace fastdit::FASTDIT_ISA

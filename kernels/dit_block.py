@@ -1,0 +1,112 @@
+"""dit_block: a whole DiT block for sampling, without gradients, on a CPU's bf16 matrix units (AMX).
+
+B batch, T tokens, H width, N heads, F SwiGLU hidden. Op by op, a block takes the results of its matmuls from memory and back eight
+times, and AMX makes that most of its time. Here what follows a matmul works on its fp32 sums, and mostly while the next sums are
+computed. Rounded to bf16 are the inputs of the matmuls and the two streams alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import backend_in_use, check_shape, check_tokens
+from .gated_residual_modulate import gated_residual_modulate_reference
+from .library import INSTRUCTION_SETS, cpp, inner_contiguous
+from .qk_norm_rope import qk_norm_rope_reference
+from .swiglu import swiglu_reference
+
+TILE, BLOCK = 16, 32  # of rows and columns that AMX and csrc/tile.h multiply at once
+
+
+class BlockWeights(NamedTuple):
+    """Linear weights [out, in] and biases [out] of a block, as fastdit's model has them; q_weight and k_weight [D] or None."""
+
+    qkv: Tensor
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    out: Tensor
+    up: Tensor  # (value | gate)
+    up_bias: Tensor
+    down: Tensor
+    down_bias: Tensor
+
+
+def dit_block_reference(
+    x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], weights: BlockWeights, cos: Tensor | None, sin: Tensor | None, heads: int,
+    qk_eps: float, eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`dit_block` in plain PyTorch, weights as they are: every matmul and op rounds to the dtype of x."""
+    gate1, shift2, scale2, gate2, next_shift, next_scale = modulation
+    qkv = F.linear(y, weights.qkv)
+    q, k, v = qk_norm_rope_reference(qkv, weights.q_weight, weights.k_weight, cos, sin, heads, qk_eps)
+    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x, y = gated_residual_modulate_reference(x, F.linear(attended, weights.out), gate1, shift2, scale2, eps)
+    hidden = swiglu_reference(F.linear(y, weights.up, weights.up_bias))
+    return gated_residual_modulate_reference(
+        x, F.linear(hidden, weights.down, weights.down_bias), gate2, next_shift, next_scale, eps
+    )
+
+
+def dit_block_fits(tokens: int, width: int, heads: int, hidden: int) -> bool:
+    """Whether `dit_block` takes blocks of these sizes: all multiples of 32, heads of 32, 64, 96 or 128."""
+    return not any(n % BLOCK for n in (tokens, width, hidden, width // heads)) and width % heads == 0 and width // heads <= 128
+
+
+def dit_block_is_fast(device: torch.device) -> bool:
+    """Whether `dit_block` is faster in bf16 than the model's own way: where the C++ kernels run on AMX."""
+    return device.type == "cpu" and backend_in_use(device) == "cpp" and INSTRUCTION_SETS[cpp.isa()] == "AMX"
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """[N,K] in the order in which csrc/tile.h multiplies: [N/32, K/32, 2, 16, 16, 2], the innermost pairs along K."""
+    N, K = weight.shape
+    tiles = weight.bfloat16().view(N // BLOCK, 2, TILE, K // BLOCK, TILE, 2)
+    return tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
+
+
+def pack_dit_block(weights: BlockWeights) -> BlockWeights:
+    """The weights as `dit_block` takes them: a copy in bf16. Each 16 values of `up` stand beside their gates."""
+    beside = lambda t: t.unflatten(0, (2, -1, TILE)).transpose(0, 1).flatten(0, 2)
+    return BlockWeights(
+        _pack(weights.qkv), weights.q_weight, weights.k_weight, _pack(weights.out), _pack(beside(weights.up)),
+        beside(weights.up_bias).float(), _pack(weights.down), weights.down_bias.float(),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def dit_block(
+    x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], weights: BlockWeights, cos: Tensor | None, sin: Tensor | None, heads: int,
+    qk_eps: float, eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A block of fastdit's model (DiT, arXiv:2212.09748, section 3.2, with SwiGLU and QK-norm), by the C++ kernels.
+
+    x (residual stream) and y (its modulated norm) bf16 [B,T,H]; modulation: gate, shift, scale, gate, shift, scale, each [B,H], the
+    last two of the next block; weights: from `pack_dit_block`; cos and sin fp32 [T,D/2] or None. Returns the next block's x and y.
+    Sums, norms and softmax are fp32. On processors without AMX the same results come slowly, by plain vectors, for tests. No
+    gradients. Raises ValueError for other dtypes and for sizes that `dit_block_fits` refuses, RuntimeError without the extension.
+    """
+    B, T, H = check_tokens("dit_block", "x", x)
+    hidden = len(weights.up_bias) // 2
+    if not dit_block_fits(T, H, heads, hidden):
+        sizes = f"{T} tokens, width {H}, {heads} heads, hidden width {hidden}"
+        raise ValueError(f"dit_block: {sizes}: tokens, widths and head dim must be multiples of 32, the head dim 128 at most")
+    if x.dtype != torch.bfloat16 or y.dtype != torch.bfloat16 or backend_in_use(x.device) != "cpp":
+        raise ValueError(f"dit_block: x is {x.dtype} on {x.device}, but bfloat16 on a CPU is needed, with the C++ kernels in use")
+    check_shape("dit_block", "y", y, (B, T, H))
+    for vector in modulation:
+        check_shape("dit_block", "modulation", vector, (B, H))
+    for name, N, K in (("qkv", 3 * H, H), ("out", H, H), ("up", 2 * hidden, H), ("down", H, hidden)):
+        check_shape("dit_block", f"packed weight {name}", getattr(weights, name), (N // BLOCK, K // BLOCK, 2, TILE, TILE, 2))
+    for table in (cos, sin):
+        if table is not None:
+            check_shape("dit_block", "cos and sin", table, (T, H // heads // 2))
+    narrow, r, y_out = (x.new_empty((B, T, H)) for _ in range(3))
+    wide = x.new_empty((B, T, max(3 * H, hidden)))  # packed qkv, then SwiGLU's output
+    qkv, q_weight, k_weight, out, *mlp = weights
+    cpp.dit_block_forward(
+        x.contiguous(), y.contiguous(), *map(inner_contiguous, modulation), qkv, q_weight, k_weight, cos, sin, out, *mlp,
+        heads, eps, qk_eps, wide, narrow, r, y_out,
+    )  # fmt: skip
+    return r, y_out
