@@ -15,7 +15,6 @@ using E = BFloat16;
 
 // Weights of one thread that stay in its cache (2 MB of L2 on every CPU with AMX) while its rows pass.
 constexpr int64_t GROUP_BYTES = 1 << 20;
-constexpr int64_t QUERIES = 128;  // rows whose attention weights are kept at a time
 
 // a·Wᵀ of a [M,K] and packed W [N,K], 32 x 32 at a time: `finish` as of Blocks.
 template <class Finish>
@@ -43,12 +42,20 @@ void add_branch(const E* a, int64_t K, const View& weights, const View& bias, co
     Floats totals[BLOCK];
     float means[BLOCK], rstds[BLOCK];
     if (bias.given()) read(bias, 0, H, biases);
-    const auto add = [&](int64_t m, int64_t n, int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
-      const int64_t at = (m + i) * H + n, c = n / LANES;
-      E* out = pointer<E>(r, at);
-      store(out, load(pointer<E>(x, at)) + gates[c] * (left + biases[c]),
-            load(pointer<E>(x, at + LANES)) + gates[c + 1] * (right + biases[c + 1]));
-      totals[i] += (rows[i * V + c] = load(out)) + (rows[i * V + c + 1] = load(out + LANES));
+    const auto add = [&](int64_t m, int64_t n, int64_t begin, int64_t end, const Sums& sums) INLINE_LAMBDA {
+      const int64_t c = n / LANES, width = H;
+      const E* source = pointer<E>(x, m * H + n);
+      E* target = pointer<E>(r, m * H + n);
+      const Floats gate1 = gates[c], gate2 = gates[c + 1], bias1 = biases[c], bias2 = biases[c + 1];
+      Floats* row = rows + c;
+      sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
+        const E* in = source + i * width;
+        E* out = target + i * width;
+        store(out, load(in) + gate1 * (left + bias1), load(in + LANES) + gate2 * (right + bias2));
+        const Floats r1 = load(out), r2 = load(out + LANES);
+        row[i * width / LANES] = r1, row[i * width / LANES + 1] = r2;
+        totals[i] += r1 + r2;
+      });
     };
     Blocks blocks(block, add);
     for (int64_t unit = begin; unit < end; unit++) {
@@ -71,20 +78,29 @@ void add_branch(const E* a, int64_t K, const View& weights, const View& bias, co
   });
 }
 
-// What attention reads of each token of a head, and where from.
+// What attention is made of. y [B,T,H]; qkv: the packed weight; weights: norms of q and k, or null; bounded: scores_are_bounded.
 struct Heads {
-  const View &qkv, &cos, &sin;
-  const Half* weights[2];  // of q and k, or null
+  const E *y, *qkv;
+  const View &cos, &sin;
+  const Half* weights[2];
   int64_t T, H, D;
   float eps;
-  bool bounded;  // scores_are_bounded
+  bool bounded;
 };
 
-// Head n of token t of sample b of q (which = 0) or k (1), normed and rotated, to out [D]. V vectors in half a head.
+// A thread's memory for one head of one sample.
+struct HeadMemory {
+  int64_t T, D, stride = T + BLOCK;  // of the weights: not a multiple of a page, which would crowd the cache
+  Scratch memory{(5 * T * D + BLOCK * (D + stride)) / (2 * LANES)};
+  E *qkv = (E*)memory.data(), *keys = qkv + 3 * T * D, *values = keys + T * D, *queries = values + T * D,
+    *weights = queries + BLOCK * D;
+};
+
+// q (which = 0) or k (1) of token t, normed and rotated, to out [D]. V vectors in half a head.
 template <int64_t V>
-INLINE void read_head(const Heads& heads, int64_t which, int64_t b, int64_t t, int64_t n, E* out) {
-  const int64_t h = heads.D / 2;
-  const E* source = pointer<E>(heads.qkv, ((b * heads.T + t) * 3 + which) * heads.H + n * heads.D);
+INLINE void read_head(const Heads& heads, const E* qkv, int64_t which, int64_t t, E* out) {
+  constexpr int64_t h = V * LANES, D = 2 * h;
+  const E* source = qkv + (t * 3 + which) * D;
   Floats x1[V], x2[V], squares{};
   for (int64_t i = 0; i < V; i++) {
     x1[i] = load(source + i * LANES);
@@ -92,7 +108,7 @@ INLINE void read_head(const Heads& heads, int64_t which, int64_t b, int64_t t, i
     squares += x1[i] * x1[i] + x2[i] * x2[i];
   }
   if (const Half* weight = heads.weights[which]) {
-    const float r = 1.0f / std::sqrt(sum(squares) / heads.D + heads.eps);
+    const float r = 1.0f / std::sqrt(sum(squares) / D + heads.eps);
     for (int64_t i = 0; i < V; i++) {
       x1[i] *= r * weight->first[i];
       x2[i] *= r * weight->second[i];
@@ -110,71 +126,98 @@ INLINE void read_head(const Heads& heads, int64_t which, int64_t b, int64_t t, i
   }
 }
 
-// Packs the keys [T,D] as a matrix of T rows, and the transposed values as one of D rows.
+// Head n of y·Wᵀ for the tokens of sample b, to at.qkv [T,3,D].
+void project_head(const Heads& heads, int64_t b, int64_t n, Block& block, const HeadMemory& at) {
+  const int64_t T = heads.T, H = heads.H, D = heads.D, steps = H / BLOCK;
+  const auto keep = [&](int64_t t, int64_t c, int64_t begin, int64_t end, const Sums& sums) INLINE_LAMBDA {
+    E* target = at.qkv + t * 3 * D + c;
+    const int64_t stride = 3 * D;
+    sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right)
+                                  INLINE_LAMBDA { store(target + i * stride, left, right); });
+  };
+  Blocks blocks(block, keep);
+  for (int64_t t = 0; t < T; t += BLOCK)
+    for (int64_t which = 0; which < 3; which++)
+      for (int64_t d = 0; d < D; d += BLOCK)
+        blocks.next(heads.y + (b * T + t) * H, H, heads.qkv + (which * H + n * D + d) * H, steps, t, which * D + d);
+  blocks.finish();
+}
+
+// The keys [T,D] packed as a matrix of T rows, and the transposed values as one of D rows.
 template <int64_t V>
-void pack_keys_values(const Heads& heads, int64_t b, int64_t n, E* keys, E* values) {
-  const int64_t T = heads.T, D = heads.D;
-  alignas(64) E tokens[TILE * 2 * V * LANES];
+void pack_keys_values(const Heads& heads, const HeadMemory& at) {
+  constexpr int64_t D = 2 * V * LANES;
+  const int64_t T = heads.T;
+  alignas(64) E tokens[TILE * D];
   for (int64_t t = 0; t < T; t += TILE) {
-    for (int64_t i = 0; i < TILE; i++) read_head<V>(heads, 1, b, t + i, n, tokens + i * D);
+    for (int64_t i = 0; i < TILE; i++) read_head<V>(heads, at.qkv, 1, t + i, tokens + i * D);
     for (int64_t d = 0; d < D; d += BLOCK)
-      transpose((uint32_t*)(tokens + d), D / 2, (uint32_t*)(keys + (t / BLOCK * D + d) * BLOCK + t % BLOCK * TILE * 2));
-    const E* source = pointer<E>(heads.qkv, ((b * T + t) * 3 + 2) * heads.H + n * D);
-    for (int64_t i = 0; i < TILE; i += 2, source += 6 * heads.H)
+      transpose((uint32_t*)(tokens + d), D / 2, (uint32_t*)(at.keys + (t / BLOCK * D + d) * BLOCK + t % BLOCK * TILE * 2));
+    for (int64_t i = 0; i < TILE; i += 2)
       for (int64_t d = 0; d < D; d += TILE)
-        interleave(source + d, source + 3 * heads.H + d,
-                   values + (d / BLOCK * T + t / BLOCK * BLOCK) * BLOCK + d % BLOCK * TILE * 2 + (t % BLOCK + i) / 2 * BLOCK);
+        interleave(at.qkv + ((t + i) * 3 + 2) * D + d, at.qkv + ((t + i) * 3 + 5) * D + d,
+                   at.values + (d / BLOCK * T + t / BLOCK * BLOCK) * BLOCK + d % BLOCK * TILE * 2 + (t % BLOCK + i) / 2 * BLOCK);
   }
 }
 
-// softmax(q·kᵀ/√D)·v of head n of sample b, into its columns of out [M,H]. Exact softmax: all weights of QUERIES rows are kept.
+// softmax(q·kᵀ/√D)·v of head n of sample b, into its columns of out [M,H].
 template <int64_t V>
-void attend(const Heads& heads, int64_t b, int64_t n, Block& block, E* memory, E* out) {
-  const int64_t T = heads.T, D = heads.D, stride = T + BLOCK;  // not a multiple of a page, which would crowd the cache
-  const float scale = 1.0f / std::sqrt((float)D);
-  E *keys = memory, *values = keys + T * D, *queries = values + T * D, *weights = queries + QUERIES * D;
-  Floats largest[QUERIES], totals[QUERIES];
-  float tops[QUERIES], inverses[QUERIES];
-  const auto each = [&](int64_t rows, const auto& finish) INLINE_LAMBDA {
-    Blocks blocks(block, finish);
-    for (int64_t q = 0; q < rows; q += BLOCK)
-      for (int64_t key = 0; key < T; key += BLOCK) blocks.next(queries + q * D, D, keys + key * D, D / BLOCK, q, key);
-    blocks.finish();
-  };
-  pack_keys_values<V>(heads, b, n, keys, values);
-  for (int64_t t = 0; t < T; t += QUERIES) {
-    const int64_t rows = std::min(QUERIES, T - t);
-    for (int64_t i = 0; i < rows; i++) read_head<V>(heads, 0, b, t + i, n, queries + i * D);
-    for (int64_t i = 0; i < rows; i++) largest[i] = -INFINITY, totals[i] = Floats{}, tops[i] = 0;
-    if (!heads.bounded) {
-      each(rows, [&](int64_t q, int64_t, int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
-        largest[q + i] = max(largest[q + i], max(left, right));
-      });
-      for (int64_t i = 0; i < rows; i++) tops[i] = max(largest[i]) * scale;
+void attend(const Heads& heads, int64_t b, int64_t n, Block& block, const HeadMemory& at, E* out) {
+  constexpr int64_t D = 2 * V * LANES;
+  const int64_t T = heads.T;
+  const float scale = 1.44269504f / std::sqrt((float)D);  // e^x = 2^(x·log2 e)
+  project_head(heads, b, n, block, at);
+  pack_keys_values<V>(heads, at);
+  for (int64_t t = 0; t < T; t += BLOCK) {
+    Floats largest[BLOCK], totals[BLOCK];
+    float tops[BLOCK], inverses[BLOCK];
+    for (int64_t i = 0; i < BLOCK; i++) {
+      read_head<V>(heads, at.qkv, 0, t + i, at.queries + i * D);
+      largest[i] = -INFINITY, totals[i] = Floats{}, tops[i] = 0;
     }
-    each(rows, [&](int64_t q, int64_t key, int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
-      const Floats a = exp(left * scale - tops[q + i]), b = exp(right * scale - tops[q + i]);
-      totals[q + i] += a + b;
-      store(weights + (q + i) * stride + key, a, b);
+    const auto each_key = [&](const auto& finish) INLINE_LAMBDA {
+      Blocks blocks(block, finish);
+      for (int64_t key = 0; key < T; key += BLOCK) blocks.next(at.queries, D, at.keys + key * D, D / BLOCK, 0, key);
+      blocks.finish();
+    };
+    if (!heads.bounded) {
+      each_key([&](int64_t, int64_t, int64_t begin, int64_t end, const Sums& sums) INLINE_LAMBDA {
+        sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right)
+                                      INLINE_LAMBDA { largest[i] = max(largest[i], max(left, right)); });
+      });
+      for (int64_t i = 0; i < BLOCK; i++) tops[i] = max(largest[i]) * scale;
+    }
+    each_key([&](int64_t, int64_t key, int64_t begin, int64_t end, const Sums& sums) INLINE_LAMBDA {
+      E* weights = at.weights + key;
+      const int64_t stride = at.stride;
+      const float factor = scale;
+      sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
+        const Floats a = rough_exp2(left * factor - tops[i]), b = rough_exp2(right * factor - tops[i]);
+        totals[i] += a + b;
+        store(weights + i * stride, a, b);
+      });
     });
-    for (int64_t i = 0; i < rows; i++) inverses[i] = 1.0f / sum(totals[i]);
-    const auto divide = [&](int64_t q, int64_t d, int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
-      store(out + (b * T + t + q + i) * heads.H + n * D + d, left * inverses[q + i], right * inverses[q + i]);
+    for (int64_t i = 0; i < BLOCK; i++) inverses[i] = 1.0f / sum(totals[i]);
+    const auto divide = [&](int64_t row, int64_t d, int64_t begin, int64_t end, const Sums& sums) INLINE_LAMBDA {
+      E* target = out + row * heads.H + n * D + d;
+      const int64_t stride = heads.H;
+      sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right)
+                                    INLINE_LAMBDA { store(target + i * stride, left * inverses[i], right * inverses[i]); });
     };
     Blocks blocks(block, divide);
-    for (int64_t q = 0; q < rows; q += BLOCK)
-      for (int64_t d = 0; d < D; d += BLOCK) blocks.next(weights + q * stride, stride, values + d * T, T / BLOCK, q, d);
+    for (int64_t d = 0; d < D; d += BLOCK) blocks.next(at.weights, at.stride, at.values + d * T, T / BLOCK, b * T + t, d);
     blocks.finish();
   }
 }
 
+// A head of a sample at a time, its q, k and v too: they stay in the cache.
 template <int64_t V>
 void attention(const Heads& heads, int64_t B, E* out) {
-  const int64_t N = heads.H / heads.D, T = heads.T;
+  const int64_t N = heads.H / heads.D;
   parallel(B * N, 1, [&](int64_t begin, int64_t end) {
     Block block;
-    Scratch memory((2 * T * heads.D + QUERIES * (heads.D + T + BLOCK)) / (2 * LANES));
-    for (int64_t unit = begin; unit < end; unit++) attend<V>(heads, unit / N, unit % N, block, (E*)memory.data(), out);
+    const HeadMemory memory{heads.T, heads.D};
+    for (int64_t unit = begin; unit < end; unit++) attend<V>(heads, unit / N, unit % N, block, memory, out);
   });
 }
 
@@ -194,29 +237,31 @@ bool scores_are_bounded(const Half* q, const Half* k, int64_t D) {
 
 void dit_block_forward(View x, View y, View gate1, View shift2, View scale2, View gate2, View next_shift, View next_scale,
                        View qkv_weight, View q_weight, View k_weight, View cos, View sin, View out_weight, View up_weight,
-                       View up_bias, View down_weight, View down_bias, int64_t N, double eps, double qk_eps, View wide, View narrow,
-                       View r, View y_out) {
+                       View up_bias, View down_weight, View down_bias, int64_t N, double eps, double qk_eps, View scratch, View r,
+                       View y_out) {
   const int64_t B = x.size[0], T = x.size[1], H = x.size[2], D = H / N, M = B * T, F = up_bias.size[0] / 2;
-  E *qkv = pointer<E>(wide), *hidden = qkv, *attended = pointer<E>(narrow);
-  multiply(pointer<E>(y), M, H, pointer<E>(qkv_weight), 3 * H,
-           [&](int64_t m, int64_t n, int64_t i, const Floats& left, const Floats& right)
-               INLINE_LAMBDA { store(qkv + (m + i) * 3 * H + n, left, right); });
-
   Half norms[2];
   const View given[2] = {q_weight, k_weight};
   read_weights(given, D / 2, norms);
   const Half *q_norm = q_weight.given() ? norms : nullptr, *k_norm = k_weight.given() ? norms + 1 : nullptr;
-  const Heads heads{wide, cos, sin, {q_norm, k_norm}, T, H, D, (float)qk_eps, scores_are_bounded(q_norm, k_norm, D)};
+  const Heads heads{pointer<E>(y), pointer<E>(qkv_weight), cos, sin, {q_norm, k_norm}, T, H, D, (float)qk_eps,
+                    scores_are_bounded(q_norm, k_norm, D)};
   const auto run = D == 32 ? attention<1> : D == 64 ? attention<2> : D == 96 ? attention<3> : attention<4>;
+  E *attended = pointer<E>(scratch), *hidden = attended;
   run(heads, B, attended);
   add_branch(attended, H, out_weight, View{}, x, gate1, shift2, scale2, eps, r, y_out);
 
   // Columns n .. n+15 of the packed `up` are values, the next 16 their gates.
   const float* bias = pointer<float>(up_bias);
   multiply(pointer<E>(y_out), M, H, pointer<E>(up_weight), 2 * F,
-           [&](int64_t m, int64_t n, int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
-             const Floats gate = right + load(bias + n + TILE);
-             store(hidden + (m + i) * F + n / 2, (left + load(bias + n)) * gate * sigmoid(gate));
+           [&](int64_t m, int64_t n, int64_t begin, int64_t end, const Sums& sums) INLINE_LAMBDA {
+             const Floats value_bias = load(bias + n), gate_bias = load(bias + n + TILE);
+             E* target = hidden + m * F + n / 2;
+             const int64_t stride = F;
+             sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
+               const Floats gate = right + gate_bias;
+               store(target + i * stride, (left + value_bias) * gate * sigmoid(gate));
+             });
            });
   add_branch(hidden, F, down_weight, down_bias, r, gate2, next_shift, next_scale, eps, r, y_out);
 }

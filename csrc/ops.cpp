@@ -122,7 +122,7 @@ STABLE_TORCH_LIBRARY(fastdit_cpp, m) {
       "dit_block_forward(Tensor? x, Tensor? y, Tensor? gate1, Tensor? shift2, Tensor? scale2, Tensor? gate2, Tensor? next_shift, "
       "Tensor? next_scale, Tensor? qkv_weight, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, Tensor? out_weight, "
       "Tensor? up_weight, Tensor? up_bias, Tensor? down_weight, Tensor? down_bias, int heads, float eps, float qk_eps, "
-      "Tensor(a!)? wide, Tensor(b!)? narrow, Tensor(c!)? r, Tensor(d!)? y_out) -> ()");
+      "Tensor(a!)? scratch, Tensor(b!)? r, Tensor(c!)? y_out) -> ()");
   m.def("swiglu_forward(Tensor? packed, Tensor(a!)? out) -> ()");
   m.def("swiglu_backward(Tensor? grad, Tensor? packed, Tensor(a!)? grad_packed) -> ()");
   m.def("flow_interpolate_forward(Tensor? x0, Tensor? noise, Tensor? t, Tensor(a!)? out) -> ()");

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 
+#include <algorithm>
+
 #include "vector.h"
 
 namespace fastdit::FASTDIT_ISA {
@@ -39,8 +41,8 @@ class Block {
 
   // Adds a·pieceᵀ. a: 32 rows of 32 elements, `stride` elements apart.
   INLINE void add(const BFloat16* a, int64_t stride, const BFloat16* piece) {
-    _tile_loadd(6, piece, 64);
-    _tile_loadd(7, piece + PIECE / 2, 64);
+    _tile_stream_loadd(6, piece, 64);
+    _tile_stream_loadd(7, piece + PIECE / 2, 64);
     _tile_loadd(4, a, 2 * stride);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -96,15 +98,33 @@ class Block {
 
 #endif
 
-// Blocks of a·Wᵀ one after the other. What becomes of the sums of one, finish(row, column, i, left, right) for each of its 32 rows i,
-// happens while the next one is computed: left and right are the row's sums of columns 0 .. 15 and 16 .. 31.
+// The sums of a block in memory.
+struct Sums {
+  // The tiles lie a page apart: a load waits for stores that are not yet in the cache and agree with its address in the lower 12
+  // bits, and four tiles side by side would agree with every load.
+  static constexpr int64_t APART = 4096 / sizeof(float);
+  float* data;
+
+  // f(i, columns 0 .. 15, columns 16 .. 31) for rows i.
+  template <class F>
+  INLINE void each_row(int64_t begin, int64_t end, const F& f) const {
+    for (int64_t i = begin; i < end; i++) {
+      const float* left = data + (i & TILE) * (2 * APART / TILE) + (i & (TILE - 1)) * TILE;
+      f(i, load(left), load(left + APART));
+    }
+  }
+};
+
+// Blocks of a·Wᵀ one after the other. What becomes of the sums of one, finish(row, column, begin, end, sums) for some of its rows at a
+// time, happens while the next one is computed.
 template <class Finish>
 class Blocks {
  public:
-  Blocks(Block& block, const Finish& finish) : block_(block), finish_(finish), sums_((float*)std::aligned_alloc(PAGE, 4 * PAGE)) {
-    if (!sums_) throw std::bad_alloc();
+  Blocks(Block& block, const Finish& finish)
+      : block_(block), finish_(finish), sums_{(float*)std::aligned_alloc(4096, 4 * Sums::APART * sizeof(float))} {
+    if (!sums_.data) throw std::bad_alloc();
   }
-  ~Blocks() { std::free(sums_); }
+  ~Blocks() { std::free(sums_.data); }
   Blocks(const Blocks&) = delete;
 
   // a: 32 rows, `stride` elements apart, of 32·steps columns; pieces: one panel of W. row, column: what `finish` is told.
@@ -113,33 +133,26 @@ class Blocks {
     block_.zero();
     for (int64_t k = 0; k < steps; k++) {
       block_.add(a + k * BLOCK, stride, pieces + k * PIECE);
-      for (int64_t i = 0; i < rows_a_step && done_ < BLOCK; i++) finish_row();
+      finish_rows(rows_a_step);
     }
-    half_ ^= TILE * TILE;
-    block_.store(sums_ + half_, TILE, 2 * PAGE / sizeof(float), PAGE / sizeof(float));
+    block_.store(sums_.data, TILE, 2 * Sums::APART, Sums::APART);
     row_ = row, column_ = column, done_ = 0;
   }
 
   // Finishes the last block.
-  INLINE void finish() {
-    while (done_ < BLOCK) finish_row();
-  }
+  INLINE void finish() { finish_rows(BLOCK); }
 
  private:
-  // The four tiles lie a page apart: a load waits for stores that are not yet in the cache and agree with its address in the lower
-  // 12 bits, and four tiles side by side agree with every load.
-  static constexpr int64_t PAGE = 4096;
-
-  INLINE void finish_row() {
-    const float* left = sums_ + half_ + done_ / TILE * (2 * PAGE / sizeof(float)) + done_ % TILE * TILE;
-    finish_(row_, column_, done_, load(left), load(left + PAGE / sizeof(float)));
-    done_++;
+  INLINE void finish_rows(int64_t count) {
+    const int64_t end = std::min(done_ + count, BLOCK);
+    if (done_ < end) finish_(row_, column_, done_, end, sums_);
+    done_ = end;
   }
 
   Block& block_;
   const Finish& finish_;
-  float* sums_;
-  int64_t half_ = 0, row_ = 0, column_ = 0, done_ = BLOCK;  // of the stored block
+  Sums sums_;
+  int64_t row_ = 0, column_ = 0, done_ = BLOCK;  // of the stored block
 };
 
 // The 16 x 16 dwords of rows `stride` dwords apart, transposed: rows become columns.

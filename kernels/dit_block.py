@@ -102,11 +102,11 @@ def dit_block(
     for table in (cos, sin):
         if table is not None:
             check_shape("dit_block", "cos and sin", table, (T, H // heads // 2))
-    narrow, r, y_out = (x.new_empty((B, T, H)) for _ in range(3))
-    wide = x.new_empty((B, T, max(3 * H, hidden)))  # packed qkv, then SwiGLU's output
+    r, y_out = (x.new_empty((B, T, H)) for _ in range(2))
+    scratch = x.new_empty((B, T, max(H, hidden)))  # attention's output, then SwiGLU's
     qkv, q_weight, k_weight, out, *mlp = weights
     cpp.dit_block_forward(
         x.contiguous(), y.contiguous(), *map(inner_contiguous, modulation), qkv, q_weight, k_weight, cos, sin, out, *mlp,
-        heads, eps, qk_eps, wide, narrow, r, y_out,
+        heads, eps, qk_eps, scratch, r, y_out,
     )  # fmt: skip
     return r, y_out

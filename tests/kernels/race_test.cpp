@@ -98,9 +98,9 @@ std::vector<char> run(Type E) {
     const int64_t T = 160, N = 3, D = 32, H = N * D, F = 64;
     Memory x(E, {B, T, H}), y(E, {B, T, H}), vector(E, {B, H}), cos(S, {T, D / 2}), sin(S, {T, D / 2}), weight(E, {D});
     Memory qkv(E, {3 * H, H}), out(E, {H, H}), up(E, {2 * F, H}), up_bias(S, {2 * F}), down(E, {H, F}), down_bias(S, {H});
-    Memory wide(E, {B, T, 3 * H}), narrow(E, {B, T, H}), r(E, {B, T, H}), y_out(E, {B, T, H});
+    Memory scratch(E, {B, T, std::max(H, F)}), r(E, {B, T, H}), y_out(E, {B, T, H});
     ops::dit_block_forward(x, y, vector, vector, vector, vector, vector, vector, qkv, weight, weight, cos, sin, out, up, up_bias,
-                           down, down_bias, N, 1e-5, 1e-6, wide, narrow, r, y_out);
+                           down, down_bias, N, 1e-5, 1e-6, scratch, r, y_out);
     keep({&r, &y_out});
   }
   ops::counter_random_forward(ids, 1, 2, 3, false, uniform);
