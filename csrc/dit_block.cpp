@@ -37,8 +37,8 @@ void add_branch(const E* a, int64_t K, const View& weights, const View& bias, co
   const int64_t T = x.size[1], H = x.size[2], V = vectors(H), steps = K / BLOCK;
   parallel(x.size[0] * T / BLOCK, 1, [&](int64_t begin, int64_t end) {
     Block block;
-    Scratch scratch((BLOCK + 4) * V);
-    Floats *rows = scratch.data(), *gates = rows + BLOCK * V, *shifts = gates + V, *scales = shifts + V, *biases = scales + V;
+    Scratch scratch(4 * V);
+    Floats *gates = scratch.data(), *shifts = gates + V, *scales = shifts + V, *biases = scales + V;
     Floats totals[BLOCK];
     float means[BLOCK], rstds[BLOCK];
     if (bias.given()) read(bias, 0, H, biases);
@@ -47,14 +47,11 @@ void add_branch(const E* a, int64_t K, const View& weights, const View& bias, co
       const E* source = pointer<E>(x, m * H + n);
       E* target = pointer<E>(r, m * H + n);
       const Floats gate1 = gates[c], gate2 = gates[c + 1], bias1 = biases[c], bias2 = biases[c + 1];
-      Floats* row = rows + c;
       sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
         const E* in = source + i * width;
         E* out = target + i * width;
         store(out, load(in) + gate1 * (left + bias1), load(in + LANES) + gate2 * (right + bias2));
-        const Floats r1 = load(out), r2 = load(out + LANES);
-        row[i * width / LANES] = r1, row[i * width / LANES + 1] = r2;
-        totals[i] += r1 + r2;
+        totals[i] += load(out) + load(out + LANES);
       });
     };
     Blocks blocks(block, add);
@@ -70,22 +67,24 @@ void add_branch(const E* a, int64_t K, const View& weights, const View& bias, co
         blocks.next(a + first * K, K, pointer<E>(weights, panel * steps * PIECE), steps, first, panel * BLOCK);
       blocks.finish();
       // One step of all rows before the next: a row alone would wait for its own sums.
+      const auto row = [&](int64_t i) INLINE_LAMBDA {
+        return [out = pointer<E>(r, (first + i) * H)](int64_t v) INLINE_LAMBDA { return load(out + v * LANES); };
+      };
       for (int64_t i = 0; i < BLOCK; i++) means[i] = sum(totals[i]) / H;
-      for (int64_t i = 0; i < BLOCK; i++) rstds[i] = 1.0f / std::sqrt(squares(rows + i * V, means[i], H) / H + eps);
+      for (int64_t i = 0; i < BLOCK; i++) rstds[i] = 1.0f / std::sqrt(squares(row(i), means[i], H) / H + eps);
       for (int64_t i = 0; i < BLOCK; i++)
-        write_norm(rows + i * V, means[i], rstds[i], H, scales, shifts, pointer<E>(y, (first + i) * H));
+        write_norm(row(i), means[i], rstds[i], H, scales, shifts, pointer<E>(y, (first + i) * H));
     }
   });
 }
 
-// What attention is made of. y [B,T,H]; qkv: the packed weight; weights: norms of q and k, or null; bounded: scores_are_bounded.
+// What attention is made of. y [B,T,H]; qkv: the packed weight; weights: norms of q and k, or null.
 struct Heads {
   const E *y, *qkv;
   const View &cos, &sin;
   const Half* weights[2];
   int64_t T, H, D;
   float eps;
-  bool bounded;
 };
 
 // A thread's memory for one head of one sample.
@@ -160,8 +159,8 @@ void pack_keys_values(const Heads& heads, const HeadMemory& at) {
   }
 }
 
-// softmax(q·kᵀ/√D)·v of head n of sample b, into its columns of out [M,H].
-template <int64_t V>
+// softmax(q·kᵀ/√D)·v of head n of sample b, into its columns of out [M,H]. BOUNDED: scores_are_bounded.
+template <int64_t V, bool BOUNDED>
 void attend(const Heads& heads, int64_t b, int64_t n, Block& block, const HeadMemory& at, E* out) {
   constexpr int64_t D = 2 * V * LANES;
   const int64_t T = heads.T;
@@ -173,14 +172,14 @@ void attend(const Heads& heads, int64_t b, int64_t n, Block& block, const HeadMe
     float tops[BLOCK], inverses[BLOCK];
     for (int64_t i = 0; i < BLOCK; i++) {
       read_head<V>(heads, at.qkv, 0, t + i, at.queries + i * D);
-      largest[i] = -INFINITY, totals[i] = Floats{}, tops[i] = 0;
+      largest[i] = -INFINITY, totals[i] = Floats{};
     }
     const auto each_key = [&](const auto& finish) INLINE_LAMBDA {
       Blocks blocks(block, finish);
       for (int64_t key = 0; key < T; key += BLOCK) blocks.next(at.queries, D, at.keys + key * D, D / BLOCK, 0, key);
       blocks.finish();
     };
-    if (!heads.bounded) {
+    if constexpr (!BOUNDED) {
       each_key([&](int64_t, int64_t, int64_t begin, int64_t end, const Sums& sums) INLINE_LAMBDA {
         sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right)
                                       INLINE_LAMBDA { largest[i] = max(largest[i], max(left, right)); });
@@ -192,7 +191,10 @@ void attend(const Heads& heads, int64_t b, int64_t n, Block& block, const HeadMe
       const int64_t stride = at.stride;
       const float factor = scale;
       sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
-        const Floats a = rough_exp2(left * factor - tops[i]), b = rough_exp2(right * factor - tops[i]);
+        const auto weight = [&](const Floats& score) INLINE_LAMBDA {
+          return rough_exp2(BOUNDED ? score * factor : max(score * factor - tops[i], -126.0f));
+        };
+        const Floats a = weight(left), b = weight(right);
         totals[i] += a + b;
         store(weights + i * stride, a, b);
       });
@@ -210,18 +212,7 @@ void attend(const Heads& heads, int64_t b, int64_t n, Block& block, const HeadMe
   }
 }
 
-// A head of a sample at a time, its q, k and v too: they stay in the cache.
-template <int64_t V>
-void attention(const Heads& heads, int64_t B, E* out) {
-  const int64_t N = heads.H / heads.D;
-  parallel(B * N, 1, [&](int64_t begin, int64_t end) {
-    Block block;
-    const HeadMemory memory{heads.T, heads.D};
-    for (int64_t unit = begin; unit < end; unit++) attend<V>(heads, unit / N, unit % N, block, memory, out);
-  });
-}
-
-// Whether scores cannot pass ±40, so that e^score needs no largest one taken from it: |q| and |k| are √D·max|weight| at most.
+// Whether scores cannot pass ±40, so that e^score needs no largest one taken from it: normed, |q| and |k| are √D·max|weight| at most.
 bool scores_are_bounded(const Half* q, const Half* k, int64_t D) {
   if (!q || !k) return false;
   const auto largest = [&](const Half& w) {
@@ -231,6 +222,18 @@ bool scores_are_bounded(const Half* q, const Half* k, int64_t D) {
     return max(found);
   };
   return std::sqrt((float)D) * largest(*q) * largest(*k) < 40;
+}
+
+// A head of a sample at a time, its q, k and v too: they stay in the cache.
+template <int64_t V>
+void attention(const Heads& heads, int64_t B, E* out) {
+  const int64_t N = heads.H / heads.D;
+  const auto run = scores_are_bounded(heads.weights[0], heads.weights[1], heads.D) ? attend<V, true> : attend<V, false>;
+  parallel(B * N, 1, [&](int64_t begin, int64_t end) {
+    Block block;
+    const HeadMemory memory{heads.T, heads.D};
+    for (int64_t unit = begin; unit < end; unit++) run(heads, unit / N, unit % N, block, memory, out);
+  });
 }
 
 }  // namespace
@@ -244,8 +247,7 @@ void dit_block_forward(View x, View y, View gate1, View shift2, View scale2, Vie
   const View given[2] = {q_weight, k_weight};
   read_weights(given, D / 2, norms);
   const Half *q_norm = q_weight.given() ? norms : nullptr, *k_norm = k_weight.given() ? norms + 1 : nullptr;
-  const Heads heads{pointer<E>(y), pointer<E>(qkv_weight), cos, sin, {q_norm, k_norm}, T, H, D, (float)qk_eps,
-                    scores_are_bounded(q_norm, k_norm, D)};
+  const Heads heads{pointer<E>(y), pointer<E>(qkv_weight), cos, sin, {q_norm, k_norm}, T, H, D, (float)qk_eps};
   const auto run = D == 32 ? attention<1> : D == 64 ? attention<2> : D == 96 ? attention<3> : attention<4>;
   E *attended = pointer<E>(scratch), *hidden = attended;
   run(heads, B, attended);

@@ -41,6 +41,7 @@ class Block {
 
   // Adds a·pieceᵀ. a: 32 rows of 32 elements, `stride` elements apart.
   INLINE void add(const BFloat16* a, int64_t stride, const BFloat16* piece) {
+    // Not into L1: panels of W would push a's rows and the last sums out of it.
     _tile_stream_loadd(6, piece, 64);
     _tile_stream_loadd(7, piece + PIECE / 2, 64);
     _tile_loadd(4, a, 2 * stride);
