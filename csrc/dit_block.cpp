@@ -16,24 +16,29 @@ using E = BFloat16;
 // Weights of one thread that stay in its cache (2 MB of L2 on every CPU with AMX) while its rows pass.
 constexpr int64_t GROUP_BYTES = 1 << 20;
 
-// a·Wᵀ of a [M,K] and packed W [N,K], 32 x 32 at a time: `finish` as of Blocks.
+// a·Wᵀ of a [M,K] and packed W [N,K], 32 x 32 at a time: `finish` as of Blocks. next: what is multiplied with after it.
 template <class Finish>
-void multiply(const E* a, int64_t M, int64_t K, const E* weights, int64_t N, const Finish& finish) {
+void multiply(const E* a, int64_t M, int64_t K, const E* weights, int64_t N, const Ahead& next, const Finish& finish) {
   const int64_t panels = N / BLOCK, steps = K / BLOCK, group = std::max<int64_t>(1, GROUP_BYTES / (K * BLOCK * sizeof(E)));
   parallel(M / BLOCK, 1, [&](int64_t begin, int64_t end) {
     Block block;
     Blocks blocks(block, finish);
-    for (int64_t first = 0; first < panels; first += group)
+    for (int64_t first = 0, last; first < panels; first = last) {
+      last = std::min(first + group, panels);
+      const int64_t more = std::min(group, panels - last);
+      blocks.weights_ahead = more ? Ahead(weights + last * steps * PIECE, more * steps * PIECE * sizeof(E)) : next;
       for (int64_t m = begin * BLOCK; m < end * BLOCK; m += BLOCK)
-        for (int64_t panel = first; panel < panels && panel < first + group; panel++)
+        for (int64_t panel = first; panel < last; panel++)
           blocks.next(a + m * K, K, weights + panel * steps * PIECE, steps, m, panel * BLOCK);
+    }
     blocks.finish();
   });
 }
 
 // r = x + gate·(a·Wᵀ + bias), rounded; y = LN(r)·(1 + scale) + shift. a [M,K]; x, r, y [B,T,H]; x may be r. bias may be missing.
+// next: as of `multiply`.
 void add_branch(const E* a, int64_t K, const View& weights, const View& bias, const View& x, const View& gate, const View& shift,
-                const View& scale, float eps, const View& r, const View& y) {
+                const View& scale, float eps, const View& r, const View& y, const Ahead& next) {
   const int64_t T = x.size[1], H = x.size[2], V = vectors(H), steps = K / BLOCK;
   parallel(x.size[0] * T / BLOCK, 1, [&](int64_t begin, int64_t end) {
     Block block;
@@ -55,12 +60,17 @@ void add_branch(const E* a, int64_t K, const View& weights, const View& bias, co
       });
     };
     Blocks blocks(block, add);
+    blocks.weights_ahead = next;
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t first = unit * BLOCK, b = first / T;
       if (unit == begin || first % T == 0) {
         read(gate, gate.at(b), H, gates);
         read(shift, shift.at(b), H, shifts);
         read_scale(scale, b, H, scales);
+      }
+      if (unit + 1 < end) {
+        blocks.rows_ahead = Ahead(a + (first + BLOCK) * K, BLOCK * K * sizeof(E));
+        blocks.stream_ahead = Ahead(pointer<E>(x, (first + BLOCK) * H), BLOCK * H * sizeof(E));
       }
       for (Floats& total : totals) total = Floats{};
       for (int64_t panel = 0; panel < H / BLOCK; panel++)
@@ -251,11 +261,12 @@ void dit_block_forward(View x, View y, View gate1, View shift2, View scale2, Vie
   const auto run = D == 32 ? attention<1> : D == 64 ? attention<2> : D == 96 ? attention<3> : attention<4>;
   E *attended = pointer<E>(scratch), *hidden = attended;
   run(heads, B, attended);
-  add_branch(attended, H, out_weight, View{}, x, gate1, shift2, scale2, eps, r, y_out);
+  add_branch(attended, H, out_weight, View{}, x, gate1, shift2, scale2, eps, r, y_out,
+             Ahead(up_weight.data, std::min<int64_t>(GROUP_BYTES, 2 * F * H * sizeof(E))));
 
   // Columns n .. n+15 of the packed `up` are values, the next 16 their gates.
   const float* bias = pointer<float>(up_bias);
-  multiply(pointer<E>(y_out), M, H, pointer<E>(up_weight), 2 * F,
+  multiply(pointer<E>(y_out), M, H, pointer<E>(up_weight), 2 * F, Ahead(down_weight.data, H * F * sizeof(E)),
            [&](int64_t m, int64_t n, int64_t begin, int64_t end, const Sums& sums) INLINE_LAMBDA {
              const Floats value_bias = load(bias + n), gate_bias = load(bias + n + TILE);
              E* target = hidden + m * F + n / 2;
@@ -265,7 +276,7 @@ void dit_block_forward(View x, View y, View gate1, View shift2, View scale2, Vie
                store(target + i * stride, (left + value_bias) * gate * sigmoid(gate));
              });
            });
-  add_branch(hidden, F, down_weight, down_bias, r, gate2, next_shift, next_scale, eps, r, y_out);
+  add_branch(hidden, F, down_weight, down_bias, r, gate2, next_shift, next_scale, eps, r, y_out, Ahead());
 }
 
 }  // namespace fastdit::FASTDIT_ISA

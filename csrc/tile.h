@@ -116,6 +116,20 @@ struct Sums {
   }
 };
 
+// Memory that a thread will read next, brought into its L2 cache a few lines at a time: from L3 a tile takes six times as long.
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;
+
+  Ahead() = default;
+  Ahead(const void* data, int64_t bytes) : at((const char*)data), end(at + bytes) {}
+
+  INLINE void step() {
+    if (at >= end) return;
+    for (int line = 0; line < 3; line++) __builtin_prefetch(at + 64 * line, 0, 2);
+    at += 3 * 64;
+  }
+};
+
 // Blocks of a·Wᵀ one after the other. What becomes of the sums of one, finish(row, column, begin, end, sums) for some of its rows at a
 // time, happens while the next one is computed.
 template <class Finish>
@@ -128,12 +142,17 @@ class Blocks {
   ~Blocks() { std::free(sums_.data); }
   Blocks(const Blocks&) = delete;
 
+  Ahead weights_ahead, rows_ahead, stream_ahead;
+
   // a: 32 rows, `stride` elements apart, of 32·steps columns; pieces: one panel of W. row, column: what `finish` is told.
   INLINE void next(const BFloat16* a, int64_t stride, const BFloat16* pieces, int64_t steps, int64_t row, int64_t column) {
     const int64_t rows_a_step = (BLOCK + steps - 1) / steps;
     block_.zero();
     for (int64_t k = 0; k < steps; k++) {
       block_.add(a + k * BLOCK, stride, pieces + k * PIECE);
+      weights_ahead.step();
+      rows_ahead.step();
+      stream_ahead.step();
       finish_rows(rows_a_step);
     }
     block_.store(sums_.data, TILE, 2 * Sums::APART, Sums::APART);

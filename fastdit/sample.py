@@ -253,6 +253,17 @@ class PackedBlock(nn.Module):
         return kernels.dit_block(x, y, modulation, self.weights, cos, sin, self.heads, QK_EPS)
 
 
+class PackedLinear(nn.Module):
+    """A Linear of few rows, which take less time than its weights on their way from memory: these in oneDNN's own order."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight, 8), linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
 def fast_velocity(model: DiT, device: torch.device) -> Callable | None:
     """Makes a model, that is to be sampled from alone, fast, and returns what samplers.guided may call in place of model.velocity.
 
@@ -266,6 +277,7 @@ def fast_velocity(model: DiT, device: torch.device) -> Callable | None:
     fits = kernels.dit_block_fits((config.input_size // config.patch_size) ** 2, config.width, config.heads, config.hidden)
     if bf16 and fits and config.qk_norm != "full_width" and kernels.dit_block_is_fast(device):
         model.blocks = nn.ModuleList(PackedBlock(block) for block in model.blocks)
+        model.modulation = nn.ModuleList(PackedLinear(linear) for linear in model.modulation)
     return None
 
 
