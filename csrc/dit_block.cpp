@@ -110,29 +110,26 @@ template <int64_t V>
 INLINE void read_head(const Heads& heads, const E* qkv, int64_t which, int64_t t, E* out) {
   constexpr int64_t h = V * LANES, D = 2 * h;
   const E* source = qkv + (t * 3 + which) * D;
-  Floats x1[V], x2[V], squares{};
-  for (int64_t i = 0; i < V; i++) {
-    x1[i] = load(source + i * LANES);
-    x2[i] = load(source + h + i * LANES);
-    squares += x1[i] * x1[i] + x2[i] * x2[i];
+  Floats x[2 * V], squares{};
+  for (int64_t i = 0; i < 2 * V; i++) {
+    x[i] = load(source + i * LANES);
+    squares += x[i] * x[i];
   }
   if (const Half* weight = heads.weights[which]) {
     const float r = 1.0f / std::sqrt(sum(squares) / D + heads.eps);
     for (int64_t i = 0; i < V; i++) {
-      x1[i] *= r * weight->first[i];
-      x2[i] *= r * weight->second[i];
+      x[i] *= r * weight->first[i];
+      x[V + i] *= r * weight->second[i];
     }
   }
-  for (int64_t i = 0; i < V; i++) {
-    Floats y1 = x1[i], y2 = x2[i];
-    if (heads.cos.given()) {
+  if (heads.cos.given())
+    for (int64_t i = 0; i < V; i++) {
       const Floats c = load(pointer<float>(heads.cos, t * h + i * LANES)), s = load(pointer<float>(heads.sin, t * h + i * LANES));
-      y1 = x1[i] * c - x2[i] * s;
-      y2 = x2[i] * c + x1[i] * s;
+      const Floats x1 = x[i], x2 = x[V + i];
+      x[i] = x1 * c - x2 * s;
+      x[V + i] = x2 * c + x1 * s;
     }
-    store(out + i * LANES, y1);
-    store(out + h + i * LANES, y2);
-  }
+  for (int64_t i = 0; i < 2 * V; i += 2) store(out + i * LANES, x[i], x[i + 1]);
 }
 
 // Head n of y·Wᵀ for the tokens of sample b, to at.qkv [T,3,D].
