@@ -16,13 +16,16 @@ using E = BFloat16;
 // Weights of one thread that stay in its cache (2 MB of L2 on every CPU with AMX) while its rows pass.
 constexpr int64_t GROUP_BYTES = 1 << 20;
 
-// a·Wᵀ of a [M,K] and packed W [N,K], 32 x 32 at a time: `finish` as of Blocks. next: what is multiplied with after it.
+// a·Wᵀ of a [M,K] and packed W [N,K], 32 x 32 at a time: `finish` as of Blocks, copied for each thread. next: what is multiplied with
+// after it.
 template <class Finish>
 void multiply(const E* a, int64_t M, int64_t K, const E* weights, int64_t N, const Ahead& next, const Finish& finish) {
-  const int64_t panels = N / BLOCK, steps = K / BLOCK, group = std::max<int64_t>(1, GROUP_BYTES / (K * BLOCK * sizeof(E)));
+  const int64_t panels = N / BLOCK, steps = K / BLOCK;
+  const int64_t group = std::max<int64_t>(1, GROUP_BYTES / (K * BLOCK * sizeof(E)) / 2) * 2;  // even: SwiGLU joins two panels
   parallel(M / BLOCK, 1, [&](int64_t begin, int64_t end) {
     Block block;
-    Blocks blocks(block, finish);
+    const Finish own = finish;
+    Blocks blocks(block, own);
     for (int64_t first = 0, last; first < panels; first = last) {
       last = std::min(first + group, panels);
       const int64_t more = std::min(group, panels - last);
@@ -243,6 +246,28 @@ void attention(const Heads& heads, int64_t B, E* out) {
   });
 }
 
+// (value + bias)·silu(gate + bias) of sums whose left half are values and whose right half their gates, to out [M,F].
+struct SwiGLU {
+  const float* bias;
+  E* out;
+  int64_t F;
+  mutable Floats before[BLOCK];  // of the panel to the left: rows go to memory in whole cache lines
+
+  INLINE void operator()(int64_t m, int64_t n, int64_t begin, int64_t end, const Sums& sums) const {
+    const Floats value_bias = load(bias + n), gate_bias = load(bias + n + TILE);
+    const bool first = n % (2 * BLOCK) == 0;
+    E* target = out + m * F + n / 2 - (first ? 0 : TILE);
+    const int64_t stride = F;
+    sums.each_row(begin, end, [&](int64_t i, const Floats& value, const Floats& gate) INLINE_LAMBDA {
+      const Floats y = (value + value_bias) * rough_silu(gate + gate_bias);
+      if (first)
+        before[i] = y;
+      else
+        store(target + i * stride, before[i], y);
+    });
+  }
+};
+
 }  // namespace
 
 void dit_block_forward(View x, View y, View gate1, View shift2, View scale2, View gate2, View next_shift, View next_scale,
@@ -261,18 +286,8 @@ void dit_block_forward(View x, View y, View gate1, View shift2, View scale2, Vie
   add_branch(attended, H, out_weight, View{}, x, gate1, shift2, scale2, eps, r, y_out,
              Ahead(up_weight.data, std::min<int64_t>(GROUP_BYTES, 2 * F * H * sizeof(E))));
 
-  // Columns n .. n+15 of the packed `up` are values, the next 16 their gates.
-  const float* bias = pointer<float>(up_bias);
   multiply(pointer<E>(y_out), M, H, pointer<E>(up_weight), 2 * F, Ahead(down_weight.data, H * F * sizeof(E)),
-           [&](int64_t m, int64_t n, int64_t begin, int64_t end, const Sums& sums) INLINE_LAMBDA {
-             const Floats value_bias = load(bias + n), gate_bias = load(bias + n + TILE);
-             E* target = hidden + m * F + n / 2;
-             const int64_t stride = F;
-             sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
-               const Floats gate = right + gate_bias;
-               store(target + i * stride, (left + value_bias) * gate * sigmoid(gate));
-             });
-           });
+           SwiGLU{pointer<float>(up_bias), hidden, F});
   add_branch(hidden, F, down_weight, down_bias, r, gate2, next_shift, next_scale, eps, r, y_out, Ahead());
 }
 

@@ -12,8 +12,15 @@ from fastdit.kernels import library
 
 pytestmark = pytest.mark.skipif(not library.EXTENSION, reason="the C++ extension is not built")
 EPS = 1e-6
-# An odd count of tiles and of blocks everywhere, more rows than one pass of attention takes, every head dim; base/2's width.
-SIZES = [(1, 32, 32, 1, 32), (3, 96, 96, 3, 160), (2, 160, 192, 3, 96), (1, 64, 96, 1, 64), (2, 32, 256, 2, 352)]
+# Odd counts of blocks, every head dim; base/2's width, where the weights of `up` come in two groups.
+SIZES = [
+    (1, 32, 32, 1, 32),
+    (3, 96, 96, 3, 160),
+    (2, 160, 192, 3, 96),
+    (1, 64, 96, 1, 64),
+    (2, 32, 256, 2, 352),
+    (1, 64, 1088, 17, 256),
+]
 
 
 def inputs(size, qk_norm=1.0, rope=True):
