@@ -108,7 +108,7 @@ struct HeadMemory {
     *weights = queries + BLOCK * D;
 };
 
-// q (which = 0) or k (1) of token t, normed and rotated, to out [D]. V vectors in half a head.
+// q (which = 0) or k (1) of token t, normed, rotated and q scaled, to out [D]. V vectors in half a head.
 template <int64_t V>
 INLINE void read_head(const Heads& heads, const E* qkv, int64_t which, int64_t t, E* out) {
   constexpr int64_t h = V * LANES, D = 2 * h;
@@ -118,12 +118,16 @@ INLINE void read_head(const Heads& heads, const E* qkv, int64_t which, int64_t t
     x[i] = load(source + i * LANES);
     squares += x[i] * x[i];
   }
+  // Scores are q·kᵀ/√D, and e^score is 2^(score·log2 e).
+  const float factor = which == 0 ? 1.44269504f / std::sqrt((float)D) : 1.0f;
   if (const Half* weight = heads.weights[which]) {
-    const float r = 1.0f / std::sqrt(sum(squares) / D + heads.eps);
+    const float r = factor / std::sqrt(sum(squares) / D + heads.eps);
     for (int64_t i = 0; i < V; i++) {
       x[i] *= r * weight->first[i];
       x[V + i] *= r * weight->second[i];
     }
+  } else {
+    for (Floats& part : x) part *= factor;
   }
   if (heads.cos.given())
     for (int64_t i = 0; i < V; i++) {
@@ -174,7 +178,6 @@ template <int64_t V, bool BOUNDED>
 void attend(const Heads& heads, int64_t b, int64_t n, Block& block, const HeadMemory& at, E* out) {
   constexpr int64_t D = 2 * V * LANES;
   const int64_t T = heads.T;
-  const float scale = 1.44269504f / std::sqrt((float)D);  // e^x = 2^(x·log2 e)
   project_head(heads, b, n, block, at);
   pack_keys_values<V>(heads, at);
   for (int64_t t = 0; t < T; t += BLOCK) {
@@ -194,15 +197,14 @@ void attend(const Heads& heads, int64_t b, int64_t n, Block& block, const HeadMe
         sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right)
                                       INLINE_LAMBDA { largest[i] = max(largest[i], max(left, right)); });
       });
-      for (int64_t i = 0; i < BLOCK; i++) tops[i] = max(largest[i]) * scale;
+      for (int64_t i = 0; i < BLOCK; i++) tops[i] = max(largest[i]);
     }
     each_key([&](int64_t, int64_t key, int64_t begin, int64_t end, const Sums& sums) INLINE_LAMBDA {
       E* weights = at.weights + key;
       const int64_t stride = at.stride;
-      const float factor = scale;
       sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
         const auto weight = [&](const Floats& score) INLINE_LAMBDA {
-          return rough_exp2(BOUNDED ? score * factor : max(score * factor - tops[i], -126.0f));
+          return rough_exp2(BOUNDED ? score : max(score - tops[i], -126.0f));
         };
         const Floats a = weight(left), b = weight(right);
         totals[i] += a + b;
