@@ -15,6 +15,31 @@ namespace fastdit::FASTDIT_ISA {
 
 constexpr int64_t TILE = 16, BLOCK = 32, PIECE = BLOCK * BLOCK;
 
+// The sums of a block in memory.
+class Sums {
+ public:
+  // The tiles lie a page apart: a load waits for stores that are not yet in the cache and agree with its address in the lower 12
+  // bits, and four tiles side by side would agree with every load.
+  static constexpr int64_t APART = 4096 / sizeof(float);
+
+  Sums() : data((float*)std::aligned_alloc(4096, 4 * APART * sizeof(float))) {
+    if (!data) throw std::bad_alloc();
+  }
+  ~Sums() { std::free(data); }
+  Sums(const Sums&) = delete;
+
+  // f(i, columns 0 .. 15, columns 16 .. 31) for rows i.
+  template <class F>
+  INLINE void each_row(int64_t begin, int64_t end, const F& f) const {
+    for (int64_t i = begin; i < end; i++) {
+      const float* left = data + (i & TILE) * (2 * APART / TILE) + (i & (TILE - 1)) * TILE;
+      f(i, load(left), load(left + APART));
+    }
+  }
+
+  float* const data;
+};
+
 #if defined(__AMX_BF16__)
 
 struct alignas(64) TileConfig {
@@ -24,7 +49,7 @@ struct alignas(64) TileConfig {
 };
 inline constexpr TileConfig TILE_CONFIG;
 
-// A thread's block of sums. One at a time: the registers are the thread's.
+// A thread's block of sums, in registers and where they are stored. One at a time: the registers are the thread's.
 class Block {
  public:
   // By hand: GCC 12's _tile_loadconfig is said to read 8 bytes, and what fills the rest may move behind it.
@@ -52,13 +77,16 @@ class Block {
     _tile_dpbf16ps(3, 5, 7);
   }
 
-  // Row i of tile (r, c) to out + r·down + c·right + i·stride.
-  INLINE void store(float* out, int64_t stride, int64_t down, int64_t right) const {
-    _tile_stored(0, out, 4 * stride);
-    _tile_stored(1, out + right, 4 * stride);
-    _tile_stored(2, out + down, 4 * stride);
-    _tile_stored(3, out + down + right, 4 * stride);
+  INLINE const Sums& store() const {
+    _tile_stored(0, sums_.data, 4 * TILE);
+    _tile_stored(1, sums_.data + Sums::APART, 4 * TILE);
+    _tile_stored(2, sums_.data + 2 * Sums::APART, 4 * TILE);
+    _tile_stored(3, sums_.data + 3 * Sums::APART, 4 * TILE);
+    return sums_;
   }
+
+ private:
+  Sums sums_;
 };
 
 #else
@@ -69,7 +97,7 @@ class Block {
   Block(const Block&) = delete;
 
   INLINE void zero() {
-    for (auto& tile : sums_)
+    for (auto& tile : tiles_)
       for (Floats& row : tile) row = Floats{};
   }
 
@@ -82,39 +110,24 @@ class Block {
         const Floats even = load(pairs[0]), odd = load(pairs[1]);
         for (int64_t i = 0; i < TILE; i++) {
           const BFloat16* pair = a + (tile / 2 * TILE + i) * stride + 2 * k;
-          sums_[tile][i] += even * as_float(pair[0]) + odd * as_float(pair[1]);
+          tiles_[tile][i] += even * as_float(pair[0]) + odd * as_float(pair[1]);
         }
       }
   }
 
-  INLINE void store(float* out, int64_t stride, int64_t down, int64_t right) const {
-    for (int tile = 0; tile < 4; tile++)
+  INLINE const Sums& store() const {
+    for (int64_t tile = 0; tile < 4; tile++)
       for (int64_t i = 0; i < TILE; i++)
-        fastdit::FASTDIT_ISA::store(out + tile / 2 * down + tile % 2 * right + i * stride, sums_[tile][i]);
+        fastdit::FASTDIT_ISA::store(sums_.data + tile * Sums::APART + i * TILE, tiles_[tile][i]);
+    return sums_;
   }
 
  private:
-  Floats sums_[4][TILE];
+  Floats tiles_[4][TILE];
+  Sums sums_;
 };
 
 #endif
-
-// The sums of a block in memory.
-struct Sums {
-  // The tiles lie a page apart: a load waits for stores that are not yet in the cache and agree with its address in the lower 12
-  // bits, and four tiles side by side would agree with every load.
-  static constexpr int64_t APART = 4096 / sizeof(float);
-  float* data;
-
-  // f(i, columns 0 .. 15, columns 16 .. 31) for rows i.
-  template <class F>
-  INLINE void each_row(int64_t begin, int64_t end, const F& f) const {
-    for (int64_t i = begin; i < end; i++) {
-      const float* left = data + (i & TILE) * (2 * APART / TILE) + (i & (TILE - 1)) * TILE;
-      f(i, load(left), load(left + APART));
-    }
-  }
-};
 
 // Memory that a thread will read next, brought into its L2 cache a few lines at a time: from L3 a tile takes six times as long.
 struct Ahead {
@@ -135,11 +148,7 @@ struct Ahead {
 template <class Finish>
 class Blocks {
  public:
-  Blocks(Block& block, const Finish& finish)
-      : block_(block), finish_(finish), sums_{(float*)std::aligned_alloc(4096, 4 * Sums::APART * sizeof(float))} {
-    if (!sums_.data) throw std::bad_alloc();
-  }
-  ~Blocks() { std::free(sums_.data); }
+  Blocks(Block& block, const Finish& finish) : block_(block), finish_(finish) {}
   Blocks(const Blocks&) = delete;
 
   Ahead weights_ahead, rows_ahead, stream_ahead;
@@ -155,7 +164,7 @@ class Blocks {
       stream_ahead.step();
       finish_rows(rows_a_step);
     }
-    block_.store(sums_.data, TILE, 2 * Sums::APART, Sums::APART);
+    sums_ = &block_.store();
     row_ = row, column_ = column, done_ = 0;
   }
 
@@ -165,13 +174,13 @@ class Blocks {
  private:
   INLINE void finish_rows(int64_t count) {
     const int64_t end = std::min(done_ + count, BLOCK);
-    if (done_ < end) finish_(row_, column_, done_, end, sums_);
+    if (done_ < end) finish_(row_, column_, done_, end, *sums_);
     done_ = end;
   }
 
   Block& block_;
   const Finish& finish_;
-  Sums sums_;
+  const Sums* sums_ = nullptr;
   int64_t row_ = 0, column_ = 0, done_ = BLOCK;  // of the stored block
 };
 
