@@ -276,7 +276,8 @@ def fast_velocity(model: DiT, device: torch.device) -> Callable | None:
     config, bf16 = model.config, model.output.weight.dtype == torch.bfloat16
     fits = kernels.dit_block_fits((config.input_size // config.patch_size) ** 2, config.width, config.heads, config.hidden)
     if bf16 and fits and config.qk_norm != "full_width" and kernels.dit_block_is_fast(device):
-        model.blocks = nn.ModuleList(PackedBlock(block) for block in model.blocks)
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = PackedBlock(block)
         for parent in list(model.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, nn.Linear):
