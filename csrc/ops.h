@@ -17,9 +17,10 @@
   KERNEL(qk_norm_rope_forward, (View qkv, View q_weight, View k_weight, View cos, View sin, double eps, View q, View k))      \
   KERNEL(qk_norm_rope_backward, (View dq, View dk, View dv, View qkv, View q_weight, View k_weight, View cos, View sin,       \
                                  double eps, View dqkv, View dweights))                                                       \
-  KERNEL(dit_block_forward, (View x, View y, View gate1, View shift2, View scale2, View gate2, View next_shift, View next_scale,  \
-                             View qkv_weight, View q_weight, View k_weight, View cos, View sin, View out_weight, View up_weight,    \
-                             View up_bias, View down_weight, View down_bias, int64_t N, double eps, double qk_eps, View scratch, View r, View y_out))                                                                       \
+  KERNEL(dit_block_forward,                                                                                                   \
+         (View x, View y, View gate1, View shift2, View scale2, View gate2, View next_shift, View next_scale, View qkv_weight,\
+          View q_weight, View k_weight, View cos, View sin, View out_weight, View up_weight, View up_bias, View down_weight,  \
+          View down_bias, int64_t N, double eps, double qk_eps, View scratch, View r, View y_out))                            \
   KERNEL(swiglu_forward, (View packed, View out))                                                                             \
   KERNEL(swiglu_backward, (View grad, View packed, View grad_packed))                                                         \
   KERNEL(flow_interpolate_forward, (View x0, View noise, View t, View out))                                                   \

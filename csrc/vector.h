@@ -282,8 +282,14 @@ INLINE float sum(const Floats& v) {
 #endif
 }
 
+// A NaN of a stays one.
 INLINE Floats max(Floats a, const Floats& b) {
-  for (int i = 0; i < PARTS; i++) a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+  for (int i = 0; i < PARTS; i++) a.part[i] = b.part[i] > a.part[i] ? b.part[i] : a.part[i];
+  return a;
+}
+
+INLINE Floats min(Floats a, const Floats& b) {
+  for (int i = 0; i < PARTS; i++) a.part[i] = b.part[i] < a.part[i] ? b.part[i] : a.part[i];
   return a;
 }
 
@@ -338,7 +344,7 @@ INLINE Floats rough_exp2(Floats x) {
 
 // x·sigmoid(x) within 2e-4 of itself, as rough_exp2 is meant.
 INLINE Floats rough_silu(const Floats& x) {
-  Floats denominator = Floats(1.0f) + rough_exp2(max(x * -1.44269504f, -126.0f));
+  Floats denominator = Floats(1.0f) + rough_exp2(min(max(x * -1.44269504f, -126.0f), 126.0f));
 #if defined(__AVX512F__)
   denominator.part[0] = (Part)_mm512_rcp14_ps((__m512)denominator.part[0]);
   return x * denominator;

@@ -102,6 +102,8 @@ def dit_block(
     for table in (cos, sin):
         if table is not None:
             check_shape("dit_block", "cos and sin", table, (T, H // heads // 2))
+            if table.dtype != torch.float32 or not table.is_contiguous():
+                raise ValueError(f"dit_block: cos and sin must be contiguous float32 tables, not {table.dtype}")
     r, y_out = (x.new_empty((B, T, H)) for _ in range(2))
     scratch = x.new_empty((B, T, max(H, hidden)))  # attention's output, then SwiGLU's
     qkv, q_weight, k_weight, out, *mlp = weights

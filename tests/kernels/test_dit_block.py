@@ -77,6 +77,30 @@ def test_scores_beyond_the_range_of_exp(assert_close, backend):
         assert_close(actual, truth, eager)
 
 
+@pytest.mark.parametrize("backend", ["cpp"])
+def test_gates_where_the_sigmoid_is_0_or_1(assert_close, backend):
+    """Gates of hundreds, where e^-gate leaves fp32 on both sides."""
+    x, y, modulation, weights, *others = inputs(SIZES[1])
+    bias = weights.up_bias.clone()
+    bias[160:] = torch.tensor([-3e38, -1e4, -300.0, -100.0, -88.0, 88.0, 300.0, 1e4]).repeat(20)  # hidden is 160: the gates
+    given = (x, y, modulation, weights._replace(up_bias=bias.bfloat16()), *others)
+    for actual, truth, eager in zip(
+        run(*given), kernels.dit_block_reference(*map(double, given)), kernels.dit_block_reference(*given), strict=True
+    ):
+        assert actual.isfinite().all()
+        assert_close(actual, truth, eager)
+
+
+@pytest.mark.parametrize("qk_norm", [1.0, 4.0, None])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_cpp_hides_no_nan(value, qk_norm):
+    """A token that is not finite makes all of its sample so, by way of its key, and no other sample."""
+    x, y, *others = inputs(SIZES[1], qk_norm)
+    y[1, 5, 7] = value
+    for out in run(x, y, *others):
+        assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+
+
 def everything() -> list[torch.Tensor]:
     return [t for size in SIZES for qk_norm in (1.0, 4.0) for t in run(*inputs(size, qk_norm))]
 
