@@ -224,7 +224,8 @@ void attend(const Heads& heads, int64_t b, int64_t n, Block& block, const HeadMe
   }
 }
 
-// Whether scores cannot pass ±40, so that e^score needs no largest one taken from it: normed, |q| and |k| are √D·max|weight| at most.
+// Whether scores cannot pass ±40, so that e^score needs no largest one taken from it: normed, |q| and |k| are √D·max|weight| at most,
+// and a rotation leaves them so.
 bool scores_are_bounded(const Half* q, const Half* k, int64_t D) {
   if (!q || !k) return false;
   const auto largest = [&](const Half& w) {

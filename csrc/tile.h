@@ -7,8 +7,6 @@
 
 #include <algorithm>
 
-#include <algorithm>
-
 #include "vector.h"
 
 namespace fastdit::FASTDIT_ISA {
@@ -156,6 +154,7 @@ class Blocks {
   // a: 32 rows, `stride` elements apart, of 32·steps columns; pieces: one panel of W. row, column: what `finish` is told.
   INLINE void next(const BFloat16* a, int64_t stride, const BFloat16* pieces, int64_t steps, int64_t row, int64_t column) {
     const int64_t rows_a_step = (BLOCK + steps - 1) / steps;
+    asm volatile("" ::: "memory");  // GCC does not know that tile loads read memory: what they read must be there
     block_.zero();
     for (int64_t k = 0; k < steps; k++) {
       block_.add(a + k * BLOCK, stride, pieces + k * PIECE);
@@ -186,6 +185,10 @@ class Blocks {
 
 // The 16 x 16 dwords of rows `stride` dwords apart, transposed: rows become columns.
 INLINE void transpose(const uint32_t* in, int64_t stride, uint32_t* out) {
+#if defined(__clang__)
+  for (int64_t i = 0; i < TILE; i++)
+    for (int64_t j = 0; j < TILE; j++) memcpy(out + j * TILE + i, in + i * stride + j, 4);
+#else
   typedef uint32_t Row __attribute__((vector_size(64), aligned(4), may_alias));
   Row rows[TILE];
   for (int64_t i = 0; i < TILE; i++) rows[i] = *(const Row*)(in + i * stride);
@@ -205,6 +208,7 @@ INLINE void transpose(const uint32_t* in, int64_t stride, uint32_t* out) {
   swap.template operator()<2>();
   swap.template operator()<1>();
   for (int64_t i = 0; i < TILE; i++) *(Row*)(out + i * TILE) = rows[i];
+#endif
 }
 
 // Two rows of 16 elements, taken in turns: even 0, odd 0, even 1, ..

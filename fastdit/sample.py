@@ -249,7 +249,9 @@ class PackedBlock(nn.Module):
             )
         )  # fmt: skip
 
-    def forward(self, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], cos: Tensor | None, sin: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         return kernels.dit_block(x, y, modulation, self.weights, cos, sin, self.heads, QK_EPS)
 
 
@@ -264,10 +266,16 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+def _refuse_state(*_) -> None:
+    raise RuntimeError("a model that fast_velocity has packed holds no weights to save: load it again")
+
+
+@torch.no_grad()
 def fast_velocity(model: DiT, device: torch.device) -> Callable | None:
     """Makes a model, that is to be sampled from alone, fast, and returns what samplers.guided may call in place of model.velocity.
 
-    On CUDA: compiled blocks in CUDA graphs. On a CPU with AMX, in bf16: packed blocks, and nothing to call.
+    On CUDA: compiled blocks in CUDA graphs. On a CPU with AMX, in bf16: packed blocks, and nothing to call; the model can then not
+    be saved, copied, cast or trained.
     """
     if device.type == "cuda":
         for block in model.blocks:
@@ -275,7 +283,9 @@ def fast_velocity(model: DiT, device: torch.device) -> Callable | None:
         return Graphs(model)
     config, bf16 = model.config, model.output.weight.dtype == torch.bfloat16
     fits = kernels.dit_block_fits((config.input_size // config.patch_size) ** 2, config.width, config.heads, config.hidden)
-    if bf16 and fits and config.qk_norm != "full_width" and kernels.dit_block_is_fast(device):
+    plain = config.qk_norm != "full_width" and config.attention == "auto" and not isinstance(model.blocks[0], PackedBlock)
+    if bf16 and fits and plain and native_bf16(device) and kernels.dit_block_is_fast(device):
+        model.register_state_dict_pre_hook(_refuse_state)
         for i, block in enumerate(model.blocks):
             model.blocks[i] = PackedBlock(block)
         for parent in list(model.modules()):

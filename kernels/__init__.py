@@ -8,6 +8,7 @@ from .counter_random import counter_normal, counter_normal_reference, counter_un
 from .dispatch import BACKENDS, backend, backend_in_use, keep_backend
 from .dit_block import (
     BlockWeights,
+    PackedBlockWeights,
     dit_block,
     dit_block_fits,
     dit_block_is_fast,
@@ -38,6 +39,7 @@ __all__ = [
     "BACKENDS",
     "OPS",
     "BlockWeights",
+    "PackedBlockWeights",
     "backend",
     "backend_in_use",
     "counter_normal",

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import backend_in_use, check_shape, check_tokens
+from .dispatch import backend_in_use, check_float, check_shape, check_tokens
 from .gated_residual_modulate import gated_residual_modulate_reference
 from .library import INSTRUCTION_SETS, cpp, inner_contiguous
 from .qk_norm_rope import qk_norm_rope_reference
@@ -51,7 +51,9 @@ def dit_block_reference(
 
 def dit_block_fits(tokens: int, width: int, heads: int, hidden: int) -> bool:
     """Whether `dit_block` takes blocks of these sizes: all multiples of 32, heads of 32, 64, 96 or 128."""
-    return not any(n % BLOCK for n in (tokens, width, hidden, width // heads)) and width % heads == 0 and width // heads <= 128
+    if min(width, heads, hidden) <= 0 or width % heads or width // heads > 128:
+        return False
+    return not any(n % BLOCK for n in (tokens, width, hidden, width // heads))
 
 
 def dit_block_is_fast(device: torch.device) -> bool:
@@ -66,46 +68,84 @@ def _pack(weight: Tensor) -> Tensor:
     return tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
 
 
-def pack_dit_block(weights: BlockWeights) -> BlockWeights:
-    """The weights as `dit_block` takes them: a copy in bf16. Each 16 values of `up` stand beside their gates."""
-    beside = lambda t: t.unflatten(0, (2, -1, TILE)).transpose(0, 1).flatten(0, 2)
-    return BlockWeights(
-        _pack(weights.qkv), weights.q_weight, weights.k_weight, _pack(weights.out), _pack(beside(weights.up)),
-        beside(weights.up_bias).float(), _pack(weights.down), weights.down_bias.float(),
-    )  # fmt: skip
+class PackedBlockWeights(BlockWeights):
+    """What `pack_dit_block` makes: matrices in bf16 in the kernel's order, vectors in fp32. Nothing else may make one."""
 
 
 @torch.no_grad()
-def dit_block(
-    x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], weights: BlockWeights, cos: Tensor | None, sin: Tensor | None, heads: int,
-    qk_eps: float, eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A block of fastdit's model (DiT, arXiv:2212.09748, section 3.2, with SwiGLU and QK-norm), by the C++ kernels.
+def pack_dit_block(weights: BlockWeights) -> PackedBlockWeights:
+    """The weights as `dit_block` takes them: a copy. Each 16 values of `up` stand beside their gates.
 
-    x (residual stream) and y (its modulated norm) bf16 [B,T,H]; modulation: gate, shift, scale, gate, shift, scale, each [B,H], the
-    last two of the next block; weights: from `pack_dit_block`; cos and sin fp32 [T,D/2] or None. Returns the next block's x and y.
-    Sums, norms and softmax are fp32. On processors without AMX the same results come slowly, by plain vectors, for tests. No
-    gradients. Raises ValueError for other dtypes and for sizes that `dit_block_fits` refuses, RuntimeError without the extension.
+    Raises ValueError for shapes that are no block's, and for widths that are no multiples of 32.
     """
+    H, hidden = weights.down.shape
+    if not dit_block_fits(BLOCK, H, H // BLOCK, hidden):
+        raise ValueError(f"dit_block: width {H} and hidden width {hidden} must be multiples of 32")
+    shapes = {"qkv": (3 * H, H), "out": (H, H), "up": (2 * hidden, H), "up_bias": (2 * hidden,), "down_bias": (H,)}
+    for name, shape in shapes.items():
+        check_shape("dit_block", name, getattr(weights, name), shape)
+    check_float("dit_block", **weights._asdict())
+    beside = lambda t: t.unflatten(0, (2, -1, TILE)).transpose(0, 1).flatten(0, 2)
+    vector = lambda t: None if t is None else t.float().contiguous()
+    return PackedBlockWeights(
+        _pack(weights.qkv), vector(weights.q_weight), vector(weights.k_weight), _pack(weights.out), _pack(beside(weights.up)),
+        vector(beside(weights.up_bias)), _pack(weights.down), vector(weights.down_bias),
+    )  # fmt: skip
+
+
+def _check_inputs(
+    x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], weights: PackedBlockWeights, tables: tuple[Tensor | None, ...], heads: int
+) -> None:
+    """Raise what `dit_block` says that it raises."""
     B, T, H = check_tokens("dit_block", "x", x)
+    if not isinstance(weights, PackedBlockWeights):
+        raise ValueError("dit_block: weights must come from pack_dit_block")
     hidden = len(weights.up_bias) // 2
     if not dit_block_fits(T, H, heads, hidden):
         sizes = f"{T} tokens, width {H}, {heads} heads, hidden width {hidden}"
         raise ValueError(f"dit_block: {sizes}: tokens, widths and head dim must be multiples of 32, the head dim 128 at most")
-    if x.dtype != torch.bfloat16 or y.dtype != torch.bfloat16 or backend_in_use(x.device) != "cpp":
-        raise ValueError(f"dit_block: x is {x.dtype} on {x.device}, but bfloat16 on a CPU is needed, with the C++ kernels in use")
+    if x.dtype != torch.bfloat16 or y.dtype != torch.bfloat16 or x.device.type != "cpu":
+        raise ValueError(f"dit_block: x is {x.dtype} and y {y.dtype} on {x.device}, but both must be bfloat16 on a CPU")
+    if (backend := backend_in_use(x.device)) != "cpp":
+        raise RuntimeError(
+            f"dit_block: kernel backend {backend!r} is in use, but there is C++ alone: use 'cpp' or 'auto', and build it"
+        )
     check_shape("dit_block", "y", y, (B, T, H))
+    if len(modulation) != 6:
+        raise ValueError(f"dit_block: modulation has {len(modulation)} vectors, but 6 are needed")
     for vector in modulation:
         check_shape("dit_block", "modulation", vector, (B, H))
-    for name, N, K in (("qkv", 3 * H, H), ("out", H, H), ("up", 2 * hidden, H), ("down", H, hidden)):
-        check_shape("dit_block", f"packed weight {name}", getattr(weights, name), (N // BLOCK, K // BLOCK, 2, TILE, TILE, 2))
-    for table in (cos, sin):
+        if vector.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"dit_block: modulation has dtype {vector.dtype}, but it must be bfloat16, float16 or float32")
+    check_shape("dit_block", "down_bias", weights.down_bias, (H,))
+    for norm in (weights.q_weight, weights.k_weight):
+        if norm is not None:
+            check_shape("dit_block", "q_weight and k_weight", norm, (H // heads,))
+    if (tables[0] is None) != (tables[1] is None):
+        raise ValueError("dit_block: cos and sin must both be given, or neither")
+    for table in tables:
         if table is not None:
             check_shape("dit_block", "cos and sin", table, (T, H // heads // 2))
             if table.dtype != torch.float32 or not table.is_contiguous():
                 raise ValueError(f"dit_block: cos and sin must be contiguous float32 tables, not {table.dtype}")
-    r, y_out = (x.new_empty((B, T, H)) for _ in range(2))
-    scratch = x.new_empty((B, T, max(H, hidden)))  # attention's output, then SwiGLU's
+
+
+@torch.no_grad()
+def dit_block(
+    x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], weights: PackedBlockWeights, cos: Tensor | None, sin: Tensor | None,
+    heads: int, qk_eps: float, eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A block of fastdit's model (DiT, arXiv:2212.09748, section 3.2, with SwiGLU and QK-norm), by the C++ kernels.
+
+    x (residual stream) and y (its modulated norm) bf16 [B,T,H]; modulation: gate, shift, scale, gate, shift, scale, each [B,H], the
+    last two of the next block; weights: from `pack_dit_block`; cos and sin of angles, fp32 [T,D/2], or None. Returns the next
+    block's x and y. Sums, norms and softmax are fp32. On processors without AMX the same results come slowly, by plain vectors,
+    for tests. No gradients, and not for torch.compile. Raises ValueError for other dtypes and shapes, and for sizes that
+    `dit_block_fits` refuses, RuntimeError where the C++ kernels are not in use.
+    """
+    _check_inputs(x, y, modulation, weights, (cos, sin), heads)
+    r, y_out = (x.new_empty(x.shape) for _ in range(2))
+    scratch = x.new_empty((*x.shape[:2], max(x.shape[2], len(weights.up_bias) // 2)))  # attention's output, then SwiGLU's
     qkv, q_weight, k_weight, out, *mlp = weights
     cpp.dit_block_forward(
         x.contiguous(), y.contiguous(), *map(inner_contiguous, modulation), qkv, q_weight, k_weight, cos, sin, out, *mlp,

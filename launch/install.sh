@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make a Python environment with fastdit in it: .venv, or $VENV when that is set. Does nothing when it is up to date.
-# Needs python3 >= 3.10 with venv, and g++ (the C++ kernels: FASTDIT_BUILD_EXT=0 leaves them out). Without a GPU this is 3 GB on disk and one or two minutes.
+# Needs python3 >= 3.10 with venv, and g++ 11 or newer (the C++ kernels: FASTDIT_BUILD_EXT=0 leaves them out). Without a GPU this is 3 GB on disk and one or two minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The C++ kernels under sanitizers: the op tests with address and undefined-behaviour checks, then tests/kernels/race_test.cpp with
 # the thread checks, for every instruction set of this machine. Builds in a temporary copy; needs g++ and an installed fastdit
-# (.venv or $VENV). Some 3 minutes on 2 cores.
+# (.venv or $VENV). Some 3 minutes on 2 cores. They do not see what AMX's tile instructions load and store; the same code on plain
+# vectors is what they check of that.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(cd "${VENV:-.venv}/bin" && pwd)/python

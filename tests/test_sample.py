@@ -17,7 +17,7 @@ import autoencoders
 from fastdit import checkpoint, cli, draw, kernels, sample
 from fastdit.config import from_dict
 from fastdit.flow import Stream
-from fastdit.model import DiT
+from fastdit.model import DiT, native_bf16
 
 ROOT = Path(__file__).parent.parent
 OF_A_RUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -104,9 +104,10 @@ def test_precision_is_the_runs_where_it_is_fast(tmp_path, capsys, monkeypatch, p
 
 
 @pytest.mark.skipif(not kernels.library.EXTENSION, reason="the C++ extension is not built")
+@pytest.mark.skipif(not native_bf16(torch.device("cpu")), reason="oneDNN has no bf16 for this CPU")
 @torch.no_grad()
 def test_packed_blocks_sample_as_the_model_does(run, monkeypatch):
-    """Where AMX is, and here with plain vectors in its place: no further from fp32 than the model's own bf16."""
+    """Where AMX is, and without it with plain vectors in its place: no further from fp32 than the model's own bf16."""
     config = from_dict({"model": {"preset": "test/4", "zero_init_gates": False, "input_size": 16, "patch_size": 2}})
 
     def final(dtype, fast):
@@ -115,6 +116,10 @@ def test_packed_blocks_sample_as_the_model_does(run, monkeypatch):
         monkeypatch.setattr(kernels, "dit_block_is_fast", lambda device: fast)
         assert sample.fast_velocity(model, torch.device("cpu")) is None
         assert isinstance(model.blocks[0], sample.PackedBlock) == (fast and dtype == torch.bfloat16)
+        if fast and dtype == torch.bfloat16:
+            assert sample.fast_velocity(model, torch.device("cpu")) is None  # again: nothing to do
+            with pytest.raises(RuntimeError, match="load it again"):
+                model.state_dict()
         draw, ids = sample.per_sample_noise(3, sample.latent_shape(model)), torch.arange(3)
         return next(sample.latents(model, config.sample, torch.tensor([1, 5, 1]), ids, draw, config.model.num_classes))[1]
 

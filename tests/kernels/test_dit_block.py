@@ -138,19 +138,39 @@ def test_instruction_sets_agree(tmp_path, isa):
 
 
 def test_refuses_what_it_cannot_compute():
-    x, y, modulation, weights, *others = inputs(SIZES[0])
+    x, y, modulation, weights, cos, sin, N, eps = inputs(SIZES[1])
     packed = kernels.pack_dit_block(weights)
-    with pytest.raises(ValueError, match="bfloat16"):
-        kernels.dit_block(x.float(), y, modulation, packed, *others)
-    with pytest.raises(ValueError, match="modulation has shape"):
-        kernels.dit_block(x, y, tuple(m[..., :16] for m in modulation), packed, *others)
-    with pytest.raises(ValueError, match="packed weight qkv has shape"):
-        kernels.dit_block(x, y, modulation, weights._replace(up_bias=packed.up_bias), *others)
-    with pytest.raises(ValueError, match="multiples of 32"):
-        kernels.dit_block(x[:, :16], y[:, :16], modulation, packed, *others)
-    with kernels.backend("reference"), pytest.raises(ValueError, match="C\\+\\+"):
-        kernels.dit_block(x, y, modulation, packed, *others)
+    run_with = lambda **other: kernels.dit_block(
+        **{"x": x, "y": y, "modulation": modulation, "weights": packed, "cos": cos, "sin": sin, "heads": N, "qk_eps": eps, **other}
+    )
+    for message, other in {
+        "bfloat16": {"x": x.float()},
+        "modulation has shape": {"modulation": tuple(m[..., :16] for m in modulation)},
+        "modulation has dtype": {"modulation": tuple(m.double() for m in modulation)},
+        "5 vectors": {"modulation": modulation[:5]},
+        "from pack_dit_block": {"weights": weights},
+        "multiples of 32": {"x": x[:, :16], "y": y[:, :16]},
+        "-3 heads": {"heads": -3},
+        "both be given": {"sin": None},
+        "float32 tables": {"cos": cos.double(), "sin": sin.double()},
+        "cos and sin has shape": {"cos": cos[:32], "sin": sin[:32]},
+        "q_weight and k_weight has shape": {"heads": 1, "cos": None, "sin": None},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            run_with(**other)
+    with kernels.backend("reference"), pytest.raises(RuntimeError, match="'reference' is in use"):
+        run_with()
+    with pytest.raises(ValueError, match="down_bias has shape"):
+        kernels.pack_dit_block(weights._replace(down_bias=weights.down_bias[:4]))
+    with pytest.raises(ValueError, match="qkv has shape"):
+        kernels.pack_dit_block(weights._replace(qkv=weights.out))
+
+
+def test_sizes_that_fit():
     assert kernels.dit_block_fits(256, 1088, 17, 4352)
     assert not kernels.dit_block_fits(256, 1088, 16, 4352)  # heads of 68
     assert not kernels.dit_block_fits(16, 384, 6, 1024)
     assert not kernels.dit_block_fits(256, 768, 3, 1024)  # heads of 256
+    assert not any(
+        kernels.dit_block_fits(256, width, heads, hidden) for width, heads, hidden in [(0, 1, 32), (32, 0, 32), (32, 1, 0)]
+    )
