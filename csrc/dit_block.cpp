@@ -113,30 +113,26 @@ template <int64_t V>
 INLINE void read_head(const Heads& heads, const E* qkv, int64_t which, int64_t t, E* out) {
   constexpr int64_t h = V * LANES, D = 2 * h;
   const E* source = qkv + (t * 3 + which) * D;
-  Floats x[2 * V], squares{};
-  for (int64_t i = 0; i < 2 * V; i++) {
-    x[i] = load(source + i * LANES);
-    squares += x[i] * x[i];
-  }
+  Half x;
+  read_halves(source, h, x);
   // Scores are q·kᵀ/√D, and e^score is 2^(score·log2 e).
-  const float factor = which == 0 ? 1.44269504f / std::sqrt((float)D) : 1.0f;
-  if (const Half* weight = heads.weights[which]) {
-    const float r = factor / std::sqrt(sum(squares) / D + heads.eps);
-    for (int64_t i = 0; i < V; i++) {
-      x[i] *= r * weight->first[i];
-      x[V + i] *= r * weight->second[i];
-    }
-  } else {
-    for (Floats& part : x) part *= factor;
+  float factor = which == 0 ? 1.44269504f / std::sqrt((float)D) : 1.0f;
+  const Half* weight = heads.weights[which];
+  if (weight) factor *= rms(x, h, V, heads.eps);
+  for (int64_t i = 0; i < V; i++) {
+    x.first[i] *= weight ? weight->first[i] * factor : factor;
+    x.second[i] *= weight ? weight->second[i] * factor : factor;
   }
-  if (heads.cos.given())
+  if (heads.cos.given()) {
+    Floats cos[V], sin[V];
     for (int64_t i = 0; i < V; i++) {
-      const Floats c = load(pointer<float>(heads.cos, t * h + i * LANES)), s = load(pointer<float>(heads.sin, t * h + i * LANES));
-      const Floats x1 = x[i], x2 = x[V + i];
-      x[i] = x1 * c - x2 * s;
-      x[V + i] = x2 * c + x1 * s;
+      cos[i] = load(pointer<float>(heads.cos, t * h + i * LANES));
+      sin[i] = load(pointer<float>(heads.sin, t * h + i * LANES));
     }
-  for (int64_t i = 0; i < 2 * V; i += 2) store(out + i * LANES, x[i], x[i + 1]);
+    rotate(x, cos, sin, 1, V);
+  }
+  const auto part = [&](int64_t i) INLINE_LAMBDA { return i < V ? x.first[i] : x.second[i - V]; };
+  for (int64_t i = 0; i < 2 * V; i += 2) store(out + i * LANES, part(i), part(i + 1));
 }
 
 // Head n of y·Wᵀ for the tokens of sample b, to at.qkv [T,3,D].

@@ -106,7 +106,7 @@ def test_precision_is_the_runs_where_it_is_fast(tmp_path, capsys, monkeypatch, p
 @pytest.mark.skipif(not kernels.library.EXTENSION, reason="the C++ extension is not built")
 @pytest.mark.skipif(not native_bf16(torch.device("cpu")), reason="oneDNN has no bf16 for this CPU")
 @torch.no_grad()
-def test_packed_blocks_sample_as_the_model_does(run, monkeypatch):
+def test_packed_blocks_sample_as_the_model_does(monkeypatch):
     """Where AMX is, and without it with plain vectors in its place: no further from fp32 than the model's own bf16."""
     config = from_dict({"model": {"preset": "test/4", "zero_init_gates": False, "input_size": 16, "patch_size": 2}})
 

@@ -51,6 +51,14 @@ def run(x, y, modulation, weights, *others):
     return kernels.dit_block(x, y, modulation, kernels.pack_dit_block(weights), *others)
 
 
+def check(assert_close, given) -> None:
+    """Both outputs against fp64, and bitwise equal on a second run."""
+    truth, eager = kernels.dit_block_reference(*map(double, given)), kernels.dit_block_reference(*given)
+    for actual, again, t, e in zip(run(*given), run(*given), truth, eager, strict=True):
+        assert torch.equal(actual, again)
+        assert_close(actual, t, e)
+
+
 @pytest.mark.usefixtures("guarded_memory")
 @pytest.mark.parametrize("backend", ["cpp"])
 @pytest.mark.parametrize(
@@ -59,22 +67,13 @@ def run(x, y, modulation, weights, *others):
 @pytest.mark.parametrize("size", SIZES)
 def test_matches_fp64(assert_close, backend, size, options):
     """Scores of a norm of 4 reach 16·√D, where e^score needs the largest one taken from it."""
-    given = inputs(size, **options)
-    for actual, again, truth, eager in zip(
-        run(*given), run(*given), kernels.dit_block_reference(*map(double, given)), kernels.dit_block_reference(*given), strict=True
-    ):
-        assert torch.equal(actual, again)
-        assert_close(actual, truth, eager)
+    check(assert_close, inputs(size, **options))
 
 
 @pytest.mark.parametrize("backend", ["cpp"])
 def test_scores_beyond_the_range_of_exp(assert_close, backend):
     """One key wins by hundreds: attention is its value, not 0/0."""
-    given = inputs(SIZES[1], qk_norm=16.0)
-    for actual, truth, eager in zip(
-        run(*given), kernels.dit_block_reference(*map(double, given)), kernels.dit_block_reference(*given), strict=True
-    ):
-        assert_close(actual, truth, eager)
+    check(assert_close, inputs(SIZES[1], qk_norm=16.0))
 
 
 @pytest.mark.parametrize("backend", ["cpp"])
@@ -84,11 +83,8 @@ def test_gates_where_the_sigmoid_is_0_or_1(assert_close, backend):
     bias = weights.up_bias.clone()
     bias[160:] = torch.tensor([-3e38, -1e4, -300.0, -100.0, -88.0, 88.0, 300.0, 1e4]).repeat(20)  # hidden is 160: the gates
     given = (x, y, modulation, weights._replace(up_bias=bias.bfloat16()), *others)
-    for actual, truth, eager in zip(
-        run(*given), kernels.dit_block_reference(*map(double, given)), kernels.dit_block_reference(*given), strict=True
-    ):
-        assert actual.isfinite().all()
-        assert_close(actual, truth, eager)
+    assert all(out.isfinite().all() for out in run(*given))
+    check(assert_close, given)
 
 
 @pytest.mark.parametrize("qk_norm", [1.0, 4.0, None])
