@@ -134,7 +134,9 @@ class TrainConfig:
     accumulation: int = 1  # micro-steps a step
     precision: str = "auto"  # auto: bf16 where the device computes in it, else fp32 | bf16 (fp32 masters) | fp32
     device: str = "auto"  # auto: CUDA when there is one | cpu | cuda
-    compile: str = "auto"  # auto: blocks on CUDA below ZeRO 3 | blocks: each block, one graph for all | model: one graph | none
+    # auto: graphs on CUDA below ZeRO 3, else none | graphs: CUDA graphs, of the model on one rank, of each block on several |
+    # blocks: torch.compile on each block | model: torch.compile on the model | none
+    compile: str = "auto"
     checkpoint: str = "none"  # of activations, for memory: none | light: SwiGLU's outputs again in the backward pass | full: blocks
     lr: float = 4e-3  # for the small model on digits; DiT and the base script train on ImageNet with 1e-4
     beta1: float = 0.9
@@ -174,7 +176,7 @@ class TrainConfig:
         for key in ("seed", "lr", "eps", "weight_decay", "warmup_steps", "clip", "sample_steps", "keep_every", "max_skipped_steps"):
             _at_least("train", self, key, 0)
         _one_of("train", self, "precision", ("auto", "bf16", "fp32"))
-        _one_of("train", self, "compile", ("auto", "blocks", "model", "none"))
+        _one_of("train", self, "compile", ("auto", "graphs", "blocks", "model", "none"))
         _one_of("train", self, "checkpoint", ("none", "light", "full"))
         _one_of("train", self, "device", ("auto", "cpu", "cuda"))
         _one_of("train", self, "schedule", ("constant", "cosine"))
@@ -259,7 +261,7 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
 
     def __post_init__(self) -> None:
-        if self.zero.stage == 3 and self.train.compile in ("blocks", "model"):
+        if self.zero.stage == 3 and self.train.compile in ("graphs", "blocks", "model"):
             raise InputError(
                 f"train.compile={self.train.compile} does not work with zero.stage=3, whose hooks break graphs: use auto or none"
             )

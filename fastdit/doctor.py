@@ -168,7 +168,7 @@ def describe(found: dict) -> str:
     matmul, attended, link, hidden = (found[key] for key in ("matmul", "attention", "link_bytes_per_s", "overlap_hidden"))
     M, K, N = matmul["shape"]
     share = f", {matmul['of_datasheet']:.0%} of its datasheet's peak" if matmul["of_datasheet"] else ""
-    compiled = "eager" if found["compiled"] == "none" else f"compiled {found['compiled']}"
+    compiled = engine.COMPILED[found["compiled"]]
     overlap = "not applicable: a CPU has no streams"
     if hidden is not None:
         overlap = f"{hidden:.0%} of a copy on a stream of its own is hidden behind matmuls"

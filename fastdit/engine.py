@@ -16,10 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdit.config import Config, InputError
+from fastdit.graphs import record_training
 from fastdit.model import native_bf16
 from fastdit.optimizer import OneRankAdamW
 
 T = TypeVar("T")
+COMPILED = {"none": "eager", "graphs": "CUDA graphs", "blocks": "compiled blocks", "model": "compiled model"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DEEPSPEED = "0.19.8"  # the first without the races of its issues 7965 and 8061, which gave NaN
 CONTROL_TIMEOUT = timedelta(minutes=60)  # rank 0 may hash and write for long while the others wait
@@ -126,7 +128,13 @@ def precision(wanted: str, device: torch.device) -> str:
 
 
 def settle(config: Config, device: torch.device) -> Config:
-    """The config with what is "auto" about its precision decided for a device."""
+    """The config with what is "auto" about its precision decided for a device. Raises InputError where this torch cannot do what
+    it asks for."""
+    if config.train.checkpoint == "full" and config.train.compile == "model" and torch.__version__ < (2, 13):
+        raise InputError(
+            f"train.checkpoint=full with train.compile=model recomputes nothing on torch {torch.__version__}: use "
+            "train.compile=graphs or blocks, or torch 2.13"
+        )
     train = dataclasses.replace(config.train, precision=precision(config.train.precision, device))
     return dataclasses.replace(config, train=train)
 
@@ -178,9 +186,9 @@ def learning_rate_factor(config: Config, step: int) -> float:
 
 
 def compiles(config: Config, world: World) -> str:
-    """What is compiled: "blocks", "model" or "none". Not under ZeRO 3, whose hooks break the graph of every block."""
+    """How a step reaches the device, a key of COMPILED. Not by graphs or compiled under ZeRO 3, whose hooks break both."""
     if config.train.compile == "auto":
-        return "blocks" if world.device.type == "cuda" and config.zero.stage < 3 else "none"
+        return "graphs" if world.device.type == "cuda" and config.zero.stage < 3 else "none"
     return config.train.compile
 
 
@@ -209,15 +217,17 @@ def deterministic(wanted: bool) -> Iterator[None]:
 def initialize(model: nn.Module, config: Config, world: World):
     """The DeepSpeed engine of a model: ZeRO where there is something to shard, fused AdamW on fp32 masters, schedule.
 
-    Compiles blocks or model first if asked. The model must hold fp32 weights.
+    Compiles or records blocks or model first if asked. The model must hold fp32 weights.
     """
     import deepspeed
 
     train = config.train
     model.set_recompute(train.checkpoint)
     what = compiles(config, world)
-    for part in {"blocks": model.blocks, "model": [model], "none": []}[what]:
+    for part in {"blocks": model.blocks, "model": [model]}.get(what, []):
         part.compile(dynamic=False, fullgraph=True)
+    if what == "graphs":
+        record_training(model, per_block=world.size > 1)  # ZeRO sends a block's gradients while the blocks before it run
     options = dict(lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
     sharded, bf16 = shards(config, world.size), train.precision == "bf16"
     if sharded:

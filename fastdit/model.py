@@ -304,20 +304,37 @@ class DiT(nn.Module):
         x [B,C,h,w] of any float dtype; t fp32 [B] in (0,1], 1 is noise; labels int64 [B] in 0..num_classes, the last is the
         null class, or None: no class input at all. Returns v [B,C,h,w] in the dtype of the parameters.
         """
-        classes = None if labels is None else self.class_embedding(labels)
-        return self._from_modulations(x, self.modulations(t, classes))
+        x, y, *modulation = self.embed(x, t, labels)
+        return self._run_blocks(x, y, modulation)
 
     def velocity(self, x: Tensor, t: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
         """As `forward`, of samples at one time: t fp32 [], classes and rows from `prepare`. The time embedding is computed once
         and the modulation once a class, however many samples share it."""
-        return self._from_modulations(x, self.modulations(t.reshape(1), classes, rows))
+        x, y, *modulation = self._enter(x, self.modulations(t.reshape(1), classes, rows))
+        return self._run_blocks(x, y, modulation)
 
-    def _from_modulations(self, x: Tensor, modulation: list[Tensor]) -> Tensor:
+    def embed(self, x: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
+        """What the first block takes: the residual stream x and its modulated norm y, both [B,T,H], and the 6·L modulation
+        vectors of the blocks, each [B,H]. Arguments as of `forward`."""
+        classes = None if labels is None else self.class_embedding(labels)
+        return self._enter(x, self.modulations(t, classes))
+
+    def _enter(self, x: Tensor, modulation: list[Tensor]) -> tuple[Tensor, ...]:
         x = self.patch_embedding(self.patchify(x.to(self.output.weight.dtype)))
         if self.positions is not None:
             x = x + self.positions
-        y = kernels.modulate(x, modulation[0], modulation[1])
+        return x, kernels.modulate(x, modulation[0], modulation[1]), *modulation[2:]
+
+    def run_block(self, block: nn.Module, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """One of self.blocks, by its own checkpoint if blocks are recomputed."""
+        run = functools.partial(recomputed, block) if self.recompute == "full" and self.training else block
+        return run(x, y, modulation, self.cos, self.sin)
+
+    def _run_blocks(self, x: Tensor, y: Tensor, modulation: list[Tensor]) -> Tensor:
         for i, block in enumerate(self.blocks):
-            run = functools.partial(recomputed, block) if self.recompute == "full" and self.training else block
-            x, y = run(x, y, tuple(modulation[6 * i + 2 : 6 * i + 8]), self.cos, self.sin)
+            x, y = self.run_block(block, x, y, tuple(modulation[6 * i : 6 * i + 6]))
+        return self.project(y)
+
+    def project(self, y: Tensor) -> Tensor:
+        """The velocity [B,C,h,w] from the last block's y [B,T,H]."""
         return self.unpatchify(self.output(y))

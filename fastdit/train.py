@@ -140,8 +140,7 @@ class Trainer:
 
     def _say_start(self, model: DiT) -> None:
         train, found = self.config.train, telemetry.versions()
-        what = engine.compiles(self.config, self.world)
-        compiled = "eager" if what == "none" else f"compiled {what}"
+        compiled = engine.COMPILED[engine.compiles(self.config, self.world)]
         backend = kernels.backend_in_use(self.world.device)
         sharding = f"ZeRO-{self.config.zero.stage}" if engine.shards(self.config, self.world.size) else "nothing to shard"
         self.log.say(

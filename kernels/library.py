@@ -47,13 +47,40 @@ def find(name: str, backend: str) -> Callable:
     return getattr(torch.ops.fastdit, f"{name}_{backend}")
 
 
+# (kernel, device, options, dtypes and alignments of pointers, numbers) -> what a launch needs of Triton's compiled kernel
+_compiled: dict[tuple, tuple] = {}
+
+
 def launch(kernel: Callable, grid: tuple[int, ...], like: Tensor, *args, **options) -> None:
     """Run a Triton kernel on the device of `like`, which need not be the current one.
 
+    Most of a launch by Triton's own way finds out which compiled kernel the arguments ask for. A second launch with the same
+    dtypes, alignments, numbers and options finds it in a dictionary whose key says more than Triton's own, so that it can name no
+    other kernel. Pointers are handed over as numbers, which spares the driver a question about each.
     Fusion of a·b+c into one rounding is asked for by name: Triton 3.10 changes the default, and it changes the last bit.
     """
-    with torch.cuda.device_of(like):
-        kernel[grid](*args, **options, enable_fp_fusion=True)
+    index = like.get_device()
+    if index < 0 or index != torch.cuda.current_device():  # the interpreter; another device
+        with torch.cuda.device_of(like):
+            kernel[grid](*args, **options, enable_fp_fusion=True)
+        return
+    key, values = [id(kernel), index, *options.values()], []
+    for value in args:
+        if isinstance(value, Tensor):
+            value = value.data_ptr()
+            key += (args[len(values)].dtype, value % 16)
+        else:
+            key.append(value)
+        values.append(value)
+    found = _compiled.get(key := tuple(key))
+    if found is None:
+        compiled = kernel[grid](*args, **options, enable_fp_fusion=True)
+        named = [options[name] for name in kernel.arg_names[len(args) :]]  # of the kernel's arguments, those given by name
+        _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, named
+        return
+    run, function, metadata, named = found
+    x, y, z = (*grid, 1, 1)[:3]
+    run(x, y, z, torch._C._cuda_getCurrentRawStream(index), function, metadata, None, None, None, *values, *named)
 
 
 def inner_contiguous(t: Tensor) -> Tensor:

@@ -97,6 +97,30 @@ def test_resumed_run_equals_the_uninterrupted_one(two_ranks, tmp_path):
         assert whole.read_bytes() == resumed.read_bytes()
 
 
+def test_recorded_steps_are_the_steps_without_graphs(two_ranks, tmp_path):
+    """ZeRO 2 with overlap, whose hooks take each block's gradients while the others are replayed."""
+    done = deepspeed(2, tmp_path, "train.total_steps=8", "train.compile=graphs")
+    assert "CUDA graphs" in done.stdout + done.stderr and losses(tmp_path) == losses(two_ranks)
+    for name in [f"weights_rank_{rank:04d}.safetensors" for rank in (0, 1)]:
+        plain, recorded = (out / "r/checkpoints/step_00000008" / name for out in (two_ranks, tmp_path))
+        assert plain.read_bytes() == recorded.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "bf16")])
+def test_recorded_micro_steps_add_up_under_zero(tmp_path, stage, precision):
+    words = [
+        "train.total_steps=3",
+        "train.batch_size=2",
+        "train.accumulation=2",
+        f"zero.stage={stage}",
+        f"train.precision={precision}",
+    ]
+    for how in ("none", "graphs"):
+        deepspeed(2, tmp_path / how, *words, f"train.compile={how}")
+    assert losses(tmp_path / "graphs") == losses(tmp_path / "none")
+
+
 def test_checkpoint_of_two_ranks_is_one_model(two_ranks):
     ema, config, state = checkpoint.load_model(two_ranks / "r", "ema", torch.device("cpu"))
     raw, _, _ = checkpoint.load_model(two_ranks / "r/checkpoints/step_00000008", "raw", torch.device("cpu"))

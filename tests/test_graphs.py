@@ -1,0 +1,159 @@
+"""Recorded training steps. Here a recorded piece is called again instead of replayed; all else is what runs on CUDA."""
+
+import json
+
+import pytest
+import torch
+
+from fastdit import engine, graphs
+from fastdit.config import InputError, from_dict, parse
+from fastdit.graphs import record_training
+from fastdit.model import DiT
+from fastdit.train import train
+
+TINY = [
+    "model.preset=test/4", "train.batch_size=8", "train.lr=1e-3", "train.warmup_steps=1", "train.log_steps=2", "train.save_steps=2",
+    "train.sample_steps=6", "sample.steps=2",
+]  # fmt: skip
+
+
+def make(recompute="none", **model):
+    torch.manual_seed(0)
+    made = DiT(from_dict({"model": {"preset": "test/4", "depth": 3, **model}}).model)
+    made.set_recompute(recompute)
+    with torch.no_grad():  # adaLN-Zero starts with gates of zero, which would hide most gradients
+        for p in made.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return made
+
+
+def batch(model, step, size=3):
+    g = torch.Generator().manual_seed(step)
+    c = model.config
+    x = torch.randn(size, c.in_channels, c.input_size, c.input_size, generator=g)
+    return x, torch.rand(size, generator=g), torch.randint(0, c.num_classes + 1, (size,), generator=g)
+
+
+def steps(model, count=3):
+    """Velocities and gradients of a few steps of gradient descent."""
+    found = []
+    for step in range(count):
+        v = model(*batch(model, step))
+        (v.float() * batch(model, 100 + step)[0]).sum().backward()
+        found.append([v.detach().clone(), *(p.grad.clone() for p in model.parameters())])
+        with torch.no_grad():
+            for p in model.parameters():
+                p.sub_(1e-3 * p.grad)
+                p.grad = None
+    return found
+
+
+@pytest.mark.parametrize("per_block", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "light", "full"])
+@pytest.mark.parametrize("variant", [{}, {"positions": "absolute", "class_width": 24, "modulation_groups": 2}], ids=str)
+def test_velocities_and_gradients_are_those_without_graphs_to_the_bit(variant, recompute, per_block):
+    plain, recorded = make(recompute, **variant), make(recompute, **variant)
+    record_training(recorded, per_block)
+    for wanted, found in zip(steps(plain), steps(recorded), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_bf16_is_recorded_as_it_is():
+    plain, recorded = make().bfloat16(), make().bfloat16()
+    record_training(recorded, True)
+    for wanted, found in zip(steps(plain), steps(recorded), strict=True):
+        assert found[0].dtype == torch.bfloat16
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_gradients_arrive_block_by_block_in_memory_that_stays():
+    """Hooks of a block's parameters run before the part before it is replayed, as ZeRO's overlap needs; and a gradient is the
+    recorded memory itself: a copy of each would cost as many launches as there are parameters."""
+    model = make()
+    record_training(model, per_block=True)
+    order, replay = [], graphs.Recorded.replay
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: order.append(name))
+    model(*batch(model, 0)).sum().backward()
+    addresses = [p.grad.data_ptr() for p in model.parameters()]
+    order.clear()
+    for p in model.parameters():
+        p.grad = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs.Recorded, "replay", lambda self: (order.append("replay"), replay(self))[1])
+        model(*batch(model, 1)).sum().backward()
+    assert [p.grad.data_ptr() for p in model.parameters()] == addresses
+    parts, rest = [], order[1:]  # the first replay is the forward pass
+    while rest:
+        end = next((i for i, what in enumerate(rest[1:], 1) if what == "replay"), len(rest))
+        parts.append(set(rest[1:end]))
+        rest = rest[end:]
+    names = lambda prefix: {name for name, _ in model.named_parameters() if name.startswith(prefix)}
+    blocks = [names(f"blocks.{i}.") for i in range(3)]
+    assert parts == [
+        names("output."),
+        *reversed(blocks),
+        {n for n, _ in model.named_parameters()} - names("output.") - names("blocks."),
+    ]
+
+
+@pytest.mark.parametrize("per_block", [False, True])
+def test_accumulated_gradients_are_sums(per_block):
+    plain, recorded = make(), make()
+    record_training(recorded, per_block)
+    for model in (plain, recorded):
+        for step in range(3):
+            model(*batch(model, step)).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), recorded.parameters(), strict=True))
+
+
+def test_what_does_not_train_runs_as_before_and_another_batch_is_refused():
+    model = make()
+    record_training(model, per_block=False)
+    with torch.no_grad():
+        model(*batch(model, 0, size=5))
+    model.eval()
+    model(*batch(model, 0, size=4))
+    model.train()
+    model(*batch(model, 0))
+    with pytest.raises(ValueError, match=r"recorded for batches of \[3, 1, 32, 32\] is given \[4, 1, 32, 32\]"):
+        model(*batch(model, 0, size=4))
+
+
+@pytest.mark.parametrize(("device", "stage", "wanted"), [("cuda", 2, "graphs"), ("cuda", 3, "none"), ("cpu", 2, "none")])
+def test_auto_is_graphs_where_they_can_be(device, stage, wanted):
+    world = engine.World(0, 1, torch.device(device), None)
+    assert engine.compiles(parse(None, [f"zero.stage={stage}"]), world) == wanted
+    assert engine.compiles(parse(None, ["train.compile=blocks"]), world) == "blocks"
+
+
+def test_full_recomputation_of_a_compiled_model_needs_a_torch_that_can(monkeypatch):
+    config, cpu = parse(None, ["train.checkpoint=full", "train.compile=model"]), torch.device("cpu")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0"))
+    engine.settle(config, cpu)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1+cu130"))
+    with pytest.raises(InputError, match=r"recomputes nothing on torch 2\.12\.1\+cu130: use train\.compile=graphs or blocks"):
+        engine.settle(config, cpu)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.precision=bf16", "train.checkpoint=light", "validate.steps=3", "validate.images=8"],
+        ["train.precision=fp32", "train.accumulation=2", "train.batch_size=4", "train.deterministic=true"],
+        ["train.precision=bf16", "train.accumulation=2", "train.batch_size=4", "train.profile=2-3"],
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_a_run_by_graphs_is_the_run_without(tmp_path, words):
+    """Log, checkpoint and samples of six steps, stopped and continued after four."""
+    kept = {}
+    for how in ("none", "graphs"):
+        settings = [*TINY, *words, f"train.out={tmp_path}", f"train.name={how}", f"train.compile={how}"]
+        train(parse(None, [*settings, "train.total_steps=4"]))
+        run = train(parse(None, [*settings, "train.total_steps=6"]))
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        weights = next((run / "checkpoints/step_00000006").glob("weights*")).read_bytes()
+        shown = [(line["loss"], line["grad_norm"], line["loss_by_t"]) for line in lines if "loss" in line]
+        kept[how] = shown, weights, (run / "samples/step_00000006.png").read_bytes()
+    assert kept["graphs"] == kept["none"] and len(kept["none"][0]) == 3
