@@ -72,6 +72,8 @@ def start(device: str = "auto") -> World:
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
     else:
+        # cuBLAS may split the long sums of a weight's gradient: their parts must not be rounded to bf16
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         place = torch.device("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed

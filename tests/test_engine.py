@@ -47,6 +47,26 @@ def test_deterministic_sets_what_cuda_needs_and_puts_it_back(monkeypatch):
 def test_an_old_deepspeed_is_refused(monkeypatch):
     import deepspeed
 
+def test_weight_gradients_are_summed_in_fp32_on_cuda(monkeypatch):
+    """A start on CUDA, without one: what it sets before DeepSpeed."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(engine, "control_group", lambda: None)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    try:
+        matmul.allow_bf16_reduced_precision_reduction = True
+        assert engine.start("cuda").device == torch.device("cuda", 0)
+        assert not matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
     monkeypatch.setattr(deepspeed, "__version__", "0.18.9")
     with pytest.raises(InputError, match=r"deepspeed 0\.18\.9 is installed.* pip install 'deepspeed>=0\.19\.8'"):
         engine.start("cpu")
