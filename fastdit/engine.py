@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastdit import attention
 from fastdit.config import Config, InputError
 from fastdit.model import native_bf16
 from fastdit.optimizer import OneRankAdamW
@@ -71,9 +72,9 @@ def start(device: str = "auto") -> World:
             )
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
-    else:
         # cuBLAS may split the long sums of a weight's gradient: their parts must not be rounded to bf16
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    else:
         place = torch.device("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -128,8 +129,9 @@ def precision(wanted: str, device: torch.device) -> str:
 
 
 def settle(config: Config, device: torch.device) -> Config:
-    """The config with what is "auto" about its precision decided for a device."""
+    """The config with what is "auto" about its precision decided for a device. Raises InputError if attention cannot run in it."""
     train = dataclasses.replace(config.train, precision=precision(config.train.precision, device))
+    attention.check(config.model, {"bf16": torch.bfloat16, "fp32": torch.float32}[train.precision], device, training=True)
     return dataclasses.replace(config, train=train)
 
 

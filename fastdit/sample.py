@@ -11,7 +11,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdit import autoencoder, base_checkpoint, checkpoint, kernels, samplers
+from fastdit import attention, autoencoder, base_checkpoint, checkpoint, kernels, samplers
 from fastdit.config import InputError, SampleConfig, nearest
 from fastdit.data.classes import imagenet_names
 from fastdit.engine import World
@@ -336,6 +336,7 @@ class Sampler:
         if dtype == "auto":
             native = native_bf16(self.device) and self.config.train.precision != "fp32" and "origin" not in state
             dtype = "bf16" if native else "fp32"
+        attention.check(self.config.model, DTYPES[dtype], self.device, training=False)
         self.dtype, self.step, self.null = dtype, state["step"], self.config.model.num_classes
         self.names = state.get("class_names") or (imagenet_names() if self.null == 1000 else None)
         self.model = model.to(self.device, DTYPES[dtype]).eval().requires_grad_(False)

@@ -25,7 +25,10 @@ def test_zero_is_in_use_where_there_is_something_to_shard(words, ranks, sharded)
 def test_precision_auto_is_bf16_where_matmuls_are_native(monkeypatch, native, auto):
     monkeypatch.setattr(engine, "native_bf16", lambda device: native)
     cpu = torch.device("cpu")
+    asked = []
+    monkeypatch.setattr(engine.attention, "check", lambda *of, training: asked.append((*of, training)))
     assert engine.settle(Config(), cpu).train.precision == auto
+    assert asked == [(Config().model, {"bf16": torch.bfloat16, "fp32": torch.float32}[auto], cpu, True)]
     assert [engine.precision(wanted, cpu) for wanted in ("bf16", "fp32")] == ["bf16", "fp32"]
 
 
@@ -43,9 +46,6 @@ def test_deterministic_sets_what_cuda_needs_and_puts_it_back(monkeypatch):
     for name in variables:
         monkeypatch.delenv(name)
 
-
-def test_an_old_deepspeed_is_refused(monkeypatch):
-    import deepspeed
 
 def test_weight_gradients_are_summed_in_fp32_on_cuda(monkeypatch):
     """A start on CUDA, without one: what it sets before DeepSpeed."""
@@ -66,6 +66,9 @@ def test_weight_gradients_are_summed_in_fp32_on_cuda(monkeypatch):
     finally:
         matmul.allow_bf16_reduced_precision_reduction = before
 
+
+def test_an_old_deepspeed_is_refused(monkeypatch):
+    import deepspeed
 
     monkeypatch.setattr(deepspeed, "__version__", "0.18.9")
     with pytest.raises(InputError, match=r"deepspeed 0\.18\.9 is installed.* pip install 'deepspeed>=0\.19\.8'"):
