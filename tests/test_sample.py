@@ -106,6 +106,13 @@ def test_precision_is_the_runs_where_it_is_fast(tmp_path, capsys, monkeypatch, p
     assert "bf16 on" in capsys.readouterr().out
 
 
+def test_a_sampler_asks_for_attention_in_its_precision_first(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample.attention, "check", lambda *of, training: asked.append((*of, training)))
+    config = sample.Sampler(run, dtype="bf16").config
+    assert asked == [(config.model, torch.bfloat16, CPU, False)]
+
+
 @pytest.mark.skipif(not kernels.library.EXTENSION, reason="the C++ extension is not built")
 @pytest.mark.skipif(not native_bf16(CPU), reason="oneDNN has no bf16 for this CPU")
 @torch.no_grad()
