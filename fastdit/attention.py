@@ -7,11 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastdit.config import InputError, ModelConfig
+
 KINDS = ("auto", "flash", "sdpa", "matmul")
 # Up to here plain matmuls beat torch 2.13's CPU flash kernel in bf16. Two Zen 5 cores, batch 8 x 6 heads, forward + backward in ms,
 # matmul against flash: D = 64: 0.8 | 3.6 at 64 tokens, 12 | 19 at 256, 50 | 63 at 512, 187 | 203 at 1024, 714 | 792 at 2048;
 # D = 72: 0.7 | 3.7, 6.9 | 21, 26 | 70, 200 | 224, 833 | 986. From 1024 on the 8-18 % are not worth keeping [B,N,T,T] for backward.
 MATMUL_MAX_TOKENS = 512
+NAMES = {
+    SDPBackend.CUDNN_ATTENTION: "cuDNN",
+    SDPBackend.FLASH_ATTENTION: "Flash",
+    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
+}
 HAS_FLASH = find_spec("flash_attn") is not None
 
 
@@ -31,6 +38,40 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
 
 
+def _allowed(dtype: torch.dtype) -> list[SDPBackend]:
+    """The fused CUDA kernels of PyTorch that may run."""
+    if dtype == torch.float32:
+        return [SDPBackend.EFFICIENT_ATTENTION]  # the only fused one in fp32: for debugging
+    if torch.are_deterministic_algorithms_enabled():
+        return [SDPBackend.FLASH_ATTENTION]  # cuDNN's backward adds by atomics
+    return [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+
+
+def fused_kernels(model: ModelConfig, dtype: torch.dtype, device: torch.device, training: bool) -> list[str]:
+    """The names of the allowed kernels that can run the attention of a model on a CUDA device, with its backward if training."""
+    T, N = (model.input_size // model.patch_size) ** 2, model.heads
+    q = torch.empty(1, T, N, model.width // N, dtype=dtype, device=device).transpose(1, 2).requires_grad_(training)
+    params = torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, False, False)
+    can_use = {
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.can_use_cudnn_attention,
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.can_use_flash_attention,
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.can_use_efficient_attention,
+    }
+    return [NAMES[backend] for backend in _allowed(dtype) if can_use[backend](params)]
+
+
+def check(model: ModelConfig, dtype: torch.dtype, device: torch.device, training: bool) -> None:
+    """Raise InputError if the attention of a model would find no fused CUDA kernel in the middle of a step. Such cards and head
+    dims: bf16 before Ampere; a backward of head dims 193 to 224 on sm_86, sm_89 and sm_120."""
+    if device.type != "cuda" or model.attention not in ("auto", "sdpa") or fused_kernels(model, dtype, device, training):
+        return
+    name, of = torch.cuda.get_device_name(device), str(dtype).removeprefix("torch.")
+    raise InputError(
+        f"{name} has no fused attention kernel for {of} and a head dim of {model.width // model.heads}: use fp32 (train.precision, "
+        "--dtype), more model.heads, or model.attention=matmul"
+    )
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """On CUDA without PyTorch's own fallback, which copies q, k and v and takes an order more memory: better an error. Meta tensors
     take the shapes of a fused kernel, which keeps the same for its backward on a CPU and on CUDA: q, k, v, out and logsumexp."""
@@ -38,13 +79,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     if q.device.type != "cuda":
         return F.scaled_dot_product_attention(q, k, v)
-    if q.dtype == torch.float32:
-        backends = [SDPBackend.EFFICIENT_ATTENTION]  # the only fused one in fp32: for debugging
-    elif torch.are_deterministic_algorithms_enabled():
-        backends = [SDPBackend.FLASH_ATTENTION]  # cuDNN's backward adds by atomics
-    else:
-        backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    with sdpa_kernel(backends, set_priority=True):
+    # Without set_priority: PyTorch takes cuDNN before Flash only on the cards and with the versions of cuDNN where it is right.
+    with sdpa_kernel(_allowed(q.dtype)):
         return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -58,7 +94,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kind: str = "auto") -> Tensor:
 
     q, k, v [B,N,T,D], any strides: the fused kinds take token-major views as qk_norm_rope leaves them, without copies.
     Returns [B,T,N·D], heads joined, ready for the output projection, in the dtype of q.
-    kind: "sdpa" is PyTorch's, on CUDA cuDNN's kernel or else Flash (fp32: the memory-efficient one), never its slow fallback;
+    kind: "sdpa" is PyTorch's, on CUDA cuDNN's kernel or Flash (fp32: the memory-efficient one), never its slow fallback;
     "flash" the flash-attn package, on CUDA; "matmul" two batched products, for short sequences in bf16 on a CPU; "auto" is
     matmul there and sdpa elsewhere. Raises ValueError for an unknown kind and where flash cannot run, RuntimeError where no
     fused CUDA kernel takes the input.

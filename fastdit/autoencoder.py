@@ -6,11 +6,13 @@ Images are fp32 [B,3 or 1,S,S] in [-1,1]; latents fp32 [B,c,s,s] in the model's 
 import hashlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.config import DataConfig, InputError, ModelConfig
 
 DECODED_AT_ONCE = 8  # SD-VAE's decoder keeps some 0.25 GB of activations for an image of 256 pixels in fp32
+COMPILED_FROM = 64  # images in one call: fewer are decoded sooner than the decoder is compiled, which takes a minute
 
 
 class Pixels:
@@ -22,6 +24,9 @@ class Pixels:
 
     def encode(self, images: Tensor, noise: Tensor | None) -> Tensor:
         return images
+
+    def for_encoding(self, dtype: torch.dtype) -> "Pixels":
+        return self
 
     def for_decoding(self, dtype: torch.dtype) -> "Pixels":
         return self
@@ -49,26 +54,35 @@ class KL:
         self.channels, self.size = vae.config.latent_channels, image_size // factor
         self.scale, self.shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
         self.needs_noise = True
+        self.may_compile_decoder = self.decoder_is_compiled = False
+        self._sha256: str | None = None
 
     def sha256(self) -> str:
         """A hash of the weights as they were loaded, in fp32."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.vae.state_dict().items()):
-            digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        if self._sha256 is None:
+            digest = hashlib.sha256()
+            for name, tensor in sorted(self.vae.state_dict().items()):
+                digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+            self._sha256 = digest.hexdigest()
+        return self._sha256
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        """Cast to `dtype`, channels last."""
+        if dtype != torch.float32:
+            self.sha256()  # now: it is of the fp32 weights
+        self.vae = self.vae.to(dtype=dtype, memory_format=torch.channels_last)
 
     def for_encoding(self, dtype: torch.dtype) -> "KL":
         """The same, set up to encode many images: in `dtype`, channels last, compiled on CUDA."""
-        self.vae = self.vae.to(dtype=dtype, memory_format=torch.channels_last)
+        self._cast(dtype)
         if self.vae.device.type == "cuda":
             self.vae.encoder.compile(dynamic=False)
         return self
 
     def for_decoding(self, dtype: torch.dtype) -> "KL":
-        """The same, set up to decode many images: in `dtype`, channels last, compiled on CUDA."""
-        self.vae = self.vae.to(dtype=dtype, memory_format=torch.channels_last)
-        if self.vae.device.type == "cuda":
-            self.vae.decoder.compile(dynamic=False)
+        """The same, set up to decode many images: in `dtype`, channels last, on CUDA compiled by the first call of many."""
+        self._cast(dtype)
+        self.may_compile_decoder = self.vae.device.type == "cuda"
         return self
 
     @torch.no_grad()
@@ -94,7 +108,13 @@ class KL:
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1,1], clamped."""
         z = (latents / self.scale + self.shift).to(self.vae.dtype)
-        return torch.cat([self.vae.decode(part).sample.float().clamp(-1, 1) for part in z.split(DECODED_AT_ONCE)])
+        if self.may_compile_decoder and not self.decoder_is_compiled and len(z) >= COMPILED_FROM:
+            self.vae.decoder.compile(dynamic=False)
+            self.decoder_is_compiled = True
+        parts = z.split(DECODED_AT_ONCE)
+        if self.decoder_is_compiled:  # fill the last part up: another shape would be compiled anew
+            parts = (*parts[:-1], F.pad(parts[-1], (0, 0, 0, 0, 0, 0, 0, DECODED_AT_ONCE - len(parts[-1]))))
+        return torch.cat([self.vae.decode(part).sample.float().clamp(-1, 1) for part in parts])[: len(z)]
 
 
 class CachedKL(KL):

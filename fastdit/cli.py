@@ -297,7 +297,9 @@ def _add_metrics_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of noise and random labels (default: %(default)s)")
     parser.add_argument("--weights", default="ema", metavar="ema|raw|ema_D", help="as of `fastdit sample` (default: ema)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the model, as of `fastdit sample` (default: auto)"
+    )
     sampler = parser.add_argument_group("sampler", "as of `fastdit sample`; defaults: the run's")
     for f in dataclasses.fields(SampleConfig):
         sampler.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), metavar="X")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdit import engine, kernels, plan, telemetry
+from fastdit import attention, engine, kernels, plan, telemetry
 from fastdit.config import Config
 from fastdit.kernels import library
 from fastdit.rates import attention_rate, copy_rate, hidden_share, link_rate, matmul_rate, seconds, synchronize
@@ -42,6 +42,10 @@ def info() -> str:
         "precision": f"auto is {config.train.precision} here",
         "default ZeRO": f"stage {zero['stage']} {overlap} overlap, buckets of {zero['reduce_bucket_size']:,} elements",
     }  # fmt: skip
+    if device.type == "cuda":
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        allowed = attention.fused_kernels(config.model, dtype, device, training=True)
+        rows["attention"] = f"{' or '.join(allowed)}, as PyTorch chooses"
     lines = [f"{name:20} {value}" for name, value in rows.items()]
     return "\n".join([*lines, "", f"kernel backend on {device.type}:", *(f"  {op:26} {backend}" for op in kernels.OPS)])
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastdit import attention
 from fastdit.config import Config, InputError
 from fastdit.graphs import record_training
 from fastdit.model import native_bf16
@@ -73,6 +74,8 @@ def start(device: str = "auto") -> World:
             )
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
+        # cuBLAS may split the long sums of a weight's gradient: their parts must not be rounded to bf16
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     else:
         place = torch.device("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -128,14 +131,15 @@ def precision(wanted: str, device: torch.device) -> str:
 
 
 def settle(config: Config, device: torch.device) -> Config:
-    """The config with what is "auto" about its precision decided for a device. Raises InputError where this torch cannot do what
-    it asks for."""
+    """The config with what is "auto" about its precision decided for a device. Raises InputError where this torch or this
+    device cannot do what it asks for."""
     if config.train.checkpoint == "full" and config.train.compile == "model" and torch.__version__ < (2, 13):
         raise InputError(
             f"train.checkpoint=full with train.compile=model recomputes nothing on torch {torch.__version__}: use "
             "train.compile=graphs or blocks, or torch 2.13"
         )
     train = dataclasses.replace(config.train, precision=precision(config.train.precision, device))
+    attention.check(config.model, {"bf16": torch.bfloat16, "fp32": torch.float32}[train.precision], device, training=True)
     return dataclasses.replace(config, train=train)
 
 

@@ -41,7 +41,7 @@ class Request:
     labels: str = "balanced"
     seed: int = 0
     weights: str = "ema"
-    dtype: str = "fp32"
+    dtype: str = "auto"
     sampler: dict = field(default_factory=dict)  # values of SampleConfig; the run's where there are none
 
     def command(self, *more: str) -> str:
@@ -85,7 +85,7 @@ def open_source(request: Request, device: torch.device) -> tuple[sources.Source,
     source = sources.of_checkpoint(
         path, count, request.labels, request.sampler, request.seed, request.weights, request.dtype, device
     )
-    return source, replace(request, samples=count, sampler=source.about["sampler"])
+    return source, replace(request, samples=count, sampler=source.about["sampler"], dtype=source.about["dtype"])
 
 
 def measure(source: sources.Source, network: features.FeatureNetwork, keep: int, world: World, what: str) -> metrics.Summary:
@@ -153,6 +153,12 @@ def too_few(count: int | None, width: int, of: str) -> list[str]:
     ]
 
 
+def say_dtype(source: sources.Source, world: World) -> None:
+    """Print on rank 0 what a checkpoint's samples are computed in."""
+    if world.rank == 0 and "dtype" in source.about:
+        print(f"model: {source.about['dtype']} on {telemetry.device_name(world.device)}", flush=True)
+
+
 def warn(warnings: list[str]) -> None:
     for warning in warnings:
         tqdm.write(f"fastdit: warning: {warning}", file=sys.stderr)
@@ -170,6 +176,7 @@ def evaluate(request: Request, out: Path | None = None, save_reference: Path | N
     source = None
     if request.source is not None:
         source, request = together(world, lambda: open_source(request, world.device))
+        say_dtype(source, world)
         together(world, lambda: network.probe(source.shape))
     elif Path(request.reference).is_file() and metrics.load(Path(request.reference)) is not None:
         raise InputError(f"--reference {request.reference} holds statistics already: give a source to evaluate")

@@ -44,7 +44,7 @@ def matmul_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.d
 def copy_rate(device: torch.device) -> float:
     """Bytes/s of a large copy within the device's memory, reads and writes counted."""
     source, target = (torch.ones(COPY // 4, device=device) for _ in range(2))
-    return 2 * COPY / seconds(lambda: target.copy_(source), device, 3)
+    return 2 * COPY / seconds(lambda: target.copy_(source), device, 3 if device.type == "cpu" else 50)
 
 
 def link_rate(ranks: int, device: torch.device) -> float | None:
@@ -59,8 +59,12 @@ def link_rate(ranks: int, device: torch.device) -> float | None:
 def attention_rate(model: ModelConfig, B: int, dtype: torch.dtype, device: torch.device) -> tuple[str, float]:
     """(What attention runs, as the profiler names it; its FLOP/s, forward and backward: 12·B·T²·H)."""
     T, N = (model.input_size // model.patch_size) ** 2, model.heads
-    q, k, v = (torch.randn(B, N, T, model.width // N, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
-    call = lambda: attention.attention(q, k, v, model.attention).sum().backward()
+    packed = torch.randn(B, T, 3, N, model.width // N, dtype=dtype, device=device)
+    # as qk_norm_rope leaves them: token-major, v a view of packed memory
+    q, k, v = packed[:, :, 0].contiguous(), packed[:, :, 1].contiguous(), packed[:, :, 2]
+    q, k, v = (tensor.transpose(1, 2).requires_grad_() for tensor in (q, k, v))
+    ones = torch.ones(B, T, model.width, dtype=dtype, device=device)  # sum() would give a gradient of stride 0, which cuDNN copies
+    call = lambda: torch.autograd.grad(attention.attention(q, k, v, model.attention), (q, k, v), ones)
     taken = seconds(call, device, 5)
     with profile() as found:
         call()

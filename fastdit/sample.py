@@ -1,8 +1,8 @@
 """From a model to pictures: samples of given classes, on one rank or shared by all, and the grid they are shown in."""
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdit import autoencoder, base_checkpoint, checkpoint, kernels, samplers
+from fastdit import attention, autoencoder, base_checkpoint, checkpoint, kernels, samplers
 from fastdit.config import InputError, SampleConfig, nearest
 from fastdit.data.classes import imagenet_names
 from fastdit.engine import World
@@ -20,6 +20,7 @@ from fastdit.model import QK_EPS, Block, DiT, native_bf16
 from fastdit.telemetry import progress_bar
 
 BATCH = 100  # images a batch; twice that with guidance
+GRAPHS = 4  # CUDA graphs kept: with and without guidance, of a full and of the last batch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Noise = Callable[[Tensor, int], Tensor]
@@ -49,31 +50,48 @@ def one_generator_noise(seed: int, shape: tuple[int, ...]) -> Noise:
     return draw
 
 
+@functools.cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all captures of a process: cuBLAS keeps a workspace, of 32 MiB on Hopper, for each stream that it has worked on."""
+    return torch.cuda.Stream()
+
+
 class Graphs:
-    """model.velocity as CUDA graphs, one for each shape of its inputs: a replay costs one launch instead of hundreds."""
+    """model.velocity as CUDA graphs, one per batch size: a replay costs one launch instead of hundreds.
+
+    All graphs allocate from one memory pool. That is safe because replays follow each other on one stream and each output is
+    copied before the next replay.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.captured = model, {}
+        self.model = model
+        self.pool = torch.cuda.graph_pool_handle()
+        self.captured: dict[int, tuple] = {}  # by batch size, the least recently used first
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        key = tuple(tensor.shape for tensor in inputs)
-        if key not in self.captured:
-            self.captured[key] = self._capture([tensor.clone() for tensor in inputs])
-        graph, static, out = self.captured[key]
-        for buffer, tensor in zip(static, inputs, strict=True):
-            buffer.copy_(tensor)
+    def __call__(self, x: Tensor, t: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
+        """DiT.velocity: x fp32 [B,C,h,w], t fp32 [], classes [U,H] with U <= B, rows int64 [B]. Returns [B,C,h,w]."""
+        batch = len(x)
+        if batch not in self.captured:
+            if len(self.captured) == GRAPHS:
+                del self.captured[next(iter(self.captured))]
+            # U differs from batch to batch where classes are random: the buffer has room for B, and rows never points past U
+            self.captured[batch] = self._capture(x.clone(), t.clone(), classes.new_zeros(batch, classes.shape[1]), rows.clone())
+        graph, static, out = self.captured[batch] = self.captured.pop(batch)
+        for buffer, tensor in zip(static, (x, t, classes, rows), strict=True):
+            (buffer[: len(tensor)] if tensor.ndim else buffer).copy_(tensor)
         graph.replay()
-        return out.clone()  # the next replay writes to `out` again
+        return out.clone()
 
-    def _capture(self, static: list[Tensor]) -> tuple:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # compiles, tunes and allocates: none of it may happen in a capture
+    def _capture(self, *static: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
+        stream = _capture_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # Triton compiles and cuBLAS allocates its workspace: neither may happen in a capture
                 self.model.velocity(*static)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # thread_local: in training, DALI's and NCCL's threads call CUDA meanwhile, which the default mode turns into errors
+        with torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):
             out = self.model.velocity(*static)
         return graph, static, out
 
@@ -122,10 +140,11 @@ def stream(
     """Images uint8 [b,S,S,C] of the classes labels int64 [n], batch after batch in their order.
 
     ids int64 [n] name the noise: image i depends on (seed, ids[i], labels[i]) and not on its batch or rank. `advance`
-    is called after each solver step of each batch.
+    is called after each solver step of each batch. The model is made fast for it, as `fast_velocity` does.
     """
-    noise = per_sample_noise(seed, latent_shape(model))
-    for _, x in latents(model, config, labels, ids, noise, null, watch=lambda k, i, x: i and advance()):
+    noise, run = per_sample_noise(seed, latent_shape(model)), fast_velocity(model, ids.device)
+    watch = lambda k, i, x: i and advance()
+    for _, x in latents(model, config, labels, ids, noise, null, BATCH, watch=watch, run=run):
         yield to_images(codec, x)
 
 
@@ -274,12 +293,11 @@ def _refuse_state(*_) -> None:
 def fast_velocity(model: DiT, device: torch.device) -> Callable | None:
     """Makes a model, that is to be sampled from alone, fast, and returns what samplers.guided may call in place of model.velocity.
 
-    On CUDA: compiled blocks in CUDA graphs. On a CPU with AMX, in bf16: packed blocks, and nothing to call; the model can then not
-    be saved, copied, cast or trained.
+    On CUDA: CUDA graphs. Blocks are not compiled: Inductor finds nothing to fuse in their forward pass, which is matmuls, attention
+    and library ops, and each batch size would be compiled anew. On a CPU with AMX, in bf16: packed blocks, and nothing to call; the
+    model can then not be saved, copied, cast or trained.
     """
     if device.type == "cuda":
-        for block in model.blocks:
-            block.compile(dynamic=False, fullgraph=True)
         return Graphs(model)
     config, bf16 = model.config, model.output.weight.dtype == torch.bfloat16
     fits = kernels.dit_block_fits((config.input_size // config.patch_size) ** 2, config.width, config.heads, config.hidden)
@@ -318,12 +336,13 @@ class Sampler:
         if dtype == "auto":
             native = native_bf16(self.device) and self.config.train.precision != "fp32" and "origin" not in state
             dtype = "bf16" if native else "fp32"
+        attention.check(self.config.model, DTYPES[dtype], self.device, training=False)
         self.dtype, self.step, self.null = dtype, state["step"], self.config.model.num_classes
         self.names = state.get("class_names") or (imagenet_names() if self.null == 1000 else None)
         self.model = model.to(self.device, DTYPES[dtype]).eval().requires_grad_(False)
         self.run = fast_velocity(self.model, self.device)
 
-    @cached_property
+    @functools.cached_property
     def codec(self):
         """Loaded when it is first asked for. On a CPU it decodes in fp32."""
         codec = autoencoder.load(self.config.data, self.config.model, self.config.model.in_channels, self.device, vae=self.vae)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastdit import autoencoder, checkpoint, kernels, sample
+from fastdit import checkpoint, kernels, sample
 from fastdit.config import InputError, SampleConfig
 from fastdit.data.builtin import mnist5k
 from fastdit.data.index import is_index, open_index
@@ -24,7 +24,6 @@ from fastdit.metrics import BAD_NPZ
 
 BATCH = 100  # images read at a time
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -89,23 +88,22 @@ def of_model(
 def of_checkpoint(
     path: Path, count: int, how: str, overrides: dict, seed: int, weights: str, dtype: str, device: torch.device
 ) -> Source:
-    """`of_model` of a checkpoint. overrides: of SampleConfig. Raises InputError."""
-    model, config, state = checkpoint.load_model(path, weights, device)
-    sampling = SampleConfig(**{**config.to_dict()["sample"], **overrides})
-    codec = autoencoder.load(config.data, config.model, config.model.in_channels, device)
+    """`of_model` of a checkpoint. overrides: of SampleConfig; dtype: as of sample.Sampler. Raises InputError."""
+    sampler = sample.Sampler(path, weights, device, dtype)
+    config, codec, sampling = sampler.config, sampler.codec, sampler.settings(**overrides)
     labels = evaluation_labels(how, count, config.model.num_classes, seed)
     folder = path if path.suffix == ".safetensors" else checkpoint.find(path)
     decay = config.train.ema_decay if weights == "ema" else float(weights[4:]) if weights.startswith("ema_") else None
     about = {
-        "kind": "checkpoint", "path": str(folder), "step": state["step"],
+        "kind": "checkpoint", "path": str(folder), "step": sampler.step,
         "sha256": checkpoint.sha256(folder if folder.is_file() else folder / checkpoint.MANIFEST),
         "weights": weights, "ema_decay": decay, "sampler": asdict(sampling), "guidance_scale": 1 + sampling.guidance,
         "guided_channels": "all", "labels": how, "seed": seed, "images": count, "classes": config.model.num_classes,
-        "dtype": dtype, "autoencoder": config.data.autoencoder,
+        "dtype": sampler.dtype, "autoencoder": config.data.autoencoder,
         "autoencoder_sha256": codec.sha256() if hasattr(codec, "sha256") else None,
     }  # fmt: skip
     shape = (config.data.image_size, config.data.image_size, codec.channels if config.data.autoencoder == "pixels" else 3)
-    return of_model(model.to(DTYPES[dtype]), codec, sampling, labels, seed, shape, about)
+    return of_model(sampler.model, codec, sampling, labels, seed, shape, about)
 
 
 def _header(file) -> tuple[tuple[int, ...], np.dtype]:

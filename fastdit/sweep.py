@@ -141,6 +141,7 @@ def sweep(request: evaluate.Request, axes: dict[str, list], out: Path) -> list[R
         source, _ = evaluate.together(world, lambda each=each: evaluate.open_source(each, world.device))
         evaluate.together(world, lambda source=source: network.probe(source.shape))
         if reference is None:
+            evaluate.say_dtype(source, world)
             reference = evaluate.open_reference(request, network, world)
             evaluate.together(world, lambda source=source: network.probe(source.shape))
             if world.rank == 0:

@@ -53,6 +53,8 @@ def open_data(config: Config, world: engine.World) -> tuple:
     loader = engine.together(world, lambda: data.load(config, place, world))
     manifest = getattr(loader, "manifest", None)
     codec = engine.together(world, lambda: autoencoder.load(config.data, config.model, loader.channels, world.device, manifest))
+    if world.device.type == "cuda":
+        codec = codec.for_encoding(sample.DTYPES[config.train.precision])
     return place, loader, codec
 
 
@@ -293,10 +295,10 @@ class Trainer:
             self.log.say(f"warning: {error}; the checkpoints before it stay")
 
     def _averaged_model(self) -> DiT:
-        """A copy of the model with the EMA weights, fp32. All ranks must call it."""
+        """A copy of the model with the EMA weights, on CUDA in the run's precision, on a CPU fp32. All ranks must call it."""
         model = DiT(self.config.model).to(self.world.device).requires_grad_(False).eval()
         model.load_state_dict(gather(self.ema, self.shapes, self.world))
-        return model
+        return model if self.world.device.type == "cpu" else model.to(sample.DTYPES[self.config.train.precision])
 
     def _draw(self, done: int) -> None:
         """Write a grid of EMA samples, from a copy of the model that lives as long as the drawing."""

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -11,8 +12,9 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit import attention as module
-from fastdit import kernels
+from fastdit import cli, engine, kernels
 from fastdit.attention import attention
+from fastdit.config import Config, InputError
 
 
 def projected(B, T, N, D, dtype=torch.float32, device="cpu"):
@@ -140,16 +142,46 @@ def test_flash_attn_packages(monkeypatch, function, deterministic):
     ],
 )
 def test_cuda_never_allows_the_math_fallback(monkeypatch, dtype, deterministic, expected):
-    """A stand-in for CUDA tensors: which kernels PyTorch may choose from, in which order."""
+    """A stand-in for CUDA tensors: which kernels PyTorch may choose from. The order is PyTorch's own."""
     allowed = []
-    monkeypatch.setattr(
-        module, "sdpa_kernel", lambda backends, set_priority: allowed.append((backends, set_priority)) or nullcontext()
-    )
+    monkeypatch.setattr(module, "sdpa_kernel", lambda backends: allowed.append(backends) or nullcontext())
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: None)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     q = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
     module._sdpa(q, q, q)
-    assert allowed == [(expected, True)]
+    assert allowed == [expected]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_fused_kernels_are_asked_of_pytorch(monkeypatch, training):
+    """With q as the model's, which needs a gradient in training."""
+    asked = []
+
+    def can_use(answer):
+        return lambda params: asked.append((params.query.shape, params.query.dtype, params.query.requires_grad)) or answer
+
+    for name, answer in (("cudnn", False), ("flash", True), ("efficient", True)):
+        monkeypatch.setattr(torch.backends.cuda, f"can_use_{name}_attention", can_use(answer))
+    model, cpu = Config().model, torch.device("cpu")
+    assert module.fused_kernels(model, torch.bfloat16, cpu, training) == ["Flash"]
+    D, T = model.width // model.heads, (model.input_size // model.patch_size) ** 2
+    assert asked == [((1, model.heads, T, D), torch.bfloat16, training)] * 2
+    assert module.fused_kernels(model, torch.float32, cpu, training) == ["memory-efficient"]
+
+
+def test_a_card_without_a_fused_kernel_is_one_sentence_at_the_start(monkeypatch, capsys):
+    cuda, model = torch.device("cuda"), Config().model
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(module, "fused_kernels", lambda model, dtype, *_: ["memory-efficient"] * (dtype == torch.float32))
+    module.check(model, torch.float32, cpu := torch.device("cpu"), True)
+    module.check(model, torch.bfloat16, cpu, True)
+    module.check(model, torch.float32, cuda, True)
+    module.check(replace(model, attention="matmul"), torch.bfloat16, cuda, True)
+    with pytest.raises(InputError, match=r"Tesla T4 has no fused attention kernel for bfloat16 and a head dim of \d+: use fp32"):
+        module.check(model, torch.bfloat16, cuda, True)
+    monkeypatch.setattr(engine, "start", lambda device: engine.World(0, 1, cuda, None))
+    assert cli.main(["train", "train.precision=bf16"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("fastdit: Tesla T4 has no fused attention kernel")
 
 
 def test_auto_takes_matmul_for_short_bf16_on_a_cpu(monkeypatch):

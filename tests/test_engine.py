@@ -25,7 +25,10 @@ def test_zero_is_in_use_where_there_is_something_to_shard(words, ranks, sharded)
 def test_precision_auto_is_bf16_where_matmuls_are_native(monkeypatch, native, auto):
     monkeypatch.setattr(engine, "native_bf16", lambda device: native)
     cpu = torch.device("cpu")
+    asked = []
+    monkeypatch.setattr(engine.attention, "check", lambda *of, training: asked.append((*of, training)))
     assert engine.settle(Config(), cpu).train.precision == auto
+    assert asked == [(Config().model, {"bf16": torch.bfloat16, "fp32": torch.float32}[auto], cpu, True)]
     assert [engine.precision(wanted, cpu) for wanted in ("bf16", "fp32")] == ["bf16", "fp32"]
 
 
@@ -42,6 +45,26 @@ def test_deterministic_sets_what_cuda_needs_and_puts_it_back(monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
     for name in variables:
         monkeypatch.delenv(name)
+
+
+def test_weight_gradients_are_summed_in_fp32_on_cuda(monkeypatch):
+    """A start on CUDA, without one: what it sets before DeepSpeed."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(engine, "control_group", lambda: None)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    try:
+        matmul.allow_bf16_reduced_precision_reduction = True
+        assert engine.start("cuda").device == torch.device("cuda", 0)
+        assert not matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
 
 
 def test_an_old_deepspeed_is_refused(monkeypatch):

@@ -85,7 +85,8 @@ def inception(tmp_path_factory):
 
 
 def test_a_checkpoint_and_its_npz_give_the_same(trained, reference, tmp_path, monkeypatch):
-    streamed = run(trained, reference, tmp_path / "a.json", "--samples", "40", "--seed", "7")
+    fp32 = ["--dtype", "fp32", "--samples", "40"]
+    streamed = run(trained, reference, tmp_path / "a.json", *fp32, "--seed", "7")
     npz = tmp_path / "samples.npz"
     assert cli.main(["sample", "--checkpoint", str(trained), "--per-class", "4", "--seed", "7", "--seed-per-sample",
                      "--dtype", "fp32", "--npz", str(npz), "--out", str(tmp_path / "grid.png")]) == 0  # fmt: skip
@@ -93,9 +94,9 @@ def test_a_checkpoint_and_its_npz_give_the_same(trained, reference, tmp_path, mo
     assert numbers(from_file) == pytest.approx(numbers(streamed), rel=1e-9)
     assert {"fid", "kid", "inception_score", "precision", "recall", "accuracy", "accuracy_by_class"} == set(streamed["metrics"])
     monkeypatch.setattr(sample, "BATCH", 13)
-    other_batches = run(trained, reference, tmp_path / "c.json", "--samples", "40", "--seed", "7")
+    other_batches = run(trained, reference, tmp_path / "c.json", *fp32, "--seed", "7")
     assert other_batches["metrics"]["fid"] == pytest.approx(streamed["metrics"]["fid"], rel=1e-3)
-    another = run(trained, reference, tmp_path / "d.json", "--samples", "40", "--seed", "8")
+    another = run(trained, reference, tmp_path / "d.json", *fp32, "--seed", "8")
     assert another["metrics"]["fid"] != pytest.approx(streamed["metrics"]["fid"], rel=1e-3)
 
 
@@ -116,12 +117,24 @@ def test_the_result_says_what_it_is_of_and_its_command_repeats_it(trained, refer
     assert json.loads(Path("evaluation.json").read_text())["metrics"] == result["metrics"]
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_dtype_is_the_runs_where_it_is_fast(trained, reference, tmp_path, monkeypatch, capsys, native):
+    """As `fastdit sample` chooses; the result and the command that repeats it name it."""
+    config = json.loads(next(trained.glob("checkpoints/step_*4/config.json")).read_text())
+    monkeypatch.setattr(sample, "native_bf16", lambda device: native)
+    result = run(trained, reference, tmp_path / "a.json", "--samples", "20")
+    dtype = config["train"]["precision"] if native else "fp32"
+    assert result["samples"]["dtype"] == dtype and f"--dtype {dtype}" in result["command"]
+    assert f"model: {dtype} on " in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_two_ranks_give_the_same(trained, reference, tmp_path):
-    alone = run(trained, reference, tmp_path / "a.json", "--samples", "30")
+    fp32 = ["--dtype", "fp32", "--samples", "30"]  # in bf16 another batch size rounds otherwise
+    alone = run(trained, reference, tmp_path / "a.json", *fp32)
     environment = {key: value for key, value in os.environ.items() if key not in OF_A_RUN} | {"OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fastdit.cli"]
-    words = ["--features", "digits", "--reference", str(reference), "--samples", "30", "--out", str(tmp_path / "b.json")]
+    words = ["--features", "digits", "--reference", str(reference), *fp32, "--out", str(tmp_path / "b.json")]
     ranks = lambda source: subprocess.run(
         [*torchrun, "evaluate", str(source), *words], env=environment, capture_output=True, text=True, timeout=200, check=False
     )

@@ -14,11 +14,14 @@ import torch
 from PIL import Image
 
 import autoencoders
-from fastdit import checkpoint, cli, draw, kernels, sample
+import cuda_graphs
+from fastdit import autoencoder, checkpoint, cli, draw, kernels, sample, sources
 from fastdit.config import from_dict
+from fastdit.engine import World
 from fastdit.flow import Stream
 from fastdit.model import DiT, native_bf16
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 OF_A_RUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in OF_A_RUN} | {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": ""}
@@ -92,7 +95,7 @@ def test_precision_is_the_runs_where_it_is_fast(tmp_path, capsys, monkeypatch, p
     """bf16 differs by some roundings of 2^-9, which 3 guided steps of this model make at most 2 % of the latents."""
     run = make_run(tmp_path / "run", train={"precision": precision})
     assert sample.Sampler(run).dtype == "fp32"  # imported, as it was sampled
-    model, config, _ = checkpoint.load_model(run, "ema", torch.device("cpu"))
+    model, config, _ = checkpoint.load_model(run, "ema", CPU)
     monkeypatch.setattr(checkpoint, "load_model", lambda *_: (copy.deepcopy(model), config, {"step": 3}))
     monkeypatch.setattr(sample, "native_bf16", lambda _: True)
     assert sample.Sampler(run).dtype == precision
@@ -103,8 +106,15 @@ def test_precision_is_the_runs_where_it_is_fast(tmp_path, capsys, monkeypatch, p
     assert "bf16 on" in capsys.readouterr().out
 
 
+def test_a_sampler_asks_for_attention_in_its_precision_first(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample.attention, "check", lambda *of, training: asked.append((*of, training)))
+    config = sample.Sampler(run, dtype="bf16").config
+    assert asked == [(config.model, torch.bfloat16, CPU, False)]
+
+
 @pytest.mark.skipif(not kernels.library.EXTENSION, reason="the C++ extension is not built")
-@pytest.mark.skipif(not native_bf16(torch.device("cpu")), reason="oneDNN has no bf16 for this CPU")
+@pytest.mark.skipif(not native_bf16(CPU), reason="oneDNN has no bf16 for this CPU")
 @torch.no_grad()
 def test_packed_blocks_sample_as_the_model_does(monkeypatch):
     """Where AMX is, and without it with plain vectors in its place: no further from fp32 than the model's own bf16."""
@@ -114,10 +124,10 @@ def test_packed_blocks_sample_as_the_model_does(monkeypatch):
         torch.manual_seed(0)
         model = DiT(config.model).to(dtype).eval().requires_grad_(False)
         monkeypatch.setattr(kernels, "dit_block_is_fast", lambda device: fast)
-        assert sample.fast_velocity(model, torch.device("cpu")) is None
+        assert sample.fast_velocity(model, CPU) is None
         assert isinstance(model.blocks[0], sample.PackedBlock) == (fast and dtype == torch.bfloat16)
         if fast and dtype == torch.bfloat16:
-            assert sample.fast_velocity(model, torch.device("cpu")) is None  # again: nothing to do
+            assert sample.fast_velocity(model, CPU) is None  # again: nothing to do
             with pytest.raises(RuntimeError, match="load it again"):
                 model.state_dict()
         draw, ids = sample.per_sample_noise(3, sample.latent_shape(model)), torch.arange(3)
@@ -126,6 +136,48 @@ def test_packed_blocks_sample_as_the_model_does(monkeypatch):
     truth, plain, packed = final(torch.float32, True), final(torch.bfloat16, False), final(torch.bfloat16, True)
     error, plain_error = ((x - truth).abs().max().item() for x in (packed, plain))
     assert 0 < error <= 2 * plain_error
+
+
+def random_model(**given):
+    config = from_dict({"model": {"preset": "test/4", "zero_init_gates": False, **given}})
+    torch.manual_seed(0)
+    return DiT(config.model).eval().requires_grad_(False), config.sample
+
+
+@torch.no_grad()
+def test_graphs_are_one_a_batch_size_in_one_pool(monkeypatch):
+    """Six batch sizes, guided and not, each with few classes and then with many: what the model gives, few graphs kept."""
+    captures = cuda_graphs.install(monkeypatch)
+    model, _ = random_model()
+    graphs = sample.fast_velocity(model, torch.device("cuda"))
+    assert all(block._compiled_call_impl is None for block in model.blocks)
+    for batch in (1, 2, 3, 4, 5, 6):
+        for rows in (batch, 2 * batch):
+            before = len(captures)
+            for labels in (torch.full((rows,), 3), torch.arange(rows) % 10, torch.arange(rows) // 2):
+                x, t = torch.randn(rows, 1, 32, 32), torch.rand(())
+                inputs = (x, t, *model.prepare(labels))
+                torch.testing.assert_close(graphs(*inputs), model.velocity(*inputs), rtol=0, atol=1e-5)
+            assert len(captures) - before <= 1
+    assert {mode for _, mode in captures} == {"thread_local"} and len({id(pool) for pool, _ in captures}) == 1
+    assert list(graphs.captured) == [5, 10, 6, 12]  # the last used
+    again = len(captures)
+    for rows in (6, 12, 6, 12):
+        graphs(torch.randn(rows, 1, 32, 32), torch.rand(()), *model.prepare(torch.arange(rows) % 10))
+    assert len(captures) == again
+
+
+def test_every_way_to_samples_is_the_fast_one(monkeypatch):
+    """Evaluation, validation and the grids of training: by graphs where there are any, one for all batches of a size."""
+    model, config = random_model()
+    codec, labels = autoencoder.Pixels(1, 32), torch.arange(7)
+    source = lambda: sources.of_model(model, codec, config, labels, 0, (32, 32, 1), {})
+    drawn = lambda: np.concatenate([images for _, images in source().batches(World(0, 1, CPU, None))])
+    plain, captures = drawn(), cuda_graphs.install(monkeypatch)
+    monkeypatch.setattr(sample, "fast_velocity", lambda model, device: sample.Graphs(model))
+    monkeypatch.setattr(sample, "BATCH", 3)
+    assert np.abs(drawn().astype(int) - plain).max() <= 1
+    assert len(captures) == 2  # batches of 3, 3 and 1, guided
 
 
 def test_classes_and_seeds_that_are_drawn(run, tmp_path, capsys):

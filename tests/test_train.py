@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ from PIL import Image
 import autoencoders
 import hot_loop
 from fastdit import autoencoder, checkpoint, cli, flow, telemetry
+from fastdit import train as training
 from fastdit.config import FlowConfig, InputError, parse
+from fastdit.engine import World
+from fastdit.model import DiT
 from fastdit.train import train
 
 TINY = [
@@ -140,6 +144,29 @@ def test_training_on_latents(tiny_autoencoder, tmp_path):
     run = train(parse(None, settings(tmp_path, *latents)))
     assert Image.open(run / "samples/step_00000002.png").mode == "RGB"
     assert cli.main(["sample", "--checkpoint", str(run), "--class", "1", "--out", str(tmp_path / "g.png")]) == 0
+
+
+def test_the_averaged_model_has_the_runs_precision_on_a_gpu(monkeypatch):
+    """On a CPU it is fp32. The meta device stands in for the GPU."""
+    config = parse(None, TINY)
+    weights = {name: p.detach() for name, p in DiT(config.model).named_parameters()}
+    for name, dtype in (("cpu", torch.float32), ("meta", torch.bfloat16)):
+        device = torch.device(name)
+        monkeypatch.setattr(training, "gather", lambda *_, device=device: {k: p.to(device) for k, p in weights.items()})
+        trainer = SimpleNamespace(config=config, world=World(0, 1, device, None), ema=None, shapes=None)
+        model = training.Trainer._averaged_model(trainer)
+        assert {(p.dtype, p.device.type) for p in model.parameters()} == {(dtype, name)}
+        assert model.time_embedding.frequencies.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", []), ("cuda", [torch.bfloat16])])
+def test_the_encoder_is_set_up_for_training_on_a_gpu(monkeypatch, device, expected):
+    found = []
+    codec = SimpleNamespace(for_encoding=lambda dtype: found.append(dtype))
+    monkeypatch.setattr(training.data, "load", lambda *_: SimpleNamespace(channels=3))
+    monkeypatch.setattr(training.autoencoder, "load", lambda *_: codec)
+    training.open_data(parse(None, TINY), World(0, 1, torch.device(device), None))
+    assert found == expected
 
 
 def complains(capsys, words, *expected):
