@@ -1,12 +1,13 @@
-"""A model's training step as CUDA graphs: one launch for the forward pass and one for each part of the backward pass.
+"""CUDA graphs, and a model's training step as such: one launch for the forward pass and one for each part of the backward pass.
 
-A block launches 11 fused kernels, 13 matmuls and the attention, and the host needs longer to launch them than the GPU to run
-them wherever the model or the batch is small. What is launched is the same in every step, so it is recorded once and replayed.
+The host needs longer to launch the kernels of a block than the GPU to run them wherever the model or the batch is small. What is
+launched is the same in every step, so it is recorded once and replayed.
 
 The model is cut into parts, each a function from tensors to tensors. One part on one rank; on several ranks embedding, blocks and
 output are parts of their own, so that a part's gradients are complete, and ZeRO's hooks send them, while the parts before it run.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,9 +17,55 @@ from torch.autograd.function import once_differentiable
 
 from fastdit.model import DiT
 
-WARM_UP = (
-    2  # steps before the recording: Triton compiles, cuBLAS makes its handles and workspaces, neither of which can be recorded
-)
+
+@functools.cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all captures of a process: cuBLAS keeps a workspace, of 32 MiB on Hopper, for each stream that it has worked on."""
+    return torch.cuda.Stream()
+
+
+def graph_pool(device: torch.device) -> tuple | None:
+    """A memory pool for graphs that are replayed in one order, or None where there are no graphs: on a CPU."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def warm_up(work: Callable[[], object]) -> None:
+    """Do on the stream of captures what is to be recorded: Triton compiles and cuBLAS makes its workspace, neither of which a
+    capture allows."""
+    stream = _capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+class Recorded:
+    """Work that can be repeated on the same memory: a CUDA graph. Without a pool, on a CPU, the work is done again and its results
+    are copied to where the first ones lie."""
+
+    def __init__(self, work: Callable[[], list[Tensor | None]], pool: tuple | None) -> None:
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.work = work if pool is None else None
+        if pool is None:
+            self.results = work()
+            return
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: DALI's and NCCL's threads call CUDA meanwhile, which the default mode turns into errors
+        with torch.cuda.graph(self.graph, pool, _capture_stream(), capture_error_mode="thread_local"):
+            self.results = work()
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Do the work again: `results` holds the new ones."""
+        if self.graph:
+            self.graph.replay()
+            return
+        with torch.enable_grad():
+            results = self.work()
+        for kept, new in zip(self.results, results, strict=True):
+            if kept is not None:
+                kept.copy_(new)
 
 
 class Part(NamedTuple):
@@ -41,39 +88,12 @@ def by_block(model: DiT) -> list[Part]:
     def block_part(block: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
         return lambda x, y, *modulation: (*model.run_block(block, x, y, modulation[:6]), *modulation[6:])
 
-    blocks, output = set(model.blocks.parameters()), set(model.output.parameters())
-    embedding = [p for p in model.parameters() if p not in blocks and p not in output]
+    later = {*model.blocks.parameters(), *model.output.parameters()}
     return [
-        Part(model.embed, embedding),
+        Part(model.embed, [p for p in model.parameters() if p not in later]),
         *(Part(block_part(block), list(block.parameters())) for block in model.blocks),
-        Part(lambda x, y: (model.project(y),), list(output)),
+        Part(lambda x, y: (model.project(y),), list(model.output.parameters())),
     ]
-
-
-class Recorded:
-    """Work that can be repeated on the same memory: a CUDA graph. On a CPU, where there are none, the work is called again and its
-    results are copied to where the first ones lie."""
-
-    def __init__(self, work: Callable[[], list[Tensor | None]], device: torch.device, pool: tuple | None) -> None:
-        self.graph, self.work = None, work
-        if device.type != "cuda":
-            self.results = work()
-            return
-        self.graph = torch.cuda.CUDAGraph()
-        # thread_local: DALI's threads may ask CUDA for memory meanwhile
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.results = work()
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        if self.graph:
-            self.graph.replay()
-            return
-        with torch.enable_grad():
-            results = self.work()
-        for kept, new in zip(self.results, results, strict=True):
-            if kept is not None:
-                kept.copy_(new)
 
 
 class TrainingGraphs:
@@ -84,7 +104,9 @@ class TrainingGraphs:
     """
 
     def __init__(self, model: DiT, parts: list[Part]) -> None:
-        self.model, self.plain, self.parts = model, model.forward, parts
+        self.model = model
+        self.parts = parts
+        self.plain = model.forward
         self.inputs: list[Tensor] = []  # of the recorded work; empty until the first step
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
@@ -107,43 +129,40 @@ class TrainingGraphs:
         return link
 
     def _record(self, inputs: list[Tensor]) -> None:
-        self.inputs, device = inputs, inputs[0].device
-        self.token = torch.empty(0, device=device)  # orders the parts in the backward pass, carries nothing
-        self.grad_out: Tensor | None = None
-        pool = None
-        if device.type == "cuda":
-            pool = torch.cuda.graph_pool_handle()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    self.grad_out = torch.zeros_like(self._forward()[0])
-                    self._incoming = {len(self.parts): [self.grad_out]}
-                    for i in reversed(range(len(self.parts))):
-                        self._backward(i)
-                self._states = []
-            torch.cuda.current_stream().wait_stream(side)
-        self.forward = Recorded(self._forward, device, pool)
+        pool = graph_pool(inputs[0].device)
+        self.inputs = inputs
+        self.token = torch.empty(0, device=inputs[0].device)  # orders the parts in the backward pass, carries nothing
+        self.grad_out = torch.zeros_like(inputs[0], dtype=self.model.output.weight.dtype)  # of the velocity
+        if pool is not None:
+            warm_up(self._step)
+        self.forward = Recorded(self._forward, pool)
         self.out = self.forward.results[0]
-        self.grad_out = torch.zeros_like(self.out)
-        self._incoming = {len(self.parts): [self.grad_out]}
-        self.backward: list[Recorded] = [None] * len(self.parts)
+        backward = []
         for i in reversed(range(len(self.parts))):
-            self.backward[i] = Recorded(lambda i=i: self._backward(i), device, pool)
-            if (
-                device.type == "cuda"
-            ):  # recorded: later parts may use the memory of this one's activations and of the gradients it took
+            backward.append(Recorded(functools.partial(self._backward, i), pool))
+            if pool is not None:  # what is recorded after it may use this part's memory
                 self._states[i] = self._incoming[i + 1] = None
-        # The gradients of the parameters come last in what a part's backward returns.
-        self.gradients = [r.results[len(r.results) - len(p.parameters) :] for r, p in zip(self.backward, self.parts, strict=True)]
+        self.backward = backward[::-1]
+        # the gradients of the parameters come last
+        self.gradients = [r.results[-len(part.parameters) :] for r, part in zip(self.backward, self.parts, strict=True)]
+
+    def _step(self) -> None:
+        """Forward and backward pass, not recorded."""
+        self._forward()
+        for i in reversed(range(len(self.parts))):
+            self._backward(i)
+        self._states, self._incoming = [], []
 
     def _forward(self) -> list[Tensor]:
         """Run all parts, each on tensors cut off from the part before, and keep what their backward passes need."""
-        self._states, state = [], self.inputs
+        self._states: list[tuple | None] = []
+        state = self.inputs
         for i, part in enumerate(self.parts):
             given = [tensor.detach().requires_grad_(i > 0) for tensor in state]
             state = part.run(*given)
             self._states.append((given, state))
+        # of each part's results, by the part's number + 1
+        self._incoming: list[list[Tensor | None] | None] = [None] * len(self.parts) + [[self.grad_out]]
         return [state[0].detach()]
 
     def _backward(self, i: int) -> list[Tensor | None]:
@@ -153,8 +172,7 @@ class TrainingGraphs:
         inputs = given if i else []
         wanted = [*inputs, *self.parts[i].parameters]
         found = list(torch.autograd.grad([m for m, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True))
-        if i not in self._incoming:  # later calls copy their results to these
-            self._incoming[i] = found[: len(inputs)]
+        self._incoming[i] = found[: len(inputs)]
         return found
 
 
@@ -163,7 +181,8 @@ class _RunPart(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, link: Tensor | None, graphs: TrainingGraphs, i: int, *parameters: Tensor) -> Tensor:
-        ctx.graphs, ctx.i = graphs, i
+        ctx.graphs = graphs
+        ctx.i = i
         last = i == len(graphs.parts) - 1
         return (graphs.out if last else graphs.token).detach()
 
@@ -185,6 +204,6 @@ class _RunPart(torch.autograd.Function):
 def record_training(model: DiT, per_block: bool) -> None:
     """Make `model` train by recorded work from its next step on. per_block: gradients arrive block by block.
 
-    The parameters must keep their memory from then on, as optimizers do that update them in place.
+    The parameters must keep their memory from then on, as with optimizers that update them in place.
     """
     model.forward = TrainingGraphs(model, by_block(model) if per_block else whole(model))

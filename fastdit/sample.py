@@ -16,6 +16,7 @@ from fastdit.config import InputError, SampleConfig, nearest
 from fastdit.data.classes import imagenet_names
 from fastdit.engine import World
 from fastdit.flow import Stream
+from fastdit.graphs import Recorded, graph_pool, warm_up
 from fastdit.model import QK_EPS, Block, DiT, native_bf16
 from fastdit.telemetry import progress_bar
 
@@ -50,12 +51,6 @@ def one_generator_noise(seed: int, shape: tuple[int, ...]) -> Noise:
     return draw
 
 
-@functools.cache
-def _capture_stream() -> torch.cuda.Stream:
-    """One for all captures of a process: cuBLAS keeps a workspace, of 32 MiB on Hopper, for each stream that it has worked on."""
-    return torch.cuda.Stream()
-
-
 class Graphs:
     """model.velocity as CUDA graphs, one per batch size: a replay costs one launch instead of hundreds.
 
@@ -65,7 +60,7 @@ class Graphs:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = graph_pool(torch.device("cuda"))
         self.captured: dict[int, tuple] = {}  # by batch size, the least recently used first
 
     def __call__(self, x: Tensor, t: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
@@ -76,24 +71,16 @@ class Graphs:
                 del self.captured[next(iter(self.captured))]
             # U differs from batch to batch where classes are random: the buffer has room for B, and rows never points past U
             self.captured[batch] = self._capture(x.clone(), t.clone(), classes.new_zeros(batch, classes.shape[1]), rows.clone())
-        graph, static, out = self.captured[batch] = self.captured.pop(batch)
+        recorded, static = self.captured[batch] = self.captured.pop(batch)
         for buffer, tensor in zip(static, (x, t, classes, rows), strict=True):
             (buffer[: len(tensor)] if tensor.ndim else buffer).copy_(tensor)
-        graph.replay()
-        return out.clone()
+        recorded.replay()
+        return recorded.results[0].clone()
 
-    def _capture(self, *static: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
-        stream = _capture_stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # Triton compiles and cuBLAS allocates its workspace: neither may happen in a capture
-                self.model.velocity(*static)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: in training, DALI's and NCCL's threads call CUDA meanwhile, which the default mode turns into errors
-        with torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):
-            out = self.model.velocity(*static)
-        return graph, static, out
+    def _capture(self, *static: Tensor) -> tuple[Recorded, tuple[Tensor, ...]]:
+        work = lambda: [self.model.velocity(*static)]
+        warm_up(work)
+        return Recorded(work, self.pool), static
 
 
 @torch.no_grad()

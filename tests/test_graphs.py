@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import cuda_graphs
 from fastdit import engine, graphs
 from fastdit.config import InputError, from_dict, parse
 from fastdit.graphs import record_training
@@ -56,6 +57,22 @@ def test_velocities_and_gradients_are_those_without_graphs_to_the_bit(variant, r
     record_training(recorded, per_block)
     for wanted, found in zip(steps(plain), steps(recorded), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+@pytest.mark.parametrize("per_block", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "light", "full"])
+def test_what_is_captured_is_the_whole_step(monkeypatch, recompute, per_block):
+    """With a stand-in for CUDA graphs that repeats the operators of a capture: what was not captured, or read memory that is not
+    the graphs' own, would be of the first batch."""
+    plain, recorded = make(recompute), make(recompute)
+    wanted = steps(plain)
+    captures = cuda_graphs.install(monkeypatch)
+    monkeypatch.setattr(graphs, "graph_pool", lambda device: torch.cuda.graph_pool_handle())
+    record_training(recorded, per_block)
+    for a, b in zip(wanted, steps(recorded), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert len(captures) == (1 + 5 if per_block else 2)  # the forward pass; embedding, three blocks, output
+    assert len({pool for pool, _ in captures}) == 1 and {mode for _, mode in captures} == {"thread_local"}
 
 
 def test_bf16_is_recorded_as_it_is():

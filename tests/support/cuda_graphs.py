@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdit import sample
+from fastdit import graphs
 
 
 class Recording(TorchDispatchMode):
@@ -34,7 +34,7 @@ class Graph:
 
 
 def install(monkeypatch):
-    """Replace what sample.Graphs needs of torch.cuda; returns the list that (pool, error mode) of each capture is added to."""
+    """Replace what fastdit.graphs needs of torch.cuda; returns the list that (pool, error mode) of each capture is added to."""
     captures = []
 
     @contextmanager
@@ -50,8 +50,9 @@ def install(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(sample, "_capture_stream", Stream)
+    pool = object()
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: pool)
+    monkeypatch.setattr(graphs, "_capture_stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     return captures
