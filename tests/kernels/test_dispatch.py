@@ -5,15 +5,16 @@ import sys
 import pytest
 import torch
 
+from backends import DEVICE
 from fastdit import kernels
 from fastdit.kernels import dispatch, library
 
 CPU = torch.device("cpu")
 
 
-def arguments() -> tuple[torch.Tensor, ...]:
+def arguments(device: torch.device = DEVICE) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(*shape, generator=generator) for shape in ((2, 7, 64), (2, 64), (2, 64)))
+    return tuple(torch.randn(*shape, generator=generator).to(device) for shape in ((2, 7, 64), (2, 64), (2, 64)))
 
 
 def test_auto_is_triton_on_cuda_and_cpp_on_a_cpu(monkeypatch):
@@ -45,7 +46,7 @@ def test_triton_needs_cuda_or_the_interpreter(monkeypatch):
             kernels.backend_in_use(torch.device("xpu"))
         monkeypatch.setattr(dispatch, "INTERPRETED", False)
         with pytest.raises(RuntimeError, match=r"^kernel backend 'triton' cannot run on cpu: set TRITON_INTERPRET=1"):
-            kernels.modulate(*arguments())
+            kernels.modulate(*arguments(CPU))
 
 
 @pytest.mark.parametrize("name", ["auto", "reference", "triton"])
@@ -93,7 +94,7 @@ def test_a_compiled_function_follows_the_setting():
 def call(op: str) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
     """Inputs, B = 2, T = 7, H = 64, that require grad, and outputs of an adaLN op."""
     streams, modulation = {"modulate": (1, 2), "gated_residual": (2, 1), "gated_residual_modulate": (2, 3)}[op]
-    inputs = [torch.randn(shape, requires_grad=True) for shape in [(2, 7, 64)] * streams + [(2, 64)] * modulation]
+    inputs = [torch.randn(shape, requires_grad=True, device=DEVICE) for shape in [(2, 7, 64)] * streams + [(2, 64)] * modulation]
     with kernels.backend("triton"):
         out = getattr(kernels, op)(*inputs)
     return inputs, out if isinstance(out, tuple) else (out,)
@@ -132,7 +133,7 @@ def test_inductor_keeps_the_layout_of_what_it_feeds(monkeypatch):
     module = sys.modules["fastdit.kernels.modulate"]  # the package's attribute of that name is the function
     monkeypatch.setattr(module, "inner_contiguous", lambda t: seen.append((t.shape, t.stride())) or find(t))
     torch._dynamo.reset()
-    x, packed = torch.randn(2, 64, 7), torch.randn(2, 6 * 64)
+    x, packed = torch.randn(2, 64, 7, device=DEVICE), torch.randn(2, 6 * 64, device=DEVICE)
     with kernels.backend("triton"):
         eager = function(x, packed)
         count = len(seen)
