@@ -1,5 +1,7 @@
 """Which backend runs, and what all kernel files have in common: registration, layouts under a compiler."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -65,6 +67,14 @@ def test_names():
         assert dispatch._setting == "triton"
     with pytest.raises(ValueError, match="kernel backend 'cuda' is unknown: choose one of auto, triton, cpp, reference"):
         kernels.backend("cuda").__enter__()
+
+
+@pytest.mark.usefixtures("values")
+def test_a_device_that_computes_has_its_values_compared():
+    """FASTDIT_NO_VALUES=1, which compares none, is refused there."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_names"]
+    done = subprocess.run(command, env=os.environ | {"FASTDIT_NO_VALUES": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "computes: unset it" in done.stdout + done.stderr
 
 
 def test_the_setting_is_restored_after_an_error():
