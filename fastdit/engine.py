@@ -228,9 +228,12 @@ def initialize(model: nn.Module, config: Config, world: World):
     train = config.train
     model.set_recompute(train.checkpoint)
     what = compiles(config, world)
-    for part in {"blocks": model.blocks, "model": [model]}.get(what, []):
-        part.compile(dynamic=False, fullgraph=True)
-    if what == "graphs":
+    if what == "blocks":
+        for block in model.blocks:
+            block.compile(dynamic=False, fullgraph=True)
+    elif what == "model":  # without the hooks that DeepSpeed puts around it: Dynamo of torch 2.11 cannot trace them
+        model.forward = torch.compile(model.forward, dynamic=False, fullgraph=True)
+    elif what == "graphs":
         record_training(model, per_block=world.size > 1)  # ZeRO sends a block's gradients while the blocks before it run
     options = dict(lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
     sharded, bf16 = shards(config, world.size), train.precision == "bf16"

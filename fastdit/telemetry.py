@@ -34,6 +34,7 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "missing"
+    found["torch"] = str(torch.__version__)  # names the CUDA too, as 2.14.1+cu130, which the metadata of PyPI's builds leaves out
     found["kernel launches"] = str(kernels.tuning.VERSION)  # another version may differ in the last bit of a gradient
     return found
 

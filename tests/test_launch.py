@@ -46,6 +46,45 @@ def fake_launcher(folder, codes):
     return {**ENVIRONMENT, "VENV": str(folder)}
 
 
+PYTHON = """#!/bin/bash
+case "$*" in
+    *'version("torch")'*) [ -n "$HAS" ] && echo "$HAS" ;;
+    *'requires("torch")'*) exit "$OWN_TRITON" ;;
+    *"--quiet --constraint"*) { echo "$@"; cat "$7"; } >> "$VENV/calls" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "has", "own_triton", "torch", "triton"),
+    [
+        ("", "", 0, "torch==2.13.0", True),  # a CPU build
+        ("", "", 1, "torch==2.13.0", False),
+        ("2.11.0", "", 1, "torch==2.11.0", False),
+        ("", "2.11.0+cu130", 1, "torch==2.11.0+cu130", False),
+    ],
+)
+def test_install_sh_asks_for_one_torch_and_its_triton(tmp_path, asked, has, own_triton, torch, triton):
+    """The torch of FASTDIT_TORCH, else the one that is there, else that of constraints.txt; a triton where torch names none."""
+    (tmp_path / "bin").mkdir()
+    script(tmp_path / "bin/python", PYTHON)
+    environment = ENVIRONMENT | {"VENV": str(tmp_path), "FASTDIT_TORCH": asked, "HAS": has, "OWN_TRITON": str(own_triton)}
+    done = run([ROOT / "launch/install.sh"], environment)
+    assert done.returncode == 0, done.stderr
+    first, second, _ = (tmp_path / "calls").read_text().split("-m pip")[1:]
+    for part, with_triton in ((first, False), (second, triton)):
+        lines = part.splitlines()
+        assert [line for line in lines if line.startswith("torch==")] == [torch]
+        assert any(line.startswith("triton==") for line in lines) is with_triton
+    assert run([ROOT / "launch/install.sh"], environment).stdout == ""  # up to date
+
+
+def test_test_sh_says_what_its_options_need():
+    for option in ("--torch", "--cuda-host"):
+        done = run([ROOT / "launch/test.sh", option])
+        assert done.returncode != 0 and f"{option} needs" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("restarts", "codes", "calls", "code"), [(2, [1, 247, 0], 3, 0), (1, [1, 1, 0], 2, 1), (0, [1, 0], 1, 1), (3, [2, 0], 1, 2)]
 )

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from backends import BACKENDS
+from backends import BACKENDS, DEVICE
 from fastdit import kernels
 from fastdit.kernels.counter_random import philox
 
 OPS = ["counter_uniform", "counter_normal"]
-IDS = torch.tensor([0, 5, 2**32 + 5, 2**40 + 3, 2**63 - 1])
+IDS = torch.tensor([0, 5, 2**32 + 5, 2**40 + 3, 2**63 - 1], device=DEVICE)
 SEEDS = [0, 1, 0xDEADBEEF12345678, 2**64 - 1]
 
 # Known answers of Philox-4x32-10 from the authors' library Random123 (kat_vectors): counter, key, result.
@@ -61,8 +61,9 @@ def test_published_words(counter, key, expected):
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_uniform_is_the_top_24_bits_of_the_published_words(backend):
     """Seed, stream and id 0, where the published counter is that of a row's first element."""
-    out = draw("counter_uniform", backend, 0, 0, torch.tensor([0]), (4,))
-    assert (out[0].double() * 2**24).tolist() == [word >> 8 for word in words_of(KNOWN[0][2])]
+    out = draw("counter_uniform", backend, 0, 0, torch.tensor([0], device=DEVICE), (4,))
+    expected = torch.tensor([word >> 8 for word in words_of(KNOWN[0][2])], device=DEVICE)
+    assert torch.equal((out[0].double() * 2**24).long(), expected)
 
 
 @pytest.mark.usefixtures("guarded_memory")
@@ -76,7 +77,7 @@ def test_uniform_equals_numpy(backend, seed, shape):
         assert out.shape == (len(IDS), *shape) and out.dtype == torch.float32
         for row, name in zip(out, IDS.tolist(), strict=True):
             expected = (numpy_words(seed, stream, name, math.prod(shape)) >> np.uint64(8)).astype(np.float64) * 2.0**-24
-            assert np.array_equal(row.double().numpy().reshape(-1), expected)
+            assert torch.equal(row.double().cpu().flatten(), torch.from_numpy(expected))
 
 
 @pytest.mark.usefixtures("guarded_memory")
@@ -92,7 +93,7 @@ def test_normal_equals_box_muller_in_fp64(backend, shape):
         u1, u2 = ((words >> np.uint64(8)).astype(np.float64) * 2.0**-24).reshape(-1, 2).T
         radius, angle = np.sqrt(-2 * np.log(u1 + 2.0**-24)), 2 * np.pi * u2
         expected = np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=-1).reshape(-1)[:count]
-        assert np.abs(row.double().numpy().reshape(-1) - expected).max() < 2.8e-6
+        torch.testing.assert_close(row.double().cpu().flatten(), torch.from_numpy(expected), rtol=0, atol=2.8e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -100,7 +101,7 @@ def test_normal_equals_box_muller_in_fp64(backend, shape):
 def test_depends_on_the_name_alone(op, backend):
     """Not on the batch, the order of the rows, or how long the row is."""
     whole = draw(op, backend, 7, 1, IDS, (3, 70))
-    order = torch.tensor([3, 1, 4, 0, 2])
+    order = torch.tensor([3, 1, 4, 0, 2], device=DEVICE)
     assert torch.equal(draw(op, backend, 7, 1, IDS[order], (3, 70)), whole[order])
     for i in range(len(IDS)):
         assert torch.equal(draw(op, backend, 7, 1, IDS[i : i + 1], (3, 70)), whole[i : i + 1])
@@ -109,23 +110,26 @@ def test_depends_on_the_name_alone(op, backend):
     assert torch.equal(draw(op, backend, 7, 1, IDS, (33,)), whole.flatten(1)[:, :33])
 
 
+@pytest.mark.usefixtures("values")
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_seed_stream_and_id_all_count(backend):
-    base = draw("counter_uniform", backend, 7, 1, torch.tensor([5]), (64,))
+    base = draw("counter_uniform", backend, 7, 1, torch.tensor([5], device=DEVICE), (64,))
     others = [(8, 1, 5), (7 + 2**32, 1, 5), (7, 2, 5), (7, 1, 6), (7, 1, 5 + 2**32)]
     for seed, stream, name in others:
-        assert not torch.isin(draw("counter_uniform", backend, seed, stream, torch.tensor([name]), (64,)), base).any()
+        other = draw("counter_uniform", backend, seed, stream, torch.tensor([name], device=DEVICE), (64,))
+        assert not torch.isin(other, base).any()
 
 
+@pytest.mark.usefixtures("values")
 def test_reference_is_normal():
     """Mean, variance and fourth moment of 2^18 numbers within four standard errors; no value beyond 5.77."""
-    z = kernels.counter_normal_reference(3, 0, torch.arange(64), (4096,)).double()
+    z = kernels.counter_normal_reference(3, 0, torch.arange(64, device=DEVICE), (4096,)).double()
     n = z.numel()
     assert abs(z.mean()) < 4 / n**0.5
     assert abs(z.var() - 1) < 4 * (2 / n) ** 0.5
     assert abs(z.pow(4).mean() - 3) < 4 * (96 / n) ** 0.5
     assert z.abs().max() < 5.77
-    u = kernels.counter_uniform_reference(3, 1, torch.arange(64), (4096,))
+    u = kernels.counter_uniform_reference(3, 1, torch.arange(64, device=DEVICE), (4096,))
     assert u.min() >= 0 and u.max() < 1 and abs(u.double().mean() - 0.5) < 4 / (12 * n) ** 0.5
 
 

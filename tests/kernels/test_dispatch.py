@@ -1,19 +1,22 @@
 """Which backend runs, and what all kernel files have in common: registration, layouts under a compiler."""
 
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
 
+from backends import DEVICE
 from fastdit import kernels
 from fastdit.kernels import dispatch, library
 
 CPU = torch.device("cpu")
 
 
-def arguments() -> tuple[torch.Tensor, ...]:
+def arguments(device: torch.device = DEVICE) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(*shape, generator=generator) for shape in ((2, 7, 64), (2, 64), (2, 64)))
+    return tuple(torch.randn(*shape, generator=generator).to(device) for shape in ((2, 7, 64), (2, 64), (2, 64)))
 
 
 def test_auto_is_triton_on_cuda_and_cpp_on_a_cpu(monkeypatch):
@@ -45,7 +48,7 @@ def test_triton_needs_cuda_or_the_interpreter(monkeypatch):
             kernels.backend_in_use(torch.device("xpu"))
         monkeypatch.setattr(dispatch, "INTERPRETED", False)
         with pytest.raises(RuntimeError, match=r"^kernel backend 'triton' cannot run on cpu: set TRITON_INTERPRET=1"):
-            kernels.modulate(*arguments())
+            kernels.modulate(*arguments(CPU))
 
 
 @pytest.mark.parametrize("name", ["auto", "reference", "triton"])
@@ -64,6 +67,14 @@ def test_names():
         assert dispatch._setting == "triton"
     with pytest.raises(ValueError, match="kernel backend 'cuda' is unknown: choose one of auto, triton, cpp, reference"):
         kernels.backend("cuda").__enter__()
+
+
+@pytest.mark.usefixtures("values")
+def test_a_device_that_computes_has_its_values_compared():
+    """FASTDIT_NO_VALUES=1, which compares none, is refused there."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_names"]
+    done = subprocess.run(command, env=os.environ | {"FASTDIT_NO_VALUES": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "computes: unset it" in done.stdout + done.stderr
 
 
 def test_the_setting_is_restored_after_an_error():
@@ -93,7 +104,7 @@ def test_a_compiled_function_follows_the_setting():
 def call(op: str) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
     """Inputs, B = 2, T = 7, H = 64, that require grad, and outputs of an adaLN op."""
     streams, modulation = {"modulate": (1, 2), "gated_residual": (2, 1), "gated_residual_modulate": (2, 3)}[op]
-    inputs = [torch.randn(shape, requires_grad=True) for shape in [(2, 7, 64)] * streams + [(2, 64)] * modulation]
+    inputs = [torch.randn(shape, requires_grad=True, device=DEVICE) for shape in [(2, 7, 64)] * streams + [(2, 64)] * modulation]
     with kernels.backend("triton"):
         out = getattr(kernels, op)(*inputs)
     return inputs, out if isinstance(out, tuple) else (out,)
@@ -132,7 +143,7 @@ def test_inductor_keeps_the_layout_of_what_it_feeds(monkeypatch):
     module = sys.modules["fastdit.kernels.modulate"]  # the package's attribute of that name is the function
     monkeypatch.setattr(module, "inner_contiguous", lambda t: seen.append((t.shape, t.stride())) or find(t))
     torch._dynamo.reset()
-    x, packed = torch.randn(2, 64, 7), torch.randn(2, 6 * 64)
+    x, packed = torch.randn(2, 64, 7, device=DEVICE), torch.randn(2, 6 * 64, device=DEVICE)
     with kernels.backend("triton"):
         eager = function(x, packed)
         count = len(seen)

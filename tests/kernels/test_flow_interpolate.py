@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from backends import BACKENDS
+from backends import BACKENDS, DEVICE, zeros
 from fastdit import kernels
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -13,8 +13,8 @@ SHAPES = [(1, 4, 8, 8), (2, 3, 7, 5), (5, 4, 16, 16), (3, 1)]
 def inputs(*shape, dtype=torch.float32, noise_dtype=None):
     """(x0, noise, t) and the gradient of x_t. Every sample has its own t, 0 and 1 among them."""
     generator = torch.Generator().manual_seed(0)
-    randn = lambda: torch.randn(*shape, generator=generator)
-    t = torch.tensor([0.3, 0.0, 1.0, 0.9, 0.6])[: shape[0]]
+    randn = lambda: torch.randn(*shape, generator=generator).to(DEVICE)
+    t = torch.tensor([0.3, 0.0, 1.0, 0.9, 0.6], device=DEVICE)[: shape[0]]
     return ((randn() - 2.3).to(dtype), randn().to(noise_dtype or dtype), t), randn().to(dtype)
 
 
@@ -57,7 +57,7 @@ def test_layouts(assert_close, between_nans, backend):
     check(assert_close, backend, (between_nans(x0), between_nans(noise), t), between_nans(grad))
     last = dict(memory_format=torch.channels_last)
     check(assert_close, backend, (x0.contiguous(**last), noise, t), grad.contiguous(**last))
-    check(assert_close, backend, (x0[:1].expand_as(x0), noise[:, :1].expand_as(noise), t), torch.tensor(0.5).expand_as(grad))
+    check(assert_close, backend, (x0[:1].expand_as(x0), noise[:, :1].expand_as(noise), t), grad.new_tensor(0.5).expand_as(grad))
     check(assert_close, backend, (x0, noise, t[:1].expand(3)), grad[:1].expand_as(grad))
     check(assert_close, backend, (x0, noise, t.repeat_interleave(2)[::2]), grad)
 
@@ -74,7 +74,7 @@ def test_ends_are_exact(backend):
     """t = 0 is the data and t = 1 the noise, to the last bit."""
     (x0, noise, _), _ = inputs(2, 4, 8, 8)
     with kernels.backend(backend):
-        out = kernels.flow_interpolate(x0, noise, torch.tensor([0.0, 1.0]))
+        out = kernels.flow_interpolate(x0, noise, torch.tensor([0.0, 1.0], device=DEVICE))
     assert torch.equal(out[0], x0[0]) and torch.equal(out[1], noise[1])
 
 
@@ -103,7 +103,7 @@ def test_opcheck(backend):
     forward, backward = (getattr(torch.ops.fastdit, f"flow_interpolate_{d}_{backend}") for d in ("forward", "backward"))
     for case in ((x0, noise, t), (x0.contiguous(memory_format=torch.channels_last), noise[:1].expand_as(noise), t)):
         torch.library.opcheck(forward, case)
-    for case in (grad, torch.ones(()).expand_as(grad)):
+    for case in (grad, grad.new_ones(()).expand_as(grad)):
         torch.library.opcheck(backward, (case, t, torch.bfloat16))
 
 
@@ -120,6 +120,7 @@ def test_compiles_as_one_graph(backend, compiler):
                 assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("values")
 def test_reference_formula():
     (x0, noise, t), _ = inputs(3, 2, 2, 2, dtype=torch.float64)
     out = kernels.flow_interpolate_reference(x0, noise, t)
@@ -133,12 +134,12 @@ def test_reference_formula():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x0": torch.zeros(2)}, r"x0 has shape \[2\], but \[batch, ...\]"),
-        ({"noise": torch.zeros(2, 4, 8, 7)}, r"noise has shape \[2, 4, 8, 7\], but \[2, 4, 8, 8\]"),
-        ({"t": torch.zeros(3)}, r"t has shape \[3\], but \[2\]"),
-        ({"t": torch.zeros(2, requires_grad=True)}, "t requires grad"),
-        ({"t": torch.zeros(2, dtype=torch.int64)}, "t has dtype torch.int64"),
-        ({"noise": torch.zeros(2, 4, 8, 8, device="meta")}, "noise is on meta"),
+        ({"x0": zeros(2)}, r"x0 has shape \[2\], but \[batch, ...\]"),
+        ({"noise": zeros(2, 4, 8, 7)}, r"noise has shape \[2, 4, 8, 7\], but \[2, 4, 8, 8\]"),
+        ({"t": zeros(3)}, r"t has shape \[3\], but \[2\]"),
+        ({"t": zeros(2, requires_grad=True)}, "t requires grad"),
+        ({"t": zeros(2, dtype=torch.int64)}, "t has dtype torch.int64"),
+        ({"noise": zeros(2, 4, 8, 8, device="meta")}, "noise is on meta"),
     ],
 )
 def test_bad_input(backend, change, message):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backends import BACKENDS
+from backends import BACKENDS, DEVICE, zeros
 from fastdit import kernels
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -23,7 +23,7 @@ def eager(x, branch, gate, shift, scale, eps=1e-5):
 def inputs(B, T, H, dtype=torch.float32, modulation_dtype=None):
     """(x, branch, gate, shift, scale) and the gradients of r and y; gate, shift and scale are views of one [B,6H] tensor."""
     generator = torch.Generator().manual_seed(0)
-    randn = lambda *shape: torch.randn(*shape, generator=generator)
+    randn = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
     modulation = randn(B, 6 * H).to(modulation_dtype or dtype).chunk(6, dim=1)[2:5]
     x = (randn(B, T, H) * 0.5 - 2.3).to(dtype)
     return (x, randn(B, T, H).to(dtype), *modulation), tuple(randn(B, T, H).to(dtype) for _ in range(2))
@@ -129,7 +129,7 @@ def test_mixed_dtypes(assert_close, backend):
 def test_layouts(assert_close, between_nans, backend):
     """Slices of wider tensors, transposed and expanded inputs, and gradients that are transposed, expanded or one number."""
     (x, branch, gate, shift, scale), (dr, dy) = inputs(2, 7, 64)
-    m, one = (gate, shift, scale), torch.tensor(0.5).expand(2, 7, 64)
+    m, one = (gate, shift, scale), dr.new_tensor(0.5).expand(2, 7, 64)
     check(assert_close, backend, [between_nans(t) for t in (x, branch, *m)], (between_nans(dr), between_nans(dy)))
     check(assert_close, backend, (x.transpose(0, 1).contiguous().transpose(0, 1), branch.mT.contiguous().mT, *m), (dr, dy))
     check(assert_close, backend, (x.mT.contiguous().mT, branch, gate, shift.T.contiguous().T, scale), (dr.mT.contiguous().mT, one))
@@ -137,6 +137,7 @@ def test_layouts(assert_close, between_nans, backend):
     check(assert_close, backend, (x[:, :1].expand(2, 7, 64), branch, *m), (dr[:, :1].expand(2, 7, 64), dy[:1].expand(2, 7, 64)))
 
 
+@pytest.mark.usefixtures("values")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extremes(assert_close, backend):
     """Rows of zeros, scale = −1 (y is the shift) and gate = 0 (r is x)."""
@@ -163,7 +164,7 @@ def test_empty(backend, size):
     with kernels.backend(backend):
         r, y, dx, dbranch, *modulation = run(kernels.gated_residual_modulate, arguments, grads)
     assert r.shape == y.shape == dx.shape == dbranch.shape == size
-    assert all(not t.any() and t.shape == (size[0], 64) for t in modulation)
+    assert all(torch.equal(t, zeros(size[0], 64)) for t in modulation)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -176,7 +177,7 @@ def test_opcheck(backend):
     quick = {"test_utils": ("test_schema", "test_faketensor")}
     for given, options in ((branch, {}), (branch.mT.contiguous().mT, quick), (branch[:1].expand(2, 7, 64), quick)):
         torch.library.opcheck(forward, (x, given, *m, 1e-5), **options)
-        torch.library.opcheck(backward, (dr, torch.ones(()).expand(2, 7, 64), x, given, stats, *m), **options)
+        torch.library.opcheck(backward, (dr, x.new_ones(()).expand(2, 7, 64), x, given, stats, *m), **options)
     torch.library.opcheck(backward, (None, dr, x, branch, stats, *m), **quick)
 
 
@@ -212,6 +213,7 @@ def test_backend_of_the_forward_runs_the_backward():
         torch.autograd.grad(outputs, x, grads)
 
 
+@pytest.mark.usefixtures("values")
 def test_reference_formula():
     """The two formulas in fp64, and the gradients by differences."""
     (x, branch, gate, shift, scale), _ = inputs(2, 3, 5, dtype=torch.float64)
@@ -232,19 +234,19 @@ def test_reference_norms_the_rounded_r():
 
 def _bad(message, **changed):
     whole = {"x": (2, 7, 8), "branch": (2, 7, 8), "gate": (2, 8), "shift": (2, 8), "scale": (2, 8)}
-    return {name: changed.get(name, torch.zeros(shape)) for name, shape in whole.items()}, message
+    return {name: changed.get(name, zeros(shape)) for name, shape in whole.items()}, message
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        _bad(r"\[batch, tokens, width\] is needed", x=torch.zeros(7, 8)),
-        _bad(r"branch has shape \[2, 6, 8\], but \[2, 7, 8\]", branch=torch.zeros(2, 6, 8)),
-        _bad(r"shift has shape \[2, 9\], but \[2, 8\]", shift=torch.zeros(2, 9)),
-        _bad(r"scale has shape \[1, 8\], but \[2, 8\]", scale=torch.zeros(1, 8)),
-        _bad("gate has dtype torch.int64", gate=torch.zeros(2, 8, dtype=torch.int64)),
-        _bad("scale is on meta", scale=torch.zeros(2, 8, device="meta")),
+        _bad(r"\[batch, tokens, width\] is needed", x=zeros(7, 8)),
+        _bad(r"branch has shape \[2, 6, 8\], but \[2, 7, 8\]", branch=zeros(2, 6, 8)),
+        _bad(r"shift has shape \[2, 9\], but \[2, 8\]", shift=zeros(2, 9)),
+        _bad(r"scale has shape \[1, 8\], but \[2, 8\]", scale=zeros(1, 8)),
+        _bad("gate has dtype torch.int64", gate=zeros(2, 8, dtype=torch.int64)),
+        _bad("scale is on meta", scale=zeros(2, 8, device="meta")),
     ],
 )
 def test_bad_input(monkeypatch, backend, arguments, message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from backends import BACKENDS
+from backends import BACKENDS, DEVICE, zeros
 from fastdit import kernels
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -36,7 +36,7 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tenso
     """packed [*shape, 2F] with a mean, and a gradient [*shape, F], from shape = (.., F)."""
     generator = torch.Generator().manual_seed(0)
     packed = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator) * 3 - 0.7
-    return packed.to(dtype), torch.randn(*shape, generator=generator).to(dtype)
+    return packed.to(DEVICE, dtype), torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
 
 @pytest.mark.usefixtures("guarded_memory")
@@ -63,7 +63,7 @@ def test_layouts(assert_close, between_nans, backend):
     check(assert_close, backend, packed.transpose(0, 1).contiguous().transpose(0, 1), grad)
     check(assert_close, backend, packed.mT.contiguous().mT, grad.mT.contiguous().mT)
     check(assert_close, backend, packed[:, :1].expand(2, 7, 128), grad[..., :1].expand(2, 7, 64))
-    check(assert_close, backend, packed, torch.tensor(0.5).expand(2, 7, 64))
+    check(assert_close, backend, packed, grad.new_tensor(0.5).expand(2, 7, 64))
     check(assert_close, backend, packed[:, ::2], grad[:, ::2])
 
 
@@ -73,9 +73,9 @@ def test_extremes(backend):
     """Gates where the sigmoid is 0 or 1 to the last bit give exact values and gradients, never NaN; rows of zeros give zeros."""
     value, gate = torch.tensor([2.0, 2.0, 0.0]), torch.tensor([-200.0, 200.0, 0.0])
     with kernels.backend(backend):
-        out, grad = run(kernels.swiglu, torch.cat((value, gate)), torch.ones(3))
-    assert torch.equal(out, torch.tensor([-0.0, 400.0, 0.0]))
-    assert torch.equal(grad, torch.tensor([-0.0, 200.0, 0.0, 0.0, 2.0, 0.0]))
+        out, grad = run(kernels.swiglu, torch.cat((value, gate)).to(DEVICE), torch.ones(3, device=DEVICE))
+    assert torch.equal(out, torch.tensor([-0.0, 400.0, 0.0], device=DEVICE))
+    assert torch.equal(grad, torch.tensor([-0.0, 200.0, 0.0, 0.0, 2.0, 0.0], device=DEVICE))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,8 +100,8 @@ def test_second_derivatives_are_refused(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
-    for packed in (inputs(2, 7, 64)[0], inputs(7, 2, 64)[0].transpose(0, 1), torch.ones(1).expand(2, 128), inputs(0, 64)[0]):
-        grad = torch.ones(()).expand(*packed.shape[:-1], packed.shape[-1] // 2)
+    for packed in (inputs(2, 7, 64)[0], inputs(7, 2, 64)[0].transpose(0, 1), zeros(1).expand(2, 128), inputs(0, 64)[0]):
+        grad = packed.new_ones(()).expand(*packed.shape[:-1], packed.shape[-1] // 2)
         torch.library.opcheck(getattr(torch.ops.fastdit, f"swiglu_forward_{backend}"), (packed,))
         torch.library.opcheck(getattr(torch.ops.fastdit, f"swiglu_backward_{backend}"), (grad, packed))
 
@@ -130,6 +130,7 @@ def test_backend_of_the_forward_runs_the_backward():
         assert type(kernels.swiglu(packed).grad_fn).__name__ != "_SwiGLUBackward"
 
 
+@pytest.mark.usefixtures("values")
 def test_reference_formula():
     """value·gate/(1 + e^−gate) in fp64, and its gradient by differences."""
     packed, _ = inputs(2, 5, dtype=torch.float64)
@@ -147,9 +148,9 @@ def test_reference_rounds_once():
 @pytest.mark.parametrize(
     ("packed", "message"),
     [
-        (torch.zeros(2, 7), r"last dimension must be value \| gate, so even"),
-        (torch.zeros(()), "last dimension"),
-        (torch.zeros(2, 8, dtype=torch.int64), "must be a floating-point tensor"),
+        (zeros(2, 7), r"last dimension must be value \| gate, so even"),
+        (zeros(()), "last dimension"),
+        (zeros(2, 8, dtype=torch.int64), "must be a floating-point tensor"),
     ],
 )
 def test_bad_input(backend, packed, message):
@@ -160,4 +161,4 @@ def test_bad_input(backend, packed, message):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fp64_needs_the_reference(backend):
     with kernels.backend(backend), pytest.raises(ValueError, match="do not compute in float64"):
-        kernels.swiglu(torch.zeros(2, 8, dtype=torch.float64))
+        kernels.swiglu(zeros(2, 8, dtype=torch.float64))

@@ -13,6 +13,12 @@ CPU = torch.device("cpu")
 KERNELS = [f"{op}_{d}" for op in ("modulate", "gated_residual", "gated_residual_modulate") for d in ("forward", "backward")]
 
 
+@pytest.fixture(autouse=True)
+def any_machine(monkeypatch):
+    """The launches of the interpreter, sm_90's, also where there is a GPU."""
+    monkeypatch.setattr(tuning, "INTERPRETED", True)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("width", [1, 64, 123, 384, 768, 1024, 1088, 1152, 1536, 2048, 8192])
 def test_every_width_has_a_launch(kernel, width):

@@ -1,7 +1,24 @@
-"""The backends that the tests of an op are run on."""
+"""Where the tests of an op run, and on which backends."""
+
+from functools import partial
 
 import pytest
+import torch
 
 from fastdit.kernels import library
 
-BACKENDS = ["triton", pytest.param("cpp", marks=pytest.mark.skipif(not library.EXTENSION, reason="the C++ extension is not built"))]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Every input of an op lies here: a GPU runs the compiled kernels, without one Triton's interpreter runs them."""
+
+BACKENDS = [
+    "triton",
+    pytest.param(
+        "cpp",
+        marks=[
+            pytest.mark.skipif(not library.EXTENSION, reason="the C++ extension is not built"),
+            pytest.mark.skipif(DEVICE.type == "cuda", reason="the C++ kernels run on a CPU, and the inputs are on a GPU"),
+        ],
+    ),
+]
+
+zeros = partial(torch.zeros, device=DEVICE)
