@@ -13,7 +13,7 @@ import triton
 
 from .dispatch import INTERPRETED
 
-VERSION = 1
+VERSION = 2
 
 # Multiprocessors of the largest card of each architecture: A100, H100, B200, RTX 5090. Constants, not queried: how a sum is cut
 # into parts must not depend on the card.
