@@ -46,7 +46,7 @@ class FusedBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unflatten(-1, (6, -1)).unbind(1)
         y = kernels.modulate(x, shift1, scale1)
         x, y = kernels.gated_residual_modulate(x, self.block.attention(y, self.cos, self.sin), gate1, shift2, scale2)
-        return kernels.gated_residual(x, self.block.mlp(y), gate2)
+        return kernels.gated_residual(x, self.block.mlp(y) + self.block.mlp.down.bias, gate2)
 
 
 def measure(case: str, batch: int, names: tuple[str, ...], sweeps: int) -> Turns:

@@ -11,6 +11,7 @@ from fastdit import kernels
 
 TOKENS = 256
 WIDTHS = (384, 768, 1088, 1152)
+HIDDEN = (1024, 2048, 2688, 3072, 4352)
 
 
 class Case(NamedTuple):
@@ -44,13 +45,21 @@ def _gated_residual(width: int, batch: int, dtype: torch.dtype, device: torch.de
     return kernels.gated_residual, (x, branch, _modulation(batch, width, dtype, device)[0])
 
 
-def _gated_residual_modulate(width: int, batch: int, dtype: torch.dtype, device: torch.device):
+def _gated_residual_modulate(width: int, batch: int, dtype: torch.dtype, device: torch.device, bias: bool = False):
     x, branch = (random(batch, TOKENS, width, dtype=dtype, device=device) for _ in range(2))
-    return kernels.gated_residual_modulate, (x, branch, *_modulation(batch, width, dtype, device)[:3])
+    more = (1e-5, random(width, dtype=dtype, device=device)) if bias else ()
+    return kernels.gated_residual_modulate, (x, branch, *_modulation(batch, width, dtype, device)[:3], *more)
 
 
-def _swiglu(hidden: int, batch: int, dtype: torch.dtype, device: torch.device):
-    return kernels.swiglu, (random(batch, TOKENS, 2 * hidden, dtype=dtype, device=device),)
+def _swiglu(hidden: int, batch: int, dtype: torch.dtype, device: torch.device, bias: bool = False):
+    more = (random(2 * hidden, dtype=dtype, device=device),) if bias else ()
+    return kernels.swiglu, (random(batch, TOKENS, 2 * hidden, dtype=dtype, device=device), *more)
+
+
+def _swiglu_linear(hidden: int, batch: int, dtype: torch.dtype, device: torch.device):
+    """Recomputed, with a narrow matmul: what differs from swiglu is its backward."""
+    packed, bias = _swiglu(hidden, batch, dtype, device, bias=True)[1]
+    return kernels.swiglu_linear, (packed, random(8, hidden, dtype=dtype, device=device), bias, True)
 
 
 def _qk_norm_rope(width: int, batch: int, dtype: torch.dtype, device: torch.device, head_dim: int = 64):
@@ -86,7 +95,10 @@ CASES = {
     "modulate": Case(WIDTHS, _modulate),
     "gated_residual": Case(WIDTHS, _gated_residual),
     "gated_residual_modulate": Case(WIDTHS, _gated_residual_modulate),
-    "swiglu": Case((1024, 2048, 2688, 3072, 4352), _swiglu, backward_launches=1),
+    "gated_residual_modulate_bias": Case(WIDTHS, partial(_gated_residual_modulate, bias=True), backward_launches=3),
+    "swiglu": Case(HIDDEN, _swiglu, backward_launches=1),
+    "swiglu_bias": Case(HIDDEN, partial(_swiglu, bias=True)),
+    "swiglu_linear": Case(HIDDEN, _swiglu_linear),
     "qk_norm_rope": Case(WIDTHS, _qk_norm_rope),
     "qk_norm_rope_72": Case((1152,), partial(_qk_norm_rope, head_dim=72)),  # the head dim of the DiT paper's XL/2
     "flow_interpolate": Case((32, 64), _flow_interpolate, backward_launches=1),

@@ -90,15 +90,16 @@ void modulate_backward(View dy, View x, View stats, View scale, View dx, View dm
   reduce_partials(partials, B, parts, 2, H, dmodulation);
 }
 
-void gated_residual_modulate_forward(View x, View branch, View gate, View shift, View scale, double eps, View r, View y,
-                                     View stats) {
+void gated_residual_modulate_forward(View x, View branch, View gate, View shift, View scale, View bias, double eps, View r,
+                                     View y, View stats) {
   const int64_t B = x.size[0], T = x.size[1], H = x.size[2], V = vectors(H), parts = (T + ROWS - 1) / ROWS;
   float* means = pointer<float>(stats);
   with_type(x.type, [&](auto type) {
     using E = decltype(type);
     parallel(B * parts, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch(4 * V);
-      Floats *row = scratch.data(), *gates = row + V, *scales = gates + V, *shifts = scales + V;
+      Scratch scratch(5 * V);
+      Floats *row = scratch.data(), *gates = row + V, *scales = gates + V, *shifts = scales + V, *biases = shifts + V;
+      if (bias.given()) read(bias, 0, H, biases);
       for (int64_t unit = begin; unit < end; unit++) {
         const auto [b, first, last] = rows_of(unit, parts, T);
         read(gate, gate.at(b), H, gates);
@@ -110,7 +111,7 @@ void gated_residual_modulate_forward(View x, View branch, View gate, View shift,
           E* out = pointer<E>(r, m * H);
           const float total = sum_of(V, [&](int64_t i) INLINE_LAMBDA {
             const int64_t c = i * LANES, n = H - c;
-            store_some(out + c, load_some(stream + c, n) + gates[i] * load_some(added + c, n), n);
+            store_some(out + c, load_some(stream + c, n) + gates[i] * (load_some(added + c, n) + biases[i]), n);
             return row[i] = load_some(out + c, n);  // rounded: the backward reads the same numbers
           });
           norm_forward(row, total, H, eps, scales, shifts, pointer<E>(y, m * H), means[m], means[B * T + m]);
@@ -120,19 +121,21 @@ void gated_residual_modulate_forward(View x, View branch, View gate, View shift,
   });
 }
 
-void gated_residual_modulate_backward(View dr, View dy, View r, View branch, View stats, View gate, View scale, View dx,
-                                      View dbranch, View dmodulation) {
+void gated_residual_modulate_backward(View dr, View dy, View r, View branch, View stats, View gate, View scale, View bias,
+                                      View dx, View dbranch, View dmodulation, View dbias) {
   const int64_t B = r.size[0], T = r.size[1], H = r.size[2], V = vectors(H), parts = (T + ROWS - 1) / ROWS;
   const float* means = pointer<float>(stats);
   Scratch partials(B * parts * 3 * V);  // dgate, dshift, dscale
+  Scratch of_bias(bias.given() ? B * parts * V : 0);
   with_type(r.type, [&](auto type) {
     using E = decltype(type);
     parallel(B * parts, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch(4 * V);
-      Floats *grad = scratch.data(), *normed = grad + V, *gates = normed + V, *scales = gates + V;
+      Scratch scratch(5 * V);
+      Floats *grad = scratch.data(), *normed = grad + V, *gates = normed + V, *scales = gates + V, *biases = scales + V;
+      if (bias.given()) read(bias, 0, H, biases);
       for (int64_t unit = begin; unit < end; unit++) {
         const auto [b, first, last] = rows_of(unit, parts, T);
-        Floats* sums = partials.data() + unit * 3 * V;
+        Floats *sums = partials.data() + unit * 3 * V, *total = bias.given() ? of_bias.data() + unit * V : nullptr;
         read(gate, gate.at(b), H, gates);
         read_scale(scale, b, H, scales);
         for (int64_t t = first; t < last; t++) {
@@ -143,15 +146,18 @@ void gated_residual_modulate_backward(View dr, View dy, View r, View branch, Vie
                         sums + V, sums + 2 * V, [&](int64_t i, Floats d) INLINE_LAMBDA {
                           const int64_t c = i * LANES, n = H - c;
                           if (more) d += load_some(more + c, n);
-                          sums[i] += d * load_some(added + c, n);
+                          const Floats dbranch = d * gates[i];
+                          sums[i] += d * (load_some(added + c, n) + biases[i]);
+                          if (total) total[i] += dbranch;
                           store_some(out + c, d, n);
-                          store_some(out_branch + c, d * gates[i], n);
+                          store_some(out_branch + c, dbranch, n);
                         });
         }
       }
     });
   });
   reduce_partials(partials, B, parts, 3, H, dmodulation);
+  if (bias.given()) reduce_partials(of_bias, 1, B * parts, 1, H, dbias);
 }
 
 }  // namespace fastdit::FASTDIT_ISA

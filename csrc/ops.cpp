@@ -107,11 +107,11 @@ STABLE_TORCH_LIBRARY(fastdit_cpp, m) {
   m.def("gated_residual_forward(Tensor? x, Tensor? branch, Tensor? gate, Tensor(a!)? r) -> ()");
   m.def("gated_residual_backward(Tensor? dr, Tensor? branch, Tensor? gate, Tensor(a!)? dbranch, Tensor(b!)? dgate) -> ()");
   m.def(
-      "gated_residual_modulate_forward(Tensor? x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, float eps, "
-      "Tensor(a!)? r, Tensor(b!)? y, Tensor(c!)? stats) -> ()");
+      "gated_residual_modulate_forward(Tensor? x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? bias, float "
+      "eps, Tensor(a!)? r, Tensor(b!)? y, Tensor(c!)? stats) -> ()");
   m.def(
       "gated_residual_modulate_backward(Tensor? dr, Tensor? dy, Tensor? r, Tensor? branch, Tensor? stats, Tensor? gate, Tensor? "
-      "scale, Tensor(a!)? dx, Tensor(b!)? dbranch, Tensor(c!)? dmodulation) -> ()");
+      "scale, Tensor? bias, Tensor(a!)? dx, Tensor(b!)? dbranch, Tensor(c!)? dmodulation, Tensor(d!)? dbias) -> ()");
   m.def(
       "qk_norm_rope_forward(Tensor? qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, Tensor(a!)? q, "
       "Tensor(b!)? k) -> ()");
@@ -123,8 +123,10 @@ STABLE_TORCH_LIBRARY(fastdit_cpp, m) {
       "Tensor? next_scale, Tensor? qkv_weight, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, Tensor? out_weight, "
       "Tensor? up_weight, Tensor? up_bias, Tensor? down_weight, Tensor? down_bias, int heads, float eps, float qk_eps, "
       "Tensor(a!)? scratch, Tensor(b!)? r, Tensor(c!)? y_out) -> ()");
-  m.def("swiglu_forward(Tensor? packed, Tensor(a!)? out) -> ()");
-  m.def("swiglu_backward(Tensor? grad, Tensor? packed, Tensor(a!)? grad_packed) -> ()");
+  m.def("swiglu_forward(Tensor? packed, Tensor? bias, Tensor(a!)? out) -> ()");
+  m.def(
+      "swiglu_backward(Tensor? grad, Tensor? packed, Tensor? bias, Tensor(a!)? grad_packed, Tensor(b!)? grad_bias, Tensor(c!)? "
+      "out) -> ()");
   m.def("flow_interpolate_forward(Tensor? x0, Tensor? noise, Tensor? t, Tensor(a!)? out) -> ()");
   m.def("flow_interpolate_backward(Tensor? grad, Tensor? t, Tensor(a!)? grad_x0, Tensor(b!)? grad_noise) -> ()");
   m.def(

@@ -11,9 +11,10 @@
   KERNEL(gated_residual_forward, (View x, View branch, View gate, View r))                                                    \
   KERNEL(gated_residual_backward, (View dr, View branch, View gate, View dbranch, View dgate))                                \
   KERNEL(gated_residual_modulate_forward,                                                                                     \
-         (View x, View branch, View gate, View shift, View scale, double eps, View r, View y, View stats))                    \
+         (View x, View branch, View gate, View shift, View scale, View bias, double eps, View r, View y, View stats))         \
   KERNEL(gated_residual_modulate_backward,                                                                                    \
-         (View dr, View dy, View r, View branch, View stats, View gate, View scale, View dx, View dbranch, View dmodulation)) \
+         (View dr, View dy, View r, View branch, View stats, View gate, View scale, View bias, View dx, View dbranch,         \
+          View dmodulation, View dbias))                                                                                      \
   KERNEL(qk_norm_rope_forward, (View qkv, View q_weight, View k_weight, View cos, View sin, double eps, View q, View k))      \
   KERNEL(qk_norm_rope_backward, (View dq, View dk, View dv, View qkv, View q_weight, View k_weight, View cos, View sin,       \
                                  double eps, View dqkv, View dweights))                                                       \
@@ -21,8 +22,8 @@
          (View x, View y, View gate1, View shift2, View scale2, View gate2, View next_shift, View next_scale, View qkv_weight,\
           View q_weight, View k_weight, View cos, View sin, View out_weight, View up_weight, View up_bias, View down_weight,  \
           View down_bias, int64_t N, double eps, double qk_eps, View scratch, View r, View y_out))                            \
-  KERNEL(swiglu_forward, (View packed, View out))                                                                             \
-  KERNEL(swiglu_backward, (View grad, View packed, View grad_packed))                                                         \
+  KERNEL(swiglu_forward, (View packed, View bias, View out))                                                                  \
+  KERNEL(swiglu_backward, (View grad, View packed, View bias, View grad_packed, View grad_bias, View out))                    \
   KERNEL(flow_interpolate_forward, (View x0, View noise, View t, View out))                                                   \
   KERNEL(flow_interpolate_backward, (View grad, View t, View grad_x0, View grad_noise))                                       \
   KERNEL(flow_matching_loss_forward, (View v, View x0, View noise, View weight, View loss, View error))                       \

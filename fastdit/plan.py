@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdit import kernels, optimizer
 from fastdit.config import Config, InputError, ModelConfig, nearest, parse
 from fastdit.engine import deepspeed_config
-from fastdit.model import Attention, DiT
+from fastdit.model import Attention, DiT, Mlp
 
 IMAGENET_IMAGES = 1_281_167  # of the training set
 IMAGENET_LATENTS = ["model.in_channels=4", "model.num_classes=1000"]  # of 256-pixel images: 4x32x32
@@ -129,6 +129,12 @@ def walk(model: ModelConfig, batch: int, dtype: torch.dtype, recompute: str) -> 
         forward += flops
         backward += flops * (1 + inputs[0].requires_grad)
 
+    def mlp(module: Mlp, inputs: tuple, out: Tensor) -> None:  # which calls ops on its Linears' weights
+        nonlocal forward, backward
+        flops = 2 * (out.numel() // out.shape[-1]) * (module.up.weight.numel() + module.down.weight.numel())
+        forward += flops
+        backward += 2 * flops
+
     def attention(module: Attention, inputs: tuple, out: Tensor) -> None:
         nonlocal forward, backward
         B, T, H = out.shape
@@ -136,8 +142,9 @@ def walk(model: ModelConfig, batch: int, dtype: torch.dtype, recompute: str) -> 
         backward += 8 * B * T * T * H
 
     for module in dit.modules():
-        if isinstance(module, nn.Linear | Attention):
-            module.register_forward_hook(linear if isinstance(module, nn.Linear) else attention)
+        for kind, count in ((nn.Linear, linear), (Mlp, mlp), (Attention, attention)):
+            if isinstance(module, kind):
+                module.register_forward_hook(count)
     mark = lambda *_: edges.append((live.now, forward))
     dit.blocks[0].register_forward_pre_hook(mark)
     dit.blocks[-1].register_forward_hook(mark)
@@ -168,7 +175,7 @@ def op_bytes(model: ModelConfig, fused: bool, recompute: str = "none") -> float:
         swiglu = (5, 13)
     forward = 2 * residual[0] * H + qk[0] * H + swiglu[0] * F
     backward = 2 * residual[1] * H + qk[1] * H + swiglu[1] * F
-    again = {"none": 0, "light": swiglu[0] * F, "full": forward}[recompute]
+    again = {"none": 0, "light": F if fused else swiglu[0] * F, "full": forward}[recompute]  # fused: one output more
     return model.depth * T * (forward + backward + again)
 
 

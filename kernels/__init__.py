@@ -21,7 +21,7 @@ from .gated_residual import gated_residual, gated_residual_reference
 from .gated_residual_modulate import gated_residual_modulate, gated_residual_modulate_reference
 from .modulate import modulate, modulate_reference
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
-from .swiglu import swiglu, swiglu_reference
+from .swiglu import swiglu, swiglu_linear, swiglu_linear_reference, swiglu_reference
 
 OPS = (
     "modulate",
@@ -65,5 +65,7 @@ __all__ = [
     "qk_norm_rope",
     "qk_norm_rope_reference",
     "swiglu",
+    "swiglu_linear",
+    "swiglu_linear_reference",
     "swiglu_reference",
 ]

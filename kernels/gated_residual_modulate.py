@@ -3,6 +3,7 @@
 r is rounded to its dtype before the norm, so that forward and backward normalise the same numbers. With g = dy·(1 + scale) and
 r̂ = (r − mean)·rstd, d = dr + rstd·(g − mean(g) − r̂·mean(g·r̂)) is the gradient at r: the residual gradient dr is added here
 and not in a pass of its own. dx = d, dbranch = gate·d, dgate = Σ_t d·branch, dscale = Σ_t dy·r̂, dshift = Σ_t dy.
+With a bias that is added to branch: dgate = Σ_t d·branch + bias·Σ_t d and dbias = Σ_b gate·Σ_t d, a fourth sum over tokens.
 Bytes per element in bf16: forward 8 (x, branch, r, y), backward 12 (dy, dr, r, branch, dx, dbranch); saved: r, branch and
 8 bytes a row of fp32 statistics.
 """
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import check_float, check_shape, choose_backend
+from .dispatch import check_float, check_shape, choose_backend, compute_dtype
 from .gated_residual import check_gated_residual, gated_residual_reference
 from .library import cpp, find, inner_contiguous, launch, load_columns, register
 from .modulate import modulate_reference
@@ -22,16 +23,19 @@ from .tuning import check_width, chunks, launch_for
 
 
 def gated_residual_modulate_reference(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`gated_residual_modulate` in plain PyTorch; r is rounded to its dtype before the norm, so that y fits the stored r."""
+    if bias is not None:
+        dtype = compute_dtype(x)
+        branch = branch.to(dtype) + bias.to(dtype)
     r = gated_residual_reference(x, branch, gate)
     return r, modulate_reference(r, shift, scale, eps)
 
 
 @triton.jit(do_not_specialize=["T", "parts", "count"])
 def _gated_residual_modulate_forward_kernel(
-    x, branch, gate, shift, scale, r, y, stats,
+    x, branch, bias, gate, shift, scale, r, y, stats,
     x_batch, x_token, branch_batch, branch_token, gate_batch, shift_batch, scale_batch, T, parts, count,
     H: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -44,14 +48,24 @@ def _gated_residual_modulate_forward_kernel(
     if TAIL > 0:
         d = TILE + tl.arange(0, TAIL)
         d_gate, d_shift, d_scale = load_columns(gate_row, d, H), load_columns(shift_row, d, H), 1.0 + load_columns(scale_row, d, H)
+    if bias is not None:
+        c_bias = load_columns(bias, c, H)
+        if TAIL > 0:
+            d_bias = load_columns(bias, d, H)
     for t in tl.range(start, tl.minimum(start + ROWS, T), num_stages=STAGES):
         x_row, branch_row, row = x + (b * x_batch + t * x_token), branch + (b * branch_batch + t * branch_token), b * T + t
-        c_r = (load_columns(x_row, c, H) + c_gate * load_columns(branch_row, c, H)).to(r.dtype.element_ty)
+        c_branch = load_columns(branch_row, c, H)
+        if bias is not None:
+            c_branch += c_bias
+        c_r = (load_columns(x_row, c, H) + c_gate * c_branch).to(r.dtype.element_ty)
         tl.store(r + row * H + c, c_r, mask=c < H)
         c_r = c_r.to(tl.float32)
         total = tl.sum(c_r, axis=0)
         if TAIL > 0:
-            d_r = (load_columns(x_row, d, H) + d_gate * load_columns(branch_row, d, H)).to(r.dtype.element_ty)
+            d_branch = load_columns(branch_row, d, H)
+            if bias is not None:
+                d_branch += d_bias
+            d_r = (load_columns(x_row, d, H) + d_gate * d_branch).to(r.dtype.element_ty)
             tl.store(r + row * H + d, d_r, mask=d < H)
             d_r = d_r.to(tl.float32)
             total += tl.sum(d_r, axis=0)
@@ -72,21 +86,28 @@ def _gated_residual_modulate_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "parts", "rows", "count"])
 def _gated_residual_modulate_backward_kernel(
-    dr, dy, r, branch, stats, gate, scale, dx, dbranch, sums,
+    dr, dy, r, branch, bias, stats, gate, scale, dx, dbranch, sums,
     dr_batch, dr_token, dy_batch, dy_token, branch_batch, branch_token, gate_batch, scale_batch, T, parts, rows, count,
     H: tl.constexpr, HAS_DR: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program takes `rows` tokens of one sample and stores one row of sums [B,parts,3,H]: dgate, dshift, dscale."""
+    """A program takes `rows` tokens of one sample and stores one row of sums [B,parts,3,H]: dgate, dshift, dscale; with a bias
+    [B,parts,4,H]: its gradient too.
+
+    Rows of two tiles read gate and scale again for each row, from the L1 cache: the registers that would hold them are needed.
+    """
     pid = tl.program_id(0).to(tl.int64)
     b, start = pid // parts, pid % parts * rows
     gate_row, scale_row = gate + b * gate_batch, scale + b * scale_batch
     c = tl.arange(0, TILE)
-    c_gate, c_scale = load_columns(gate_row, c, H), 1.0 + load_columns(scale_row, c, H)
+    if TAIL == 0:
+        c_gate, c_scale = load_columns(gate_row, c, H), 1.0 + load_columns(scale_row, c, H)
     c_dgate, c_dshift, c_dscale = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
+    c_total = tl.zeros((TILE,), tl.float32)  # of d, for the bias
     if TAIL > 0:
         d = TILE + tl.arange(0, TAIL)
         d_gate, d_scale = load_columns(gate_row, d, H), 1.0 + load_columns(scale_row, d, H)
         d_dgate, d_dshift, d_dscale = tl.zeros((TAIL,), tl.float32), tl.zeros((TAIL,), tl.float32), tl.zeros((TAIL,), tl.float32)
+        d_total = tl.zeros((TAIL,), tl.float32)
     for t in tl.range(start, tl.minimum(start + rows, T), num_stages=STAGES):
         row = b * T + t
         dr_row, dy_row = dr + (b * dr_batch + t * dr_token), dy + (b * dy_batch + t * dy_token)
@@ -94,7 +115,7 @@ def _gated_residual_modulate_backward_kernel(
         mean, rstd = tl.load(stats + row), tl.load(stats + (count + row))
         # dy is 0 in the dead lanes, and with it every product that is summed: r̂ needs no mask there.
         c_dy, c_rhat = load_columns(dy_row, c, H), (load_columns(r + row * H, c, H) - mean) * rstd
-        c_g = c_dy * c_scale
+        c_g = c_dy * (c_scale if TAIL == 0 else 1.0 + load_columns(scale_row, c, H))
         sum_g, sum_gr = tl.sum(c_g, axis=0), tl.sum(c_g * c_rhat, axis=0)
         c_dshift += c_dy
         c_dscale += c_dy * c_rhat
@@ -109,16 +130,28 @@ def _gated_residual_modulate_backward_kernel(
         if HAS_DR:
             c_d += load_columns(dr_row, c, H)
         c_dgate += c_d * load_columns(branch_row, c, H)
+        if bias is not None:
+            c_total += c_d
         tl.store(dx + row * H + c, c_d, mask=c < H)
-        tl.store(dbranch + row * H + c, c_gate * c_d, mask=c < H)
+        tl.store(dbranch + row * H + c, c_d * (c_gate if TAIL == 0 else load_columns(gate_row, c, H)), mask=c < H)
         if TAIL > 0:
             d_d = rstd * (d_g - sum_g / H - d_rhat * (sum_gr / H))
             if HAS_DR:
                 d_d += load_columns(dr_row, d, H)
             d_dgate += d_d * load_columns(branch_row, d, H)
+            if bias is not None:
+                d_total += d_d
             tl.store(dx + row * H + d, d_d, mask=d < H)
             tl.store(dbranch + row * H + d, d_gate * d_d, mask=d < H)
-    out = sums + pid * (3 * H)
+    if bias is None:
+        out = sums + pid * (3 * H)
+    else:
+        out = sums + pid * (4 * H)
+        c_dgate += load_columns(bias, c, H) * c_total
+        tl.store(out + 3 * H + c, load_columns(gate_row, c, H) * c_total, mask=c < H)
+        if TAIL > 0:
+            d_dgate += load_columns(bias, d, H) * d_total
+            tl.store(out + 3 * H + d, d_gate * d_total, mask=d < H)
     tl.store(out + c, c_dgate, mask=c < H)
     tl.store(out + H + c, c_dshift, mask=c < H)
     tl.store(out + 2 * H + c, c_dscale, mask=c < H)
@@ -129,28 +162,30 @@ def _gated_residual_modulate_backward_kernel(
 
 
 def _forward_fake(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
 
 
 @register(
-    "gated_residual_modulate_forward_triton(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, float eps)"
-    " -> (Tensor r, Tensor y, Tensor stats)",
+    "gated_residual_modulate_forward_triton(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, float eps,"
+    " Tensor? bias=None) -> (Tensor r, Tensor y, Tensor stats)",
     _forward_fake,
 )
-def _forward(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """r, y [B,T,H] and stats fp32 [2,B,T] (mean, 1/σ of r). Copies an input only if its rows are not contiguous."""
     r, y, stats = _forward_fake(x, branch, gate, shift, scale, eps)
     if x.numel() == 0:
         return r, y, stats
     B, T, H = x.shape
-    x, branch = inner_contiguous(x), inner_contiguous(branch)
+    x, branch, bias = inner_contiguous(x), inner_contiguous(branch), bias if bias is None else inner_contiguous(bias)
     gate, shift, scale = inner_contiguous(gate), inner_contiguous(shift), inner_contiguous(scale)
     how = launch_for("gated_residual_modulate_forward", H, x.device)
     parts = triton.cdiv(T, how.rows)
     launch(
-        _gated_residual_modulate_forward_kernel, (B * parts,), x, x, branch, gate, shift, scale, r, y, stats,
+        _gated_residual_modulate_forward_kernel, (B * parts,), x, x, branch, bias, gate, shift, scale, r, y, stats,
         x.stride(0), x.stride(1), branch.stride(0), branch.stride(1), gate.stride(0), shift.stride(0), scale.stride(0),
         T, parts, B * T, H, eps, how.rows, how.tile, how.tail, how.stages,
         num_warps=how.warps, maxnreg=how.registers,
@@ -159,78 +194,110 @@ def _forward(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tens
 
 
 def _backward_fake(
-    dr: Tensor | None, dy: Tensor, r: Tensor, branch: Tensor, stats: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    dr: Tensor | None,
+    dy: Tensor,
+    r: Tensor,
+    branch: Tensor,
+    stats: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, _, H = r.shape
-    return r.new_empty(r.shape), branch.new_empty(r.shape), r.new_empty((B, 3, H), dtype=common_dtype(gate, shift, scale))
+    dmodulation = r.new_empty((B, 3, H), dtype=common_dtype(gate, shift, scale))
+    return r.new_empty(r.shape), branch.new_empty(r.shape), dmodulation, r.new_empty(0) if bias is None else bias.new_empty(H)
 
 
 @register(
     "gated_residual_modulate_backward_triton(Tensor? dr, Tensor dy, Tensor r, Tensor branch, Tensor stats, Tensor gate,"
-    " Tensor shift, Tensor scale) -> (Tensor dx, Tensor dbranch, Tensor dmodulation)",
+    " Tensor shift, Tensor scale, Tensor? bias=None) -> (Tensor dx, Tensor dbranch, Tensor dmodulation, Tensor dbias)",
     _backward_fake,
 )
 def _backward(
-    dr: Tensor | None, dy: Tensor, r: Tensor, branch: Tensor, stats: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dbranch [B,T,H] and (dgate, dshift, dscale) as one [B,3,H]; dr None counts as zero. Copies dr, dy or branch only if
-    their rows are not contiguous. Two launches, or one where a sample is not cut."""
-    dx, dbranch, dmodulation = _backward_fake(dr, dy, r, branch, stats, gate, shift, scale)
+    dr: Tensor | None,
+    dy: Tensor,
+    r: Tensor,
+    branch: Tensor,
+    stats: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dbranch [B,T,H], (dgate, dshift, dscale) as one [B,3,H], and dbias [H] (empty without a bias); dr None counts as zero.
+    Copies dr, dy or branch only if their rows are not contiguous. Two launches, or one where a sample is not cut; three with a
+    bias."""
+    dx, dbranch, dmodulation, dbias = _backward_fake(dr, dy, r, branch, stats, gate, shift, scale, bias)
     if r.numel() == 0:
-        return dx, dbranch, dmodulation.zero_()
+        return dx, dbranch, dmodulation.zero_(), dbias.zero_()
     B, T, H = r.shape
     given = dy if dr is None else inner_contiguous(dr)  # a pointer that is never followed, where there is no dr
     dy, branch, gate, scale = inner_contiguous(dy), inner_contiguous(branch), inner_contiguous(gate), inner_contiguous(scale)
+    bias = bias if bias is None else inner_contiguous(bias)
     how = launch_for("gated_residual_modulate_backward", H, r.device)
     parts, rows = chunks(B, T, how.blocks, r.device)
-    sums = dmodulation if parts == 1 else r.new_empty((B, parts, 3, H), dtype=torch.float32)
+    whole = parts == 1 and bias is None
+    sums = dmodulation if whole else r.new_empty((B, parts, 3 if bias is None else 4, H), dtype=torch.float32)
     launch(
-        _gated_residual_modulate_backward_kernel, (B * parts,), r, given, dy, r, branch, stats, gate, scale, dx, dbranch, sums,
+        _gated_residual_modulate_backward_kernel, (B * parts,), r,
+        given, dy, r, branch, bias, stats, gate, scale, dx, dbranch, sums,
         given.stride(0), given.stride(1), dy.stride(0), dy.stride(1), branch.stride(0), branch.stride(1),
         gate.stride(0), scale.stride(0), T, parts, rows, B * T, H, dr is not None, how.tile, how.tail, how.stages,
         num_warps=how.warps, maxnreg=how.registers,
     )  # fmt: skip
-    if parts > 1:
-        reduce_partials(sums, dmodulation)
-    return dx, dbranch, dmodulation
+    if not whole:
+        reduce_partials(sums[:, :, :3], dmodulation)
+    if bias is not None:
+        reduce_partials(sums.flatten(0, 1)[None, :, 3:], dbias)  # of all samples
+    return dx, dbranch, dmodulation, dbias
 
 
 @register(
-    "gated_residual_modulate_forward_cpp(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, float eps)"
-    " -> (Tensor r, Tensor y, Tensor stats)",
+    "gated_residual_modulate_forward_cpp(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, float eps,"
+    " Tensor? bias=None) -> (Tensor r, Tensor y, Tensor stats)",
     _forward_fake,
 )
 def _forward_cpp(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     r, y, stats = _forward_fake(x, branch, gate, shift, scale, eps)
     given = [inner_contiguous(t) for t in (x, branch, gate, shift, scale)]
-    cpp.gated_residual_modulate_forward(*given, eps, r, y, stats)
+    bias = bias if bias is None else inner_contiguous(bias)
+    cpp.gated_residual_modulate_forward(*given, bias, eps, r, y, stats)
     return r, y, stats
 
 
 @register(
     "gated_residual_modulate_backward_cpp(Tensor? dr, Tensor dy, Tensor r, Tensor branch, Tensor stats, Tensor gate,"
-    " Tensor shift, Tensor scale) -> (Tensor dx, Tensor dbranch, Tensor dmodulation)",
+    " Tensor shift, Tensor scale, Tensor? bias=None) -> (Tensor dx, Tensor dbranch, Tensor dmodulation, Tensor dbias)",
     _backward_fake,
 )
 def _backward_cpp(
-    dr: Tensor | None, dy: Tensor, r: Tensor, branch: Tensor, stats: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dbranch, dmodulation = _backward_fake(dr, dy, r, branch, stats, gate, shift, scale)
-    dr = None if dr is None else inner_contiguous(dr)
+    dr: Tensor | None,
+    dy: Tensor,
+    r: Tensor,
+    branch: Tensor,
+    stats: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dbranch, dmodulation, dbias = _backward_fake(dr, dy, r, branch, stats, gate, shift, scale, bias)
+    dr, bias = (t if t is None else inner_contiguous(t) for t in (dr, bias))
     dy, branch, gate, scale = (inner_contiguous(t) for t in (dy, branch, gate, scale))
-    cpp.gated_residual_modulate_backward(dr, dy, r, branch, stats, gate, scale, dx, dbranch, dmodulation)
-    return dx, dbranch, dmodulation
+    cpp.gated_residual_modulate_backward(dr, dy, r, branch, stats, gate, scale, bias, dx, dbranch, dmodulation, dbias)
+    return dx, dbranch, dmodulation, dbias
 
 
 class _GatedResidualModulate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, backend: str
+        ctx, x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, bias: Tensor | None, backend: str
     ) -> tuple[Tensor, Tensor]:
-        r, y, stats = find("gated_residual_modulate_forward", backend)(x, branch, gate, shift, scale, eps)
-        ctx.save_for_backward(r, branch, stats, gate, shift, scale)
+        r, y, stats = find("gated_residual_modulate_forward", backend)(x, branch, gate, shift, scale, eps, bias)
+        ctx.save_for_backward(r, branch, stats, gate, shift, scale, bias)
         ctx.backend = backend
         ctx.set_materialize_grads(False)  # a last block whose r nobody reads must not pay for a tensor of zeros
         return r, y
@@ -238,33 +305,36 @@ class _GatedResidualModulate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dr: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        r, branch, stats, gate, shift, scale = ctx.saved_tensors
+        r, branch, stats, gate, shift, scale, bias = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(r)
         backward = find("gated_residual_modulate_backward", ctx.backend)
-        dx, dbranch, dmodulation = backward(dr, dy, r, branch, stats, gate, shift, scale)
+        dx, dbranch, dmodulation, dbias = backward(dr, dy, r, branch, stats, gate, shift, scale, bias)
         dgate, dshift, dscale = dmodulation.unbind(1)
-        return dx, dbranch, dgate.to(gate.dtype), dshift.to(shift.dtype), dscale.to(scale.dtype), None, None
+        dbias = None if bias is None else dbias
+        return dx, dbranch, dgate.to(gate.dtype), dshift.to(shift.dtype), dscale.to(scale.dtype), None, dbias, None
 
 
 def gated_residual_modulate(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """r = x + gate·branch and y = LN(r)·(1 + scale) + shift: the end of one half of a block and the start of the next.
+    """r = x + gate·(branch + bias) and y = LN(r)·(1 + scale) + shift: the end of one half of a block and the start of the next.
 
-    x, branch [B,T,H]; gate, shift, scale [B,H], any strides. Returns (r, y), both [B,T,H] in the dtype of x. Maths and
-    statistics in fp32; gradients in the dtype of each input. Where x and branch differ in dtype, C++ leaves the work to the
-    reference.
+    x, branch [B,T,H]; gate, shift, scale [B,H], any strides; bias [H] or None: that of the Linear that made branch, whose gradient
+    is then summed where branch's gradient is made. Returns (r, y), both [B,T,H] in the dtype of x. Maths and statistics in fp32;
+    gradients in the dtype of each input. Where x and branch differ in dtype, C++ leaves the work to the reference.
     Raises ValueError for other shapes, integer tensors, tensors on two devices, and where the kernels run for fp64 or a width
     over 8192.
     """
     op = "gated_residual_modulate"
     check_gated_residual(op, x, branch, gate)
-    check_float(op, x=x, shift=shift, scale=scale)
+    check_float(op, x=x, shift=shift, scale=scale, bias=bias)
     check_shape(op, "shift", shift, tuple(gate.shape))
     check_shape(op, "scale", scale, tuple(gate.shape))
-    backend = choose_backend(op, x, branch, gate, shift, scale)
+    if bias is not None:
+        check_shape(op, "bias", bias, (x.shape[2],))
+    backend = choose_backend(op, x, branch, gate, shift, scale, bias)
     if backend == "reference" or (backend == "cpp" and x.dtype != branch.dtype):
-        return gated_residual_modulate_reference(x, branch, gate, shift, scale, eps)
+        return gated_residual_modulate_reference(x, branch, gate, shift, scale, eps, bias)
     check_width(op, x.shape[2])
-    return _GatedResidualModulate.apply(x, branch, gate, shift, scale, eps, backend)
+    return _GatedResidualModulate.apply(x, branch, gate, shift, scale, eps, bias, backend)

@@ -11,29 +11,33 @@ from torch import Tensor
 
 from .library import launch
 
-_COLUMNS, _PARTS = 128, 16
-
 
 @triton.jit(do_not_specialize=["S"])
-def _reduce_partials_kernel(partials, out, S, width, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+def _reduce_partials_kernel(partials, out, partials_batch, partials_part, S, width, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
     """out[b,c] = sum over s of partials[b,s,c], for one sample and COLUMNS of the width = k·H columns."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(width, COLUMNS)
     b, block = pid // blocks, pid % blocks
     c = block * COLUMNS + tl.arange(0, COLUMNS)
-    s = tl.arange(0, PARTS)
+    s = tl.arange(0, PARTS).to(tl.int64)
     total = tl.zeros((PARTS, COLUMNS), tl.float32)
     for start in range(0, S, PARTS):
-        at = partials + ((b * S + start + s)[:, None] * width + c[None, :])
+        at = partials + (b * partials_batch + (start + s)[:, None] * partials_part + c[None, :])
         total += tl.load(at, mask=((start + s) < S)[:, None] & (c < width)[None, :], other=0.0)
     tl.store(out + b * width + c, tl.sum(total, axis=0), mask=c < width)
 
 
 def reduce_partials(partials: Tensor, out: Tensor) -> None:
-    """Sum partials fp32 [B,S,k,H] over S into out [B,k,H], both contiguous; one launch."""
+    """Sum partials fp32 [B,S,k,H] over S into out [B,k,H]; one launch. out is contiguous, and of partials the last two dimensions.
+
+    A sum over all samples, B = 1, has hundreds of parts and few columns: narrow programs, so that there are several of them, and
+    many parts at a time, because a program waits for each of its loads.
+    """
     B, S, k, H = partials.shape
-    blocks = triton.cdiv(k * H, _COLUMNS)
-    launch(_reduce_partials_kernel, (B * blocks,), partials, partials, out, S, k * H, _COLUMNS, _PARTS, num_warps=4)
+    columns, parts, warps = (32, 64, 8) if B == 1 else (128, 16, 4)
+    grid = (B * triton.cdiv(k * H, columns),)
+    strides = partials.stride()[:2]
+    launch(_reduce_partials_kernel, grid, partials, partials, out, *strides, S, k * H, columns, parts, num_warps=warps)
 
 
 def common_dtype(*tensors: Tensor) -> torch.dtype:

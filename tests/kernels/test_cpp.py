@@ -33,10 +33,15 @@ def everything() -> list[torch.Tensor]:
         (kernels.gated_residual, [stream(), stream(), vector()]),
         (kernels.gated_residual_modulate, [stream(), stream(), vector(), vector(), vector()]),
         (
+            lambda x, branch, gate, shift, scale, bias: kernels.gated_residual_modulate(x, branch, gate, shift, scale, bias=bias),
+            [stream(), stream(), vector(), vector(), vector(), randn(H).requires_grad_()],
+        ),
+        (
             lambda qkv, a, b: kernels.qk_norm_rope(qkv, a, b, angles.cos(), angles.sin(), N, 1e-6),
             [randn(B, T, 3 * H).bfloat16().requires_grad_(), *weights],
         ),
         (kernels.swiglu, [randn(B, T, 2 * H).bfloat16().requires_grad_()]),
+        (kernels.swiglu, [randn(B, T, 2 * H).bfloat16().requires_grad_(), randn(2 * H).requires_grad_()]),
         (lambda x0, noise: kernels.flow_interpolate(x0, noise, t), [x0, noise]),
         (lambda v: kernels.flow_matching_loss(v, x0.detach(), noise.detach(), t), [randn(B, 4, 9, 9).requires_grad_()]),
     ]
@@ -69,12 +74,12 @@ if __name__ == "__main__":  # a process of its own, for another instruction set
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_instruction_sets_agree(tmp_path, isa):
     """The sums have one order; products may be rounded apart from the additions, and exp is another polynomial: a few roundings of
-    fp32 in sums of up to 77 terms, which may turn the last bit of a bf16."""
+    fp32 in sums of up to 231 terms, which may turn the last bit of a bf16."""
     out = tmp_path / "results.pt"
     subprocess.run([sys.executable, __file__, str(out)], check=True, env={**os.environ, "FASTDIT_ISA": isa})
     for here, there in zip(everything(), torch.load(out), strict=True):
-        unit = 2**-7 if here.dtype == torch.bfloat16 else 77**0.5 * 2**-21
-        torch.testing.assert_close(here.float(), there.float(), rtol=unit, atol=77**0.5 * 2**-21 * here.abs().max().item())
+        unit = 2**-7 if here.dtype == torch.bfloat16 else 231**0.5 * 2**-21
+        torch.testing.assert_close(here.float(), there.float(), rtol=unit, atol=231**0.5 * 2**-21 * here.abs().max().item())
 
 
 @pytest.mark.slow

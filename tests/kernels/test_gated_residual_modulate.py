@@ -13,8 +13,10 @@ from fastdit import kernels
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def eager(x, branch, gate, shift, scale, eps=1e-5):
+def eager(x, branch, gate, shift, scale, eps=1e-5, bias=None):
     """The naive chain, each step rounded to the dtype of x."""
+    if bias is not None:
+        branch = branch + bias.to(branch.dtype)
     gate, shift, scale = (t.to(x.dtype)[:, None] for t in (gate, shift, scale))
     r = x + gate * branch.to(x.dtype)
     return r, F.layer_norm(r, r.shape[-1:], eps=eps) * (1 + scale) + shift
@@ -34,6 +36,31 @@ def run(function, arguments, grads, *options):
     arguments = [a.detach().requires_grad_() for a in arguments]
     outputs = function(*arguments, *options)
     return *(t.detach() for t in outputs), *torch.autograd.grad(outputs, arguments, grads)
+
+
+def with_bias(function, eps=1e-5):
+    """`function` with the bias as its sixth input."""
+    return lambda x, branch, gate, shift, scale, bias: function(x, branch, gate, shift, scale, eps, bias)
+
+
+def check_bias(assert_close, backend, arguments, grads, bias):
+    """As `check`, with a bias: outputs and six gradients against fp64, the same bits again. dbias sums over all tokens."""
+    arguments = (*arguments, bias)
+    with kernels.backend(backend):
+        actual, again = (run(with_bias(kernels.gated_residual_modulate), arguments, grads) for _ in range(2))
+    reference = with_bias(kernels.gated_residual_modulate_reference)
+    truth = run(reference, [a.double() for a in arguments], [g.double() for g in grads])
+    B, T, _ = grads[0].shape
+    for a, b, t, e, n in zip(
+        actual, again, truth, run(with_bias(eager), arguments, grads), (1, 1, 1, 1, T, T, T, B * T), strict=True
+    ):
+        assert torch.equal(a, b)
+        assert_close(a, t, e, terms=max(1, n))
+
+
+def bias_for(arguments, dtype=None):
+    x = arguments[0]
+    return torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(1)).to(x.device, dtype or x.dtype)
 
 
 def check(assert_close, backend, arguments, grads, *options):
@@ -63,12 +90,54 @@ def test_matches_fp64_in_parts(assert_close, backend, size):
     check(assert_close, backend, *inputs(*size))
 
 
+@pytest.mark.usefixtures("guarded_memory")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(1, 1, 64), (2, 7, 123), (5, 25, 384), (2, 3, 1152)])
+def test_bias_matches_fp64(assert_close, backend, dtype, size):
+    arguments, grads = inputs(*size, dtype=dtype)
+    check_bias(assert_close, backend, arguments, grads, bias_for(arguments))
+
+
+@pytest.mark.usefixtures("guarded_memory")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(2, 25, 64), (2, 9, 1100), (1, 64, 1088), (1, 256, 64)])
+def test_bias_matches_fp64_in_parts(assert_close, backend, size):
+    arguments, grads = inputs(*size)
+    check_bias(assert_close, backend, arguments, grads, bias_for(arguments))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_of_other_dtypes_and_layouts(assert_close, between_nans, backend):
+    arguments, grads = inputs(2, 25, 64, torch.bfloat16, torch.float32)
+    check_bias(assert_close, backend, arguments, grads, bias_for(arguments, torch.float16))
+    x, branch, *m = arguments
+    check_bias(assert_close, backend, (x, branch.float(), *m), grads, bias_for(arguments, torch.float32))
+    arguments, grads = inputs(2, 7, 64)
+    wide = torch.cat((bias_for(arguments), bias_for(arguments)))
+    check_bias(assert_close, backend, [between_nans(t) for t in arguments], [between_nans(t) for t in grads], wide[::2])
+    check_bias(assert_close, backend, arguments, grads, wide[:1].expand(64))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias_is_added_in_fp32(backend, dtype):
+    """r rounds once: with values that cancel, a sum that is rounded to bf16 first would lose most of the bias."""
+    (x, _, gate, shift, scale), _ = inputs(2, 7, 64, dtype)
+    branch, bias = torch.full_like(x, -256.0), torch.full((64,), 257.0, dtype=torch.float32) + torch.arange(64) / 64
+    with kernels.backend(backend):
+        r, _ = kernels.gated_residual_modulate(torch.zeros_like(x), branch, torch.ones_like(gate), shift, scale, bias=bias)
+    assert torch.equal(r, (1 + torch.arange(64) / 64).to(dtype).expand_as(r))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(5, 256, 384), (2, 256, 1152), (5, 64, 1088), (2, 64, 768), (1, 7, 4096)])
 def test_matches_fp64_at_model_sizes(assert_close, backend, dtype, size):
-    check(assert_close, backend, *inputs(*size, dtype=dtype))
+    arguments, grads = inputs(*size, dtype=dtype)
+    check(assert_close, backend, arguments, grads)
+    check_bias(assert_close, backend, arguments, grads, bias_for(arguments))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -163,8 +232,10 @@ def test_empty(backend, size):
     arguments, grads = inputs(*size)
     with kernels.backend(backend):
         r, y, dx, dbranch, *modulation = run(kernels.gated_residual_modulate, arguments, grads)
+        dbias = run(with_bias(kernels.gated_residual_modulate), (*arguments, bias_for(arguments)), grads)[-1]
     assert r.shape == y.shape == dx.shape == dbranch.shape == size
     assert all(torch.equal(t, zeros(size[0], 64)) for t in modulation)
+    assert torch.equal(dbias, zeros(64))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -179,6 +250,9 @@ def test_opcheck(backend):
         torch.library.opcheck(forward, (x, given, *m, 1e-5), **options)
         torch.library.opcheck(backward, (dr, x.new_ones(()).expand(2, 7, 64), x, given, stats, *m), **options)
     torch.library.opcheck(backward, (None, dr, x, branch, stats, *m), **quick)
+    bias = bias_for((x,)).half()
+    torch.library.opcheck(forward, (x, branch, *m, 1e-5, bias))
+    torch.library.opcheck(backward, (dr, dr, x, branch, stats, *m, bias))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -191,6 +265,9 @@ def test_compiles_as_one_graph(backend, compiler):
         for batch in (2, 3, 5):
             arguments, grads = inputs(batch, 7, 64)
             both = (run(f, arguments, grads) for f in (compiled, kernels.gated_residual_modulate))
+            assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+            more = (*arguments, bias_for(arguments))
+            both = (run(with_bias(f), more, grads) for f in (compiled, kernels.gated_residual_modulate))
             assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
@@ -234,7 +311,7 @@ def test_reference_norms_the_rounded_r():
 
 def _bad(message, **changed):
     whole = {"x": (2, 7, 8), "branch": (2, 7, 8), "gate": (2, 8), "shift": (2, 8), "scale": (2, 8)}
-    return {name: changed.get(name, zeros(shape)) for name, shape in whole.items()}, message
+    return {name: zeros(shape) for name, shape in whole.items()} | changed, message
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -247,6 +324,7 @@ def _bad(message, **changed):
         _bad(r"scale has shape \[1, 8\], but \[2, 8\]", scale=zeros(1, 8)),
         _bad("gate has dtype torch.int64", gate=zeros(2, 8, dtype=torch.int64)),
         _bad("scale is on meta", scale=zeros(2, 8, device="meta")),
+        _bad(r"bias has shape \[9\], but \[8\]", bias=zeros(9)),
     ],
 )
 def test_bad_input(monkeypatch, backend, arguments, message):
