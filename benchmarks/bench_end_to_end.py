@@ -87,7 +87,6 @@ def fastdit(folder: Path, source: str, batch: int, steps: int) -> Callable[[int]
 
     def step(step: int) -> torch.Tensor:
         trainer.step(step)
-        trainer.ema.update()
         return trainer.step_sums[0] / batch
 
     return step

@@ -102,6 +102,9 @@ struct Op<first, more...> {
 }  // namespace fastdit
 
 STABLE_TORCH_LIBRARY(fastdit_cpp, m) {
+  m.def(
+      "adamw_step(Tensor? blocks, Tensor? table, Tensor? changing, Tensor? gradient, Tensor? copy, Tensor? grad_scale, Tensor? "
+      "found_inf, int averages) -> ()");
   m.def("modulate_forward(Tensor? x, Tensor? shift, Tensor? scale, float eps, Tensor(a!)? y, Tensor(b!)? stats) -> ()");
   m.def("modulate_backward(Tensor? dy, Tensor? x, Tensor? stats, Tensor? scale, Tensor(a!)? dx, Tensor(b!)? dmodulation) -> ()");
   m.def("gated_residual_forward(Tensor? x, Tensor? branch, Tensor? gate, Tensor(a!)? r) -> ()");

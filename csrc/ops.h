@@ -6,6 +6,8 @@
 
 // (name, parameters)
 #define FASTDIT_KERNELS(KERNEL)                                                                                               \
+  KERNEL(adamw_step, (View blocks, View table, View changing, View gradient, View copy, View grad_scale, View found_inf,      \
+                      int64_t averages))                                                                                      \
   KERNEL(modulate_forward, (View x, View shift, View scale, double eps, View y, View stats))                                  \
   KERNEL(modulate_backward, (View dy, View x, View stats, View scale, View dx, View dmodulation))                             \
   KERNEL(gated_residual_forward, (View x, View branch, View gate, View r))                                                    \

@@ -74,9 +74,7 @@ def measured_step(config: Config, world: engine.World, loader, codec, run: Path)
 
     def steps(numbers: Iterable[int]) -> None:
         for step in numbers:
-            if trainer.step(first + step):
-                with trainer.clock.phase("ema"):
-                    trainer.ema.update()
+            trainer.step(first + step)
             trainer.log.advance()
         synchronize(world.device)
 

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdit.engine import Fragment, World
+from fastdit.optimizer import OneRankAdamW
 
 
 class ShardedEma:
@@ -14,25 +15,39 @@ class ShardedEma:
     the random start of a short run.
     """
 
-    def __init__(self, fragments: list[Fragment], decay: float, *more: float) -> None:
-        """more: decays of further averages, kept beside the first."""
-        self.fragments, self.updates = fragments, 0
+    def __init__(self, fragments: list[Fragment], decay: float, *more: float, optimizer: OneRankAdamW | None = None) -> None:
+        """more: decays of further averages, kept beside the first. optimizer: of one rank, whose steps are to update the averages
+        themselves, in their pass over the masters; the fragments are its masters."""
+        self.fragments, self.updates, self.optimizer = fragments, 0, optimizer
         self.kinds = {"ema": decay, **{f"ema_{d:g}": d for d in more}}  # as they are called in checkpoints
         self.all = {kind: [f.master.clone() for f in fragments] for kind in self.kinds}
+        if optimizer:
+            optimizer.averages = list(self.all.values())
 
     @property
     def averages(self) -> list[Tensor]:
         """Of the first decay."""
         return self.all["ema"]
 
+    def _weights(self) -> list[float]:
+        """Of the masters in each average, in the next update."""
+        ramp = (1 + self.updates) / (10 + self.updates)
+        return [1 - min(decay, ramp) for decay in self.kinds.values()]
+
+    def announce(self) -> None:
+        """Before a step that `update` follows if it is taken: where the optimizer updates the averages, it does so in this step."""
+        if self.optimizer:
+            self.optimizer.average_weights = self._weights()
+
     @torch.no_grad()
     def update(self) -> None:
-        ramp = (1 + self.updates) / (10 + self.updates)
+        """Update the averages after a step, or count that the optimizer did."""
+        weights = self._weights()
         self.updates += 1
-        if not self.fragments:  # torch._foreach_* refuses empty lists, and a rank may own nothing
+        if self.optimizer or not self.fragments:  # torch._foreach_* refuses empty lists, and a rank may own nothing
             return
-        for kind, decay in self.kinds.items():
-            torch._foreach_lerp_(self.all[kind], [f.master for f in self.fragments], 1 - min(decay, ramp))
+        for averages, weight in zip(self.all.values(), weights, strict=True):
+            torch._foreach_lerp_(averages, [f.master for f in self.fragments], weight)
 
 
 @torch.no_grad()

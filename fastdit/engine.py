@@ -235,20 +235,23 @@ def initialize(model: nn.Module, config: Config, world: World):
         model.forward = torch.compile(model.forward, dynamic=False, fullgraph=True)
     elif what == "graphs":
         record_training(model, per_block=world.size > 1)  # ZeRO sends a block's gradients while the blocks before it run
-    options = dict(lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
-    sharded, bf16 = shards(config, world.size), train.precision == "bf16"
+    options = dict(betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
+    sharded, bf16, schedule = shards(config, world.size), train.precision == "bf16", None
     if sharded:
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **options)
+        optimizer = torch.optim.AdamW(model.parameters(), train.lr, fused=True, **options)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
     else:
         model.to(world.device)  # DeepSpeed would, but the masters are made of its weights here
-        optimizer = OneRankAdamW(list(model.parameters()), train.clip, bf16, train.accumulation, **options)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
+        # DeepSpeed moves a schedule on in engine.step, where nobody knows yet whether the step was taken: the optimizer has its own
+        rate = lambda step: train.lr * learning_rate_factor(config, step)
+        optimizer = OneRankAdamW(list(model.parameters()), train.clip, bf16, train.accumulation, rate, **options)
     weights = {} if not sharded else {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config, world.size)
     )
     if not sharded:
         engine.enable_backward_allreduce = False  # it would copy every gradient to a buffer and back
+        engine.zero_grad = lambda: None  # the optimizer has used them up, or keeps them
         if bf16:
             model.bfloat16()
         return engine
@@ -256,6 +259,33 @@ def initialize(model: nn.Module, config: Config, world: World):
     for fragment in fragments(engine, world):
         fragment.master.copy_(weights[fragment.name].flatten()[fragment.start : fragment.start + fragment.master.numel()])
     return engine
+
+
+def one_rank_optimizer(engine) -> OneRankAdamW | None:
+    """The optimizer where there is one rank, which knows late whether it took a step; None under ZeRO, where engine.step waits."""
+    return engine.optimizer if isinstance(engine.optimizer, OneRankAdamW) else None
+
+
+def settle_step(engine) -> bool:
+    """Whether the last optimizer step was taken: not where a gradient was not finite. On one rank this waits for the device, and
+    sets the next learning rate. Under ZeRO, to be asked before the next micro-step."""
+    optimizer = one_rank_optimizer(engine)
+    return optimizer.settle() if optimizer else engine.was_step_applied()
+
+
+def add_if_taken(engine, total: Tensor, of_step: Tensor) -> None:
+    """Add a tensor of the last optimizer step to a total on the device if the step was taken, without waiting for the answer."""
+    optimizer = one_rank_optimizer(engine)
+    if optimizer:
+        total += torch.where(optimizer.found_inf == 0, of_step, 0)
+    elif engine.was_step_applied():
+        total += of_step
+
+
+def gradient_norm(engine) -> float:
+    """Of the last optimizer step, which must be settled: the 2-norm before clipping."""
+    optimizer = one_rank_optimizer(engine)
+    return optimizer._global_grad_norm if optimizer else float(engine.get_global_grad_norm())
 
 
 def fragments(engine, world: World) -> list[Fragment]:
@@ -266,10 +296,10 @@ def fragments(engine, world: World) -> list[Fragment]:
     """
     from deepspeed.utils import safe_get_local_fp32_param
 
-    found = []
-    if isinstance(engine.optimizer, OneRankAdamW):
+    found, optimizer = [], one_rank_optimizer(engine)
+    if optimizer:
         names = (name for name, _ in engine.module.named_parameters())
-        return [Fragment(name, 0, p.detach().view(-1)) for name, p in zip(names, engine.optimizer.masters, strict=True)]
+        return [Fragment(name, 0, p.detach().view(-1)) for name, p in zip(names, optimizer.masters, strict=True)]
     for name, parameter in engine.module.named_parameters():
         if hasattr(parameter, "ds_numel"):
             master = safe_get_local_fp32_param(parameter)
@@ -308,7 +338,7 @@ def moments(engine, owned: list[Fragment]) -> dict[str, list[Tensor]]:
 
 
 def steps_taken(engine) -> int:
-    """Optimizer steps, those that were skipped left out. Waits for the device."""
+    """Optimizer steps, those that were skipped left out; the last one must be settled. Waits for the device."""
     return int(_states(engine)[0][1]["step"].item())
 
 
@@ -316,6 +346,9 @@ def continue_from(engine, config: Config, steps: int) -> None:
     """Set optimizer and schedule to `steps` steps taken. Betas, eps and weight decay are this run's since `initialize`."""
     for _, state in _states(engine):
         state["step"].fill_(steps)
+    if optimizer := one_rank_optimizer(engine):
+        optimizer.set_learning_rate()
+        return
     train, scheduler = config.train, engine.lr_scheduler
     scheduler.last_epoch = steps
     for group in engine.optimizer.param_groups:

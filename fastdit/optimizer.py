@@ -1,27 +1,47 @@
-"""AdamW for one rank, where ZeRO has nothing to shard: fp32 masters of bf16 parameters, without a copy of all gradients in fp32."""
+"""AdamW for one rank, where ZeRO has nothing to shard: masters, moments, moving averages and weights in one pass, no host wait."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-PART = 16_000_000  # elements whose gradients are there in fp32 at a time
+from fastdit import kernels
 
 
-class OneRankAdamW(torch.optim.AdamW):
-    """torch's fused AdamW on fp32 masters of a model's parameters, with clipping, and no step where a gradient is not finite.
+class OneRankAdamW(torch.optim.Optimizer):
+    """AdamW on fp32 masters of a model's parameters, with clipping, and no step where a gradient is not finite.
 
-    In fp32 the masters are the parameters themselves. In bf16 the gradients of several micro-steps are added up in fp32.
-    DeepSpeed's engine reads `overflow` (the step was not taken) and `_global_grad_norm` (the 2-norm before clipping) after a step.
+    In fp32 the masters are the parameters themselves. In bf16 the gradients of several micro-steps are added up in fp32. Whether a
+    step was taken the device decides; `settle` asks it, and `step` does before it takes the next. Then `overflow` (the step was not
+    taken), `_global_grad_norm` (the 2-norm before clipping), the step count and the learning rate of the next step are set.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], clip: float, bf16: bool, accumulation: int, **options) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], clip: float, bf16: bool, accumulation: int, lr: float | Callable[[int], float],
+        betas: tuple[float, float], eps: float, weight_decay: float,
+    ) -> None:  # fmt: skip
         """parameters: fp32, as they start; with bf16=True they are to be cast in place before the first step. clip: largest norm of
-        the gradient, 0 for none. options: of torch.optim.AdamW."""
+        the gradient, 0 for none. lr: the learning rate, or a function of the number of steps taken before."""
         self.parameters = parameters
         self.masters = [p.detach().clone() for p in parameters] if bf16 else parameters
-        super().__init__(self.masters, fused=True, **options)
+        self.schedule = lr if callable(lr) else lambda steps: lr
+        super().__init__(self.masters, dict(lr=self.schedule(0), betas=betas, eps=eps, weight_decay=weight_decay))
         self.clip, self.overflow, self._global_grad_norm = clip, False, 0.0
+        self.keep_gradients = False  # True: `step` leaves them where they are, with their values, for who owns their memory
+        self.averages: Sequence[Sequence[Tensor]] = ()  # of the masters, each a moving average; to be set before the first step
+        self.average_weights: Sequence[float] = ()  # of the new masters in each average, for one step; none leaves them out
+        device = self.masters[0].device
+        self.found_inf = torch.zeros((), device=device)  # of the last step, on the device: not 0 where it was not taken
+        count = torch.zeros(())  # one for all, on the host
+        self._count = count.numpy()
+        for master in self.masters:
+            self.state[master] = {"step": count, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+        self._tensors: kernels.AdamWTensors | None = None
+        # the norm of the last step's gradient, where the device writes it and the host looks once the event has passed
+        self._norm = torch.zeros((), pin_memory=device.type == "cuda")
+        self._norm_on_host, self._pending = self._norm.numpy(), False
+        self._written = torch.cuda.Event() if device.type == "cuda" else None
         self.sums = not bf16 or accumulation > 1  # the gradients to step with are the masters'
         if bf16 and self.sums:  # a sum in bf16 would lose the small ones
             for parameter, master in zip(parameters, self.masters, strict=True):
@@ -32,38 +52,52 @@ class OneRankAdamW(torch.optim.AdamW):
         master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
         parameter.grad = None
 
-    def _parts(self) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """(parameters, masters) of some PART elements each, where gradients are still to be made fp32; else all."""
-        if self.sums:
-            return [(self.parameters, self.masters)]
-        parts, size = [], PART
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if size >= PART:
-                parts.append(([], []))
-                size = 0
-            parts[-1][0].append(parameter)
-            parts[-1][1].append(master)
-            size += parameter.numel()
-        return parts
+    @property
+    def steps(self) -> int:
+        """Taken so far, as far as it is settled."""
+        return int(self._count)
+
+    def settle(self) -> bool:
+        """Whether the last step was taken. Waits until the device has seen its gradients; True where there was no step yet."""
+        if self._pending:
+            self._pending = False
+            if self._written:
+                self._written.synchronize()
+            self._global_grad_norm = self._norm_on_host.item()
+            self.overflow = not math.isfinite(self._global_grad_norm)
+            self._count.fill(self.steps + (not self.overflow))
+            self.set_learning_rate()
+        return not self.overflow
+
+    def set_learning_rate(self) -> None:
+        """To the schedule's for the next step."""
+        for group in self.param_groups:
+            group["lr"] = self.schedule(self.steps)
+
+    def _make_tensors(self) -> kernels.AdamWTensors:
+        moments = ([self.state[master][key] for master in self.masters] for key in ("exp_avg", "exp_avg_sq"))
+        copies = None if self.masters is self.parameters else [p.detach() for p in self.parameters]
+        return kernels.AdamWTensors([m.detach() for m in self.masters], *moments, copies, self.averages)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Read the norm of the gradient on the host and step, unless it is not finite. The gradients are used up."""
-        norms = torch._foreach_norm([p.grad for p in (self.masters if self.sums else self.parameters)], 2, dtype=torch.float32)
-        self._global_grad_norm = torch.linalg.vector_norm(torch.stack(norms)).item()
-        self.overflow = not math.isfinite(self._global_grad_norm)
-        if not self.overflow:
-            excess = (self._global_grad_norm + 1e-6) / self.clip if self.clip else 0.0
-            # the fused kernel divides by grad_scale as it reads the gradients
-            self.grad_scale = torch.full((), excess, device=self.masters[0].device) if excess > 1 else None
-            for parameters, masters in self._parts():
-                if not self.sums:
-                    for p, master in zip(parameters, masters, strict=True):
-                        master.grad, p.grad = p.grad.float(), None
-                super().step()
-                for master in masters:
-                    master.grad = None  # before the next part's are made
-                if masters is not parameters:
-                    torch._foreach_copy_(parameters, masters)
-        for p in (*self.parameters, *self.masters):
-            p.grad = None
+        """Settle the last step, and take the next unless the norm of its gradient is not finite. The gradients are used up."""
+        self.settle()
+        self._tensors = self._tensors or self._make_tensors()
+        gradients = [p.grad for p in (self.masters if self.sums else self.parameters)]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+        self._norm.copy_(norm, non_blocking=True)
+        if self._written:
+            self._written.record()
+        self._pending = True
+        self.found_inf = (norm - norm).ne(0).float()  # infinity less itself is NaN
+        excess = norm.double().add(1e-6).div(self.clip).clamp(min=1) if self.clip else torch.ones_like(norm)
+        group = self.param_groups[0]
+        kernels.adamw_step(
+            self._tensors, gradients, lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+            step=self.steps + 1, grad_scale=excess.float(), found_inf=self.found_inf, weights=self.average_weights,
+        )  # fmt: skip
+        self.average_weights = ()
+        if not self.keep_gradients:
+            for p in (*self.parameters, *self.masters):
+                p.grad = None

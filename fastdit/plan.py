@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdit import kernels, optimizer
+from fastdit import kernels
 from fastdit.config import Config, InputError, ModelConfig, nearest, parse
 from fastdit.engine import deepspeed_config
 from fastdit.model import Attention, DiT, Mlp
@@ -185,7 +185,7 @@ class Memory(NamedTuple):
     weights: float
     masters: float  # fp32, and AdamW's two moments
     ema: float
-    gradients: float  # where they are together at the end of a backward, with the fp32 sums and the optimizer's copy of them
+    gradients: float  # where they are together at the end of a backward, with the fp32 sums and ZeRO's copy of them
     buckets: float
     activations: float  # at their peak
     peak: float  # of all of them: activations go while gradients come
@@ -205,9 +205,9 @@ def memory(config: Config, gpus: int, card: Card | None = None) -> Memory:
     one, two = (walk(config.model, B, dtype, train.checkpoint) for B in (1, 2))
     N, share, bucket = one.parameters, one.parameters / gpus, min(config.zero.bucket, one.parameters)
     sums = train.accumulation > 1
-    # Of the gradients: what is held through the forward, and all at the end of a backward with the optimizer's copies.
+    # Of the gradients: what is held through the forward, and all at the end of a backward with ZeRO's copies.
     held, end = {
-        0: (4 * N * sums, 4 * N if sums or not bf16 else p * N + 4 * min(N, optimizer.PART)),
+        0: (4 * N * sums, 4 * N if sums else p * N),
         1: (4 * N, 4 * N + 4 * share),
         2: (4 * share * sums, (8 + p * bf16) * share),
         3: (p * share, (4 + p) * share),
@@ -231,8 +231,12 @@ def memory(config: Config, gpus: int, card: Card | None = None) -> Memory:
 def optimizer_bytes(config: Config, N: int, gpus: int) -> float:
     """Bytes that a step moves on one GPU besides the model's: gradients into buckets and fp32 sums, their norm, AdamW, EMA."""
     p, share = (2 if config.train.precision == "bf16" else 4), N / gpus
-    reduce = config.train.accumulation * (4 * p * N * (gpus > 1) + (p + 8) * share)  # one GPU has no buckets
     copies = (1 + len(config.train.ema_more)) / config.train.ema_every
+    if actual_stage(config, gpus) == 0:  # sums of several micro-steps, norm, then one pass: gradient, AdamW, weights, EMA
+        micro = config.train.accumulation
+        sums, gradient = (micro * (p + 8), 4) if micro > 1 else (0, p)
+        return N * (sums + 2 * gradient + 24 + p * (p < 4) + 8 * copies)
+    reduce = config.train.accumulation * (4 * p * N * (gpus > 1) + (p + 8) * share)  # one GPU has no buckets
     return reduce + share * (4 + 8 + 8 + 28 + 4 + p + 12 * copies)  # norm, copy, clip, AdamW 4 in 3 out, weights, EMA
 
 

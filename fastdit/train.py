@@ -1,7 +1,7 @@
 """The training loop: batches in, one engine step each, EMA, log lines, sample grids, checkpoints.
 
-The loop never waits for the device: losses add up there and are read every log_steps. What a step reads on the host is read in
-engine.step: the gradient's norm on one rank, and with ZeRO also DeepSpeed's overflow flag.
+The loop never waits for the device: losses add up there and are read every log_steps. Whether a step was taken is asked before the
+optimizer's next one, when the device has long known it; with ZeRO, engine.step reads the gradient's norm and the overflow flag.
 """
 
 import faulthandler
@@ -126,13 +126,18 @@ class Trainer:
         if resume_from:
             model.load_state_dict(checkpoint.Shards(resume_from, state["ranks"]).whole("raw", self.shapes))
         self.engine = engine.initialize(model, config, world)
-        self.ema = ShardedEma(engine.fragments(self.engine, world), config.train.ema_decay, *config.train.ema_more)
+        self.ema = ShardedEma(
+            engine.fragments(self.engine, world), config.train.ema_decay, *config.train.ema_more,
+            optimizer=engine.one_rank_optimizer(self.engine),
+        )  # fmt: skip
         size = 1 + 2 * telemetry.TIME_BINS  # see telemetry.loss_sums: of the steps since the last log line; of this step
         self.sums, self.step_sums = torch.zeros(size, device=world.device), torch.zeros(size, device=world.device)
         self.start, self.summed_steps = state["step"], state["summed_steps"]
         self.clock, self.saver = telemetry.StepClock(world.device), checkpoint.Saver(run / "checkpoints", config, world)
         self.told_to_stop = self.stop = 0.0  # this rank by a signal; all ranks, as agreed
         self.skipped = self.skipped_in_a_row = 0  # since the last log line; up to now
+        self.unsettled: int | None = None  # the last step, while it is not known here whether it was taken
+        self.lr = 0.0  # of the last step
         if resume_from:
             checkpoint.load(resume_from, self.engine, self.ema, state, self.sums, config, world)
         self.log = engine.together(world, lambda: telemetry.Log(run, config, world, self.start, state["wandb_id"]))
@@ -170,16 +175,13 @@ class Trainer:
     def _loop(self, settings: TrainConfig, profiler: torch.profiler.profile | None) -> None:
         for step in range(self.start, settings.total_steps):
             faulthandler.dump_traceback_later(settings.timeout_s, exit=True, file=sys.__stderr__)  # unless it is set again by then
-            lr = self.engine.get_lr()[0]  # of this step: engine.step moves the schedule on
             done, last = step + 1, step + 1 == settings.total_steps
-            if self.step(step) and done % settings.ema_every == 0:
-                with self.clock.phase("ema"):
-                    self.ema.update()
+            self.step(step)
             self.log.advance()
             if profiler:
                 profiler.step()
             if done % settings.log_steps == 0 or last:
-                self._write_log_line(done, lr)
+                self._write_log_line(done)
             faulthandler.cancel_dump_traceback_later()
             with self.log.pause():
                 if settings.sample_steps and (done % settings.sample_steps == 0 or last):
@@ -191,10 +193,10 @@ class Trainer:
             if self.stop and not last:
                 raise Stopped(f"told to stop by SIGTERM: saved step {done}, the same command continues")
 
-    def step(self, step: int) -> bool:
-        """One optimizer step: `accumulation` micro-steps on this rank's share of the global batch; whether it was taken.
+    def step(self, step: int) -> None:
+        """One optimizer step: `accumulation` micro-steps on this rank's share of the global batch, and the averages.
 
-        Where a loss or a gradient of any rank is not finite, DeepSpeed takes it on none.
+        Where a loss or a gradient of any rank is not finite, it is taken on none. One rank knows that when it is settled.
         """
         settings, codec = self.config.train, self.codec
         self.step_sums.zero_()
@@ -213,16 +215,31 @@ class Trainer:
                 self.engine.backward(losses.mean())
                 t = flow.sample_timesteps(self.config.flow, settings.seed, ids)  # again: B numbers
                 self.step_sums += telemetry.loss_sums(losses.detach(), t)
+            if micro + 1 == settings.accumulation:
+                self._settle()  # the step before, on which this one's number and learning rate depend
+                self.lr = self.engine.get_lr()[0]
+                if (step + 1) % settings.ema_every == 0:
+                    self.ema.announce()
             with self.clock.phase("optimizer"):
                 self.engine.step()
-        taken = self.engine.was_step_applied()
-        if taken:
-            self.sums += self.step_sums
-            self.summed_steps += 1
-            self.skipped_in_a_row = 0
-        else:
+        engine.add_if_taken(self.engine, self.sums, self.step_sums)
+        self.unsettled = step
+        if not engine.one_rank_optimizer(self.engine):
+            self._settle()
+
+    def _settle(self) -> None:
+        """Count the last step, and average its weights, if it was taken; else log it. Nothing where that was done before."""
+        step, self.unsettled = self.unsettled, None
+        if step is None:
+            return
+        if not engine.settle_step(self.engine):
             self._note_skipped(step)
-        return taken
+            return
+        self.summed_steps += 1
+        self.skipped_in_a_row = 0
+        if (step + 1) % self.config.train.ema_every == 0:
+            with self.clock.phase("ema"):
+                self.ema.update()
 
     def _note_skipped(self, step: int) -> None:
         """Count and log a step that was not taken, with its images; raises FloatingPointError when there were too many in a row."""
@@ -237,8 +254,9 @@ class Trainer:
         if self.skipped_in_a_row > settings.max_skipped_steps:
             raise self._diverged(f"{self.skipped_in_a_row} steps in a row, up to step {step + 1}, were not finite")
 
-    def _write_log_line(self, done: int, lr: float) -> None:
+    def _write_log_line(self, done: int) -> None:
         """Read the device's sums of losses, write the line, start the next sums. Here the ranks agree to stop, too."""
+        self._settle()
         sums = torch.cat([self.sums, torch.full_like(self.sums[:1], self.told_to_stop)])
         dist.all_reduce(sums)
         total, *of_bins, self.stop = sums.tolist()
@@ -252,10 +270,11 @@ class Trainer:
         slowest = torch.tensor(list(seconds.values()), device=self.world.device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         seconds = {f"{phase}_s": round(s, 3) for phase, s in zip(seconds, slowest.tolist(), strict=True)}
-        norm = float(self.engine.get_global_grad_norm()) if samples else None
+        norm = engine.gradient_norm(self.engine) if samples else None
         self.log.write(
-            done, epoch=round(done / self.loader.order.steps_per_epoch, 4), loss=loss, lr=lr, grad_norm=norm, skipped=self.skipped,
-            loss_by_t=by_t, **seconds, peak_memory_gb=round(telemetry.peak_memory(self.world.device) / 1e9, 3),
+            done, epoch=round(done / self.loader.order.steps_per_epoch, 4), loss=loss, lr=self.lr, grad_norm=norm,
+            skipped=self.skipped, loss_by_t=by_t, **seconds,
+            peak_memory_gb=round(telemetry.peak_memory(self.world.device) / 1e9, 3),
         )  # fmt: skip
         if loss is not None and not math.isfinite(loss):
             raise self._diverged(f"the mean loss of steps {done - self.summed_steps + 1} to {done} is {loss}")
@@ -271,6 +290,7 @@ class Trainer:
     def _save(self, done: int) -> None:
         """Begin to write a checkpoint; the last one of a run is written on return. Raises FloatingPointError rather than replace
         good ones by weights that are not finite."""
+        self._settle()
         masters = (f.master.isfinite().all().to(self.world.device) for f in self.ema.fragments)  # with offload they are on the host
         finite = torch.stack([self.sums[0].isfinite(), *masters]).all().int()
         dist.all_reduce(finite, dist.ReduceOp.MIN)
@@ -296,6 +316,7 @@ class Trainer:
 
     def _averaged_model(self) -> DiT:
         """A copy of the model with the EMA weights, on CUDA in the run's precision, on a CPU fp32. All ranks must call it."""
+        self._settle()
         model = DiT(self.config.model).to(self.world.device).requires_grad_(False).eval()
         model.load_state_dict(gather(self.ema, self.shapes, self.world))
         return model if self.world.device.type == "cpu" else model.to(sample.DTYPES[self.config.train.precision])

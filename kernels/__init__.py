@@ -4,6 +4,7 @@ Importing this package needs torch (and triton) alone; it knows nothing of the t
 N heads, D head dim, F SwiGLU hidden width, C/h/w the latent's channels, rows and columns.
 """
 
+from .adamw import AdamWTensors, adamw_step, adamw_step_reference
 from .counter_random import counter_normal, counter_normal_reference, counter_uniform, counter_uniform_reference
 from .dispatch import BACKENDS, backend, backend_in_use, keep_backend
 from .dit_block import (
@@ -38,8 +39,11 @@ OPS = (
 __all__ = [
     "BACKENDS",
     "OPS",
+    "AdamWTensors",
     "BlockWeights",
     "PackedBlockWeights",
+    "adamw_step",
+    "adamw_step_reference",
     "backend",
     "backend_in_use",
     "counter_normal",

@@ -20,8 +20,12 @@ ALLOWED = {
     ("train.py", "_write_log_line"): {"tolist", "float", "torch.tensor"},  # once in log_steps
     ("train.py", "_save"): {"item"},  # once in save_steps
     ("train.py", "_train"): {"print"},  # a finished run says so and ends
-    ("optimizer.py", "step"): {"item"},  # the one read of a step: whether the gradient is finite
+    ("optimizer.py", "__init__"): {"numpy"},  # the host's view of what a step copies to the host
+    ("optimizer.py", "settle"): {"item", "synchronize"},  # that view, once the event of the last step has passed
+    ("adamw.py", "_upload_addresses"): {"torch.tensor"},  # once, before the first step
+    ("adamw.py", "upload"): {"torch.tensor", "tolist"},  # of the host's numbers, in pinned memory
     ("engine.py", "initialize"): {"cpu"},  # once, before the first step
+    ("engine.py", "gradient_norm"): {"float"},  # once in log_steps
     ("engine.py", "steps_taken"): {"item"},  # once in save_steps
     ("samplers.py", "dopri5"): {"item"},  # it reads its error at every step anyway
     ("autoencoder.py", "sha256"): {"cpu", "numpy"},  # once, before the first step

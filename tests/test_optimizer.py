@@ -1,22 +1,27 @@
-"""OneRankAdamW against torch's AdamW on fp32 copies."""
+"""OneRankAdamW against torch's AdamW on fp32 copies. The pass itself: tests/kernels/test_adamw.py."""
+
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from fastdit import optimizer
+import hot_loop
+from fastdit.ema import ShardedEma
+from fastdit.engine import Fragment
 from fastdit.optimizer import OneRankAdamW
 
-SHAPES = [(5, 7), (3,), (4, 2, 3), (1,)]
+SHAPES = [(16, 7), (48,), (4, 2, 16), (16,)]  # whole vectors: the rest is in test_adamw.py
 OPTIONS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
-def make(bf16, clip=0.0, accumulation=1):
+def make(bf16, clip=0.0, accumulation=1, **options):
     """OneRankAdamW of a few parameters, and the same values with torch's own optimizer."""
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     copies = [p.detach().clone() for p in parameters]
-    ours = OneRankAdamW(parameters, clip, bf16, accumulation, **OPTIONS)
+    ours = OneRankAdamW(parameters, clip, bf16, accumulation, **(OPTIONS | options))
     if bf16:
         for p in parameters:
             p.data = p.data.bfloat16()
@@ -31,11 +36,15 @@ def backward(parameters, seed):
     return [w.float() for w in wanted]
 
 
-@pytest.mark.parametrize("part", [1, optimizer.PART])
+def overflowing(parameters, bad):
+    (parameters[1] * bad).sum().backward()
+    for p in (parameters[0], *parameters[2:]):
+        p.grad = torch.ones_like(p)
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_steps_are_those_of_adamw_on_fp32_sums(monkeypatch, bf16, accumulation, part):
-    monkeypatch.setattr(optimizer, "PART", part)
+def test_steps_are_those_of_adamw_on_fp32_sums(bf16, accumulation):
     parameters, ours, copies, theirs = make(bf16, accumulation=accumulation)
     for step in range(5):
         sums = [torch.zeros(p.shape) for p in parameters]
@@ -47,7 +56,7 @@ def test_steps_are_those_of_adamw_on_fp32_sums(monkeypatch, bf16, accumulation, 
             copy.grad = total
         theirs.step()
         wanted_norm = torch.cat([total.flatten() for total in sums]).double().norm()
-        assert ours._global_grad_norm == pytest.approx(wanted_norm.item(), rel=1e-6) and not ours.overflow
+        assert ours.settle() and ours._global_grad_norm == pytest.approx(wanted_norm.item(), rel=1e-6) and not ours.overflow
         for parameter, master, copy in zip(parameters, ours.masters, copies, strict=True):
             assert torch.equal(master, copy) and torch.equal(parameter, copy.to(parameter.dtype))
             assert parameter.grad is None and master.grad is None
@@ -76,14 +85,104 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bf16, bad):
     ours.step()
     before = [p.detach().clone() for p in [*parameters, *ours.masters]]
     moments = [state["exp_avg"].clone() for state in ours.state.values()]
-    (parameters[1] * bad).sum().backward()
-    for p in (parameters[0], *parameters[2:]):
-        p.grad = torch.ones_like(p)
+    overflowing(parameters, bad)
     ours.step()
-    assert ours.overflow
+    assert not ours.settle() and ours.overflow
     assert all(torch.equal(a, b) for a, b in zip([*parameters, *ours.masters], before, strict=True))
     assert all(torch.equal(a["exp_avg"], b) for a, b in zip(ours.state.values(), moments, strict=True))
     backward(parameters, 1)
     ours.step()
-    assert not ours.overflow and all(p.isfinite().all() for p in parameters)
-    assert {state["step"].item() for state in ours.state.values()} == {2}
+    assert ours.settle() and not ours.overflow and all(p.isfinite().all() for p in parameters)
+    assert ours.steps == 2 and {state["step"].item() for state in ours.state.values()} == {2}
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_skipped_step_advances_neither_count_nor_schedule(asked):
+    """Whether it is settled after every step, or by the next step: the bits are the same."""
+    rates, taken = [], []
+    parameters, ours, _, _ = make(True, clip=1.0, lr=lambda steps: 1e-2 / (1 + steps))
+    assert ours.settle()  # nothing yet
+    for step in range(6):
+        overflowing(parameters, torch.nan) if step in (1, 4) else backward(parameters, step)
+        ours.step()
+        rates.append(ours.param_groups[0]["lr"])  # of the step that was just begun, as it was settled before
+        if asked:
+            taken += [ours.settle(), ours.settle()]
+    ours.settle()
+    assert (
+        rates == [1e-2, 5e-3, 5e-3, 1e-2 / 3, 1e-2 / 4, 1e-2 / 4]
+        if not asked
+        else taken == [t for step in range(6) for t in [step not in (1, 4)] * 2]
+    )
+    assert ours.steps == 4 and ours.param_groups[0]["lr"] == 1e-2 / 5
+    wanted, theirs, _, _ = make(True, clip=1.0, lr=lambda steps: 1e-2 / (1 + steps))
+    for step in (0, 2, 3, 5):
+        backward(wanted, step)
+        theirs.step()
+    assert all(torch.equal(a, b) for a, b in zip([*parameters, *ours.masters], [*wanted, *theirs.masters], strict=True))
+
+
+def test_a_step_reads_nothing_on_the_host():
+    parameters, ours, _, _ = make(True, clip=1.0)
+    for step in range(3):
+        backward(parameters, step)
+        with hot_loop.HotLoopGuard() as guard:
+            ours.step()
+            ours.settle()
+        assert guard.syncs == 0 and guard.counts
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_may_be_kept(accumulation):
+    """keep_gradients: whoever owns their memory writes the next ones there; the bits are those of new ones."""
+    kept, ours, _, _ = make(True, clip=0.5, accumulation=accumulation)
+    fresh, theirs, _, _ = make(True, clip=0.5, accumulation=accumulation)
+    ours.keep_gradients = True
+    for step in range(3):
+        backward(fresh, step)
+        theirs.step()
+        owners = ours.masters if ours.sums else kept
+        for p in owners if step else ():
+            p.grad.zero_()
+        buffers = [p.grad.data_ptr() for p in owners] if step else None
+        backward(kept, step)
+        before = [p.grad.clone() for p in owners]
+        ours.step()
+        assert all(torch.equal(p.grad, b) for p, b in zip(owners, before, strict=True))
+        assert not step or buffers == [p.grad.data_ptr() for p in owners]
+    assert all(torch.equal(a, b) for a, b in zip(ours.masters, theirs.masters, strict=True))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_averages_are_those_of_updates_after_the_steps(bf16):
+    """Two decays, every second step, one of them skipped: to the last bit what ShardedEma makes by itself."""
+    parameters, ours, _, _ = make(bf16)
+    again, theirs, _, _ = make(bf16)
+    own = lambda optimizer: [Fragment(str(i), 0, m.detach().view(-1)) for i, m in enumerate(optimizer.masters)]
+    ema, plain = ShardedEma(own(ours), 0.99, 0.5, optimizer=ours), ShardedEma(own(theirs), 0.99, 0.5)
+    for step in range(8):
+        for of in (parameters, again):
+            overflowing(of, torch.inf) if step == 3 else backward(of, step)
+        if step % 2:
+            ema.announce()
+            plain.announce()
+        ours.step()
+        theirs.step()
+        for optimizer, averages in ((ours, ema), (theirs, plain)):
+            if optimizer.settle() and step % 2:
+                averages.update()
+    assert ema.updates == plain.updates == 3
+    for kind in ("ema", "ema_0.5"):
+        assert all(torch.equal(a, b) for a, b in zip(ema.all[kind], plain.all[kind], strict=True))
+        assert not any(torch.equal(a, f.master) for a, f in zip(ema.all[kind], ema.fragments, strict=True))
+
+
+def test_an_optimizer_that_is_dropped_is_freed():
+    """What a step keeps of the tensors' addresses keeps no tensor alive behind it."""
+    parameters, ours, _, _ = make(True)
+    backward(parameters, 0)
+    ours.step()
+    gone = weakref.ref(ours.masters[0])
+    del ours
+    gc.collect()
+    assert gone() is None

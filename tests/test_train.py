@@ -21,6 +21,7 @@ import hot_loop
 from fastdit import autoencoder, checkpoint, cli, flow, telemetry
 from fastdit import train as training
 from fastdit.config import FlowConfig, InputError, parse
+from fastdit.data.order import Order
 from fastdit.engine import World
 from fastdit.model import DiT
 from fastdit.train import train
@@ -328,15 +329,15 @@ def test_a_backend_that_cannot_run_leaves_nothing_behind(tmp_path, capsys, monke
     assert not (tmp_path / "out").exists()
 
 
-def test_the_loop_reads_nothing_on_the_host_but_in_engine_step(tmp_path):
-    """The same run, longer by three steps without log line or checkpoint, may read only the gradient's norm."""
+def test_the_loop_reads_nothing_on_the_host(tmp_path):
+    """The same run, longer by three steps without log line or checkpoint: no more reads."""
     syncs = []
     for total in (2, 5):
         quiet = ["train.log_steps=99", "train.save_steps=99", "train.sample_steps=0", f"train.name=n{total}"]
         with hot_loop.HotLoopGuard() as guard:
             train(parse(None, settings(tmp_path, f"train.total_steps={total}", *quiet)))
         syncs.append(guard.syncs)
-    assert syncs[1] - syncs[0] == 3  # the gradient's norm, once a step
+    assert syncs[1] == syncs[0]
 
 
 def test_the_mean_of_the_bins_is_the_loss(trained):
@@ -437,11 +438,37 @@ def test_one_step_with_nan_is_skipped(tmp_path, monkeypatch, precision):
         return losses(model, config, null, x0, labels, seed, ids) * (torch.nan if int(ids[0] >> 32) == 2 else 1)
 
     monkeypatch.setattr(flow, "losses", faulty)
+    named, images = {}, Order.images  # by step, of what is logged: the loader slices a permutation on the device
+    monkeypatch.setattr(Order, "images", lambda self, step, micro: named.setdefault(step, images(self, step, micro)))
     run = train(parse(None, settings(tmp_path, "train.total_steps=6", "train.sample_steps=0", f"train.precision={precision}")))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines if "loss" in line] == [0, 1, 0] and all(line.get("loss", 1) < 5 for line in lines)
+    (skipped,) = (line for line in lines if "skipped_in_a_row" in line)
+    assert skipped["step"] == 3 and list(named) == [2] and skipped["images_of_ranks"] == [named[2][0].tolist()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6]  # it is known late, and written before the next log line
     model, _, state = checkpoint.load_model(run, "raw", torch.device("cpu"))
     assert state["optimizer_steps"] == 5 and all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_run_that_is_continued_takes_the_same_steps(tmp_path, monkeypatch):
+    """On one rank, in the middle of the warm-up, after a step that was skipped: losses, norms, learning rates, weights."""
+    losses = flow.losses
+
+    def faulty(model, config, null, x0, labels, seed, ids):
+        return losses(model, config, null, x0, labels, seed, ids) * (torch.nan if int(ids[0] >> 32) == 1 else 1)
+
+    monkeypatch.setattr(flow, "losses", faulty)
+    words = ["train.warmup_steps=9", "train.schedule=constant", "train.log_steps=1", "train.sample_steps=0", "train.ema_every=2"]
+    found = []
+    for name, totals in (("whole", [6]), ("parts", [3, 6])):
+        for total in totals:
+            run = train(parse(None, settings(tmp_path, f"train.name={name}", f"train.total_steps={total}", *words)))
+        lines = [line for line in lines_of(run).values() if "lr" in line]
+        weights = (run / "checkpoints/step_00000006/weights_rank_0000.safetensors").read_bytes()
+        found.append(([(line["step"], line["loss"], line["lr"], line["grad_norm"]) for line in lines], weights))
+    assert found[0] == found[1]
+    rates = [round(rate * 9e3) for _, _, rate, _ in found[0][0]]
+    assert rates == [1, 2, 2, 3, 4, 5]
 
 
 def test_a_checkpoint_whose_bytes_changed_does_not_count(trained, tmp_path):

@@ -99,6 +99,30 @@ std::vector<char> run(Type E) {
   ops::flow_matching_loss_forward(xt, x0, noise, t, loss, error);
   ops::flow_matching_loss_backward(t, error, View{}, dv);
   keep({&loss, &error, &dv});
+  {
+    const int64_t P = 3, sizes[P] = {1, 5000, 20000}, averages = 1;
+    std::vector<Memory> fields[6];  // master, moments, copy, average, gradient
+    Memory table(S, {5 + averages, P}, 8), changing(S, {7 + averages + P}, 8), scale(S, {1}), found(S, {1});
+    int64_t *addresses = (int64_t*)table.view.data, *numbers = (int64_t*)changing.view.data, n = 0;
+    const float values[] = {0.99f, 1e-3f, 0.5f, 1e-8f, 0.1f, 0.95f, 0.05f, 0.3f};
+    for (int i = 0; i < 8; i++) numbers[i] = 0, memcpy(&numbers[i], &values[i], 4);
+    for (int64_t p = 0; p < P; p++) {
+      for (int f = 0; f < 6; f++) fields[f].emplace_back(f == 3 || f == 5 ? E : S, std::vector<int64_t>{sizes[p]});
+      const int rows[] = {0, 1, 2, 4, 5};
+      for (int f = 0; f < 5; f++) addresses[rows[f] * P + p] = (int64_t)fields[f].back().view.data;
+      addresses[3 * P + p] = sizes[p], numbers[8 + p] = (int64_t)fields[5].back().view.data, n += (sizes[p] + 1023) / 1024;
+      float* square = (float*)fields[2].back().view.data;
+      for (int64_t i = 0; i < sizes[p]; i++) square[i] = square[i] * square[i];
+    }
+    Memory blocks(S, {n, 2});
+    int32_t* block = (int32_t*)blocks.view.data;
+    for (int64_t p = 0; p < P; p++)
+      for (int64_t i = 0; i * 1024 < sizes[p]; i++) *block++ = p, *block++ = i;
+    *(float*)scale.view.data = 2, *(float*)found.view.data = 0;
+    ops::adamw_step(blocks, table, changing, fields[5][0], fields[3][0], scale, found, averages);
+    for (int f = 0; f < 5; f++)
+      for (Memory& memory : fields[f]) keep({&memory});
+  }
   if (E == Type::bf16) {
     const int64_t T = 160, N = 3, D = 32, H = N * D, F = 64;
     Memory x(E, {B, T, H}), y(E, {B, T, H}), vector(E, {B, H}), cos(S, {T, D / 2}), sin(S, {T, D / 2}), weight(E, {D});

@@ -1,0 +1,245 @@
+"""adamw_step: one step of an optimizer as one pass over its tensors: AdamW, moving averages, the model's own weights.
+
+P parameters, k moving averages, C blocks of BLOCK elements. Bytes per parameter with bf16 gradients and weights and one average: 36
+(gradient 2, master, two moments and average 8 each, weight 2). It works in place, as an optimizer does, and on the addresses of
+tensors: it is no library op, and nothing differentiates or traces it. One launch, which neither waits nor uses atomics.
+
+Elements are rounded as torch's fused AdamW on a CPU with FMA rounds them (but for the last ones of a tensor whose size is no
+multiple of 16, whose second moments may differ by a unit of the last place), and averages as torch.lerp.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dispatch import backend_in_use
+from .library import cpp, launch
+
+BLOCK = 1024  # elements of a Triton program, and of a C++ unit
+_NUMBERS = 7  # that all steps have, before the averages' weights
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class AdamWTensors:
+    """The tensors of P parameters that `adamw_step` works on, and their addresses on the device.
+
+    The tensors must stay where they are. All steps of one object belong on one stream: what a step uploads replaces what the step
+    before it read.
+    """
+
+    def __init__(
+        self, masters: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+        copies: Sequence[Tensor] | None = None, averages: Sequence[Sequence[Tensor]] = (),
+    ) -> None:  # fmt: skip
+        """masters, exp_avgs, exp_avg_sqs, and each of the k averages: P contiguous tensors, fp32 (fp64: reference only). copies: P
+        tensors of one lower precision that follow the masters, or None. Raises ValueError."""
+        self.masters, self.exp_avgs, self.exp_avg_sqs = list(masters), list(exp_avgs), list(exp_avg_sqs)
+        self.copies, self.averages = None if copies is None else list(copies), [list(average) for average in averages]
+        own = {"exp_avgs": self.exp_avgs, "exp_avg_sqs": self.exp_avg_sqs}
+        own |= {f"averages[{i}]": average for i, average in enumerate(self.averages)}
+        _check("masters", self.masters, self.masters, (torch.float32, torch.float64))
+        for name, tensors in own.items():
+            _check(name, tensors, self.masters, (self.masters[0].dtype,))
+        if self.copies is not None:
+            _check("copies", self.copies, self.masters, tuple(_TYPES))
+        self.device = self.masters[0].device
+        self._upload_addresses()
+
+    def _upload_addresses(self) -> None:
+        """`table` int64 [4+1+k, P]: addresses of master and moments, number of elements, address of copy (or 0) and averages.
+        `blocks` int32 [C,2]: parameter and block in it. `changing` int64 [7+k+P]: what `upload` writes."""
+        sizes = [master.numel() for master in self.masters]
+        address = lambda tensors: [t.data_ptr() for t in tensors]
+        copies = [0] * len(sizes) if self.copies is None else address(self.copies)
+        rows = [address(self.masters), address(self.exp_avgs), address(self.exp_avg_sqs), sizes, copies]
+        blocks = [(i, block) for i, size in enumerate(sizes) for block in range(-(-size // BLOCK))]
+        self.table = torch.tensor(rows + [address(average) for average in self.averages], device=self.device)
+        self.blocks = torch.tensor(blocks, dtype=torch.int32, device=self.device).view(-1, 2)
+        count = _NUMBERS + len(self.averages) + len(sizes)
+        self.changing = torch.empty(count, dtype=torch.int64, device=self.device)
+        self._uploaded: list[int] = []
+
+    def upload(self, numbers: list[float], gradients: Sequence[Tensor]) -> None:
+        """Write a step's numbers, as the bits of fp32, and the addresses of its gradients, unless they are there. On CUDA from
+        pinned memory, without waiting: the allocator of pinned memory keeps it until the copy is done.
+
+        Raises RuntimeError where a CUDA graph is captured: it would copy the same again in every replay, from memory that is gone.
+        """
+        numbers = numbers + [0.0] * (_NUMBERS + len(self.averages) - len(numbers))
+        bits = np.array(numbers).astype(np.float32).view(np.int32).tolist()
+        values = bits + [g.data_ptr() for g in gradients]
+        if values == self._uploaded:
+            return
+        cuda = self.device.type == "cuda"
+        if cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("adamw_step: a new upload cannot be captured: take the same step, in place, before the capture")
+        self.changing.copy_(torch.tensor(values, pin_memory=cuda), non_blocking=True)
+        self._uploaded = values
+
+
+def _check(name: str, tensors: Sequence[Tensor], masters: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise ValueError unless `tensors` match the masters one by one, are contiguous, and have one dtype out of `dtypes`."""
+    if not tensors or len(tensors) != len(masters):
+        raise ValueError(f"adamw_step: {name} has {len(tensors)} tensors, but one for each of {len(masters)} parameters is needed")
+    dtype, device = tensors[0].dtype, masters[0].device
+    if dtype not in dtypes:
+        raise ValueError(f"adamw_step: {name} has dtype {dtype}, but {' or '.join(map(str, dtypes))} is needed")
+    for i, (t, master) in enumerate(zip(tensors, masters, strict=True)):
+        if t.numel() != master.numel() or t.dtype != dtype or t.device != device or not t.is_contiguous():
+            raise ValueError(
+                f"adamw_step: {name}[{i}] is {t.dtype} {list(t.shape)}, strides {list(t.stride())}, on {t.device}, but "
+                f"{master.numel()} contiguous elements of {dtype} on {device} are needed"
+            )
+
+
+def adamw_step_reference(
+    tensors: AdamWTensors, gradients: Sequence[Tensor], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    step: int, grad_scale: Tensor, found_inf: Tensor, weights: Sequence[float] = (),
+) -> None:  # fmt: skip
+    """`adamw_step` in plain PyTorch: torch's own fused AdamW, lerp and cast; a copy of the gradients in the masters' dtype."""
+    masters = tensors.masters
+    skipped = found_inf != 0
+    torch._fused_adamw_(
+        masters, [g.to(m.dtype).view_as(m) / grad_scale for g, m in zip(gradients, masters, strict=True)],
+        [t.view_as(m) for t, m in zip(tensors.exp_avgs, masters, strict=True)],
+        [t.view_as(m) for t, m in zip(tensors.exp_avg_sqs, masters, strict=True)], [],
+        [torch.full((), step, dtype=torch.float32, device=tensors.device) for _ in masters], lr=lr, beta1=betas[0], beta2=betas[1],
+        weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False, found_inf=skipped.float(),
+    )  # fmt: skip
+    for average, weight in zip(tensors.averages, weights, strict=False):
+        for a, master in zip(average, masters, strict=True):
+            a.copy_(torch.where(skipped, a, a.lerp(master.view_as(a), weight)))
+    for copy, master in zip(tensors.copies or (), masters, strict=False):
+        copy.copy_(torch.where(skipped, copy, master.to(copy.dtype).view_as(copy)))
+
+
+@triton.jit
+def _number(changing, i):
+    return tl.load(changing + i).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _elements(address, at, TYPE: tl.constexpr, WHOLE: tl.constexpr):
+    """Pointers to the elements `at` of a tensor of TYPE at an address; WHOLE: which is a multiple of 16 bytes."""
+    first = address.to(tl.pointer_type(TYPE))
+    if WHOLE:
+        first = tl.multiple_of(first, 16)
+    return first + at
+
+
+@triton.jit
+def _load(elements, mask, WHOLE: tl.constexpr):
+    values = tl.load(elements) if WHOLE else tl.load(elements, mask=mask, other=0.0)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _store(elements, values, mask, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(elements, values)
+    else:
+        tl.store(elements, values, mask=mask)
+
+
+@triton.jit
+def _update_block(
+    row, changing, address, start, n, scale, P, FIRST: tl.constexpr, GRADIENT: tl.constexpr, COPY: tl.constexpr,
+    AVERAGES: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Elements start .. start+BLOCK of one parameter of n; WHOLE: none is past the end, and all tensors are aligned."""
+    at = start + tl.arange(0, BLOCK)
+    mask = at < n
+    master = _elements(tl.load(row), at, tl.float32, WHOLE)
+    exp_avg = _elements(tl.load(row + P), at, tl.float32, WHOLE)
+    exp_avg_sq = _elements(tl.load(row + 2 * P), at, tl.float32, WHOLE)
+    g = tl.div_rn(_load(_elements(address, at, GRADIENT, WHOLE), mask, WHOLE), scale)
+    p, m, v = _load(master, mask, WHOLE), _load(exp_avg, mask, WHOLE), _load(exp_avg_sq, mask, WHOLE)
+    weight = _number(changing, 4)
+    m = tl.fma(g - m, tl.where(weight < 0.5, weight, weight - 1), tl.where(weight < 0.5, m, g))
+    v = tl.fma(g * _number(changing, 6), g, v * _number(changing, 5))
+    denominator = tl.div_rn(tl.sqrt_rn(v), _number(changing, 2)) + _number(changing, 3)
+    p = p * _number(changing, 0) - tl.div_rn(_number(changing, 1) * m, denominator)
+    _store(exp_avg, m, mask, WHOLE)
+    _store(exp_avg_sq, v, mask, WHOLE)
+    _store(master, p, mask, WHOLE)
+    if COPY is not None:
+        _store(_elements(tl.load(row + 4 * P), at, COPY, WHOLE), p.to(COPY), mask, WHOLE)
+    for k in tl.static_range(AVERAGES):
+        average = _elements(tl.load(row + (5 + k) * P), at, tl.float32, WHOLE)
+        weight = _number(changing, FIRST + k)
+        a = _load(average, mask, WHOLE)
+        a = tl.fma(p - a, tl.where(weight < 0.5, weight, weight - 1), tl.where(weight < 0.5, a, p))
+        _store(average, a, mask, WHOLE)
+
+
+@triton.jit(do_not_specialize=["P", "gradients"])
+def _adamw_kernel(
+    blocks, table, changing, grad_scale, found_inf, P, gradients, FIRST: tl.constexpr, GRADIENT: tl.constexpr, COPY: tl.constexpr,
+    AVERAGES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program takes one block. Nothing is written where found_inf is not 0. gradients: where in `changing` they begin."""
+    pid, P = tl.program_id(0).to(tl.int64), P.to(tl.int64)
+    skipped, scale = tl.load(found_inf) != 0, tl.load(grad_scale)
+    parameter = tl.load(blocks + 2 * pid).to(tl.int64)
+    start = tl.load(blocks + 2 * pid + 1).to(tl.int64) * BLOCK
+    row, n = table + parameter, tl.load(table + parameter + 3 * P)
+    address = tl.load(changing + (gradients.to(tl.int64) + parameter))
+    bits = address | tl.load(row) | tl.load(row + P) | tl.load(row + 2 * P) | tl.load(row + 4 * P)
+    for k in tl.static_range(AVERAGES):
+        bits |= tl.load(row + (5 + k) * P)
+    if skipped == 0:
+        if (bits % 16 == 0) & (start + BLOCK <= n):
+            _update_block(row, changing, address, start, n, scale, P, FIRST, GRADIENT, COPY, AVERAGES, BLOCK, True)
+        else:
+            _update_block(row, changing, address, start, n, scale, P, FIRST, GRADIENT, COPY, AVERAGES, BLOCK, False)
+
+
+def adamw_step(
+    tensors: AdamWTensors, gradients: Sequence[Tensor], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    step: int, grad_scale: Tensor, found_inf: Tensor, weights: Sequence[float] = (),
+) -> None:  # fmt: skip
+    """Take step number `step` (from 1) of AdamW (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2), in place.
+
+    gradients: P contiguous tensors, bf16, fp16 or fp32. grad_scale: fp32 scalar on the device that they are divided by; found_inf:
+    one that leaves everything as it is unless it is 0. weights: of each average, a <- a + weight·(master - a) with the new master;
+    none leaves the averages out of this step. The bias corrections are computed on the host in double precision.
+    Waits for nothing. A CUDA graph may capture the same step that was taken just before it: it holds the launch alone.
+    Raises ValueError for other lengths, dtypes, layouts and devices.
+    """
+    _check("gradients", gradients, tensors.masters, tuple(_TYPES))
+    if weights and len(weights) != len(tensors.averages):
+        raise ValueError(f"adamw_step: {len(weights)} weights were given for {len(tensors.averages)} averages")
+    hyperparameters = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=step)
+    backend = backend_in_use(tensors.device)
+    if backend == "reference":
+        adamw_step_reference(
+            tensors, gradients, **hyperparameters, grad_scale=grad_scale, found_inf=found_inf, weights=weights
+        )  # fmt: skip
+    elif tensors.masters[0].dtype == torch.float64:
+        raise ValueError(f"adamw_step: the {backend} kernels do not compute in float64: use kernels.backend('reference')")
+    elif len(tensors.blocks):
+        _run(backend, tensors, gradients, grad_scale, found_inf, weights, **hyperparameters)
+    # what autograd kept of the weights is not what it was
+    torch.autograd.graph.increment_version([*tensors.masters, *(tensors.copies or ())])
+
+
+def _run(
+    backend: str, tensors: AdamWTensors, gradients: Sequence[Tensor], grad_scale: Tensor, found_inf: Tensor,
+    weights: Sequence[float], lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int,
+) -> None:  # fmt: skip
+    step_size, root = lr / (1 - betas[0] ** step), math.sqrt(1 - betas[1] ** step)
+    tensors.upload([1 - lr * weight_decay, step_size, root, eps, 1 - betas[0], betas[1], 1 - betas[1], *weights], gradients)
+    copy = tensors.copies[0] if tensors.copies else None
+    if backend == "cpp":
+        cpp.adamw_step(tensors.blocks, tensors.table, tensors.changing, gradients[0], copy, grad_scale, found_inf, len(weights))
+        return
+    launch(
+        _adamw_kernel, (len(tensors.blocks),), tensors.table, tensors.blocks, tensors.table, tensors.changing, grad_scale,
+        found_inf, len(tensors.masters), _NUMBERS + len(tensors.averages), _NUMBERS, _TYPES[gradients[0].dtype],
+        None if copy is None else _TYPES[copy.dtype], len(weights), BLOCK, num_warps=4,
+    )  # fmt: skip
