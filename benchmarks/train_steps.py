@@ -13,8 +13,6 @@ from torch import Tensor
 from eager_reference import EagerDiT, comparable, train_step
 from fastdit import engine
 from fastdit.config import PRESETS, Config, parse
-from fastdit.data.order import Order
-from fastdit.train import Trainer
 from measure import DEVICE, PRECISION
 
 IMAGES = 1 << 20  # that the made-up data set says it has
@@ -33,6 +31,8 @@ class Moments:
     needs_noise = True
 
     def __init__(self, config: Config, world: engine.World) -> None:
+        from fastdit.data.order import Order
+
         self.channels, self.size = config.model.in_channels, config.model.input_size
         self.order = Order(IMAGES, config, world)
         shape = (config.train.batch_size, 2, self.channels, self.size, self.size)
@@ -60,6 +60,8 @@ def config_of(preset: str, compiled: str, batch: int, out: str) -> Config:
 
 def trainer_step(preset: str, compiled: str, batch: int) -> Callable[[], None]:
     """Trainer.step and the EMA's update, under DeepSpeed, with everything that training does in a step but reading data."""
+    from fastdit.train import Trainer  # here: gpu.py, which asks for PROVIDERS, needs torch and triton only
+
     folder = tempfile.TemporaryDirectory()
     config = config_of(preset, compiled, batch, folder.name)
     world = engine.start(DEVICE.type)

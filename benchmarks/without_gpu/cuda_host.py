@@ -5,12 +5,13 @@
 A row for each preset and provider of train_steps.py, each measured in a process of its own. host_ms and host_min_ms: median and
 minimum of 7 steps after 3; cpu_ms: the median of their processor time, which other processes disturb less. On the CPU that the row
 names, without the driver's own 2 to 5 us a launch. Per step: launches (of torch and
-cuBLAS), triton_launches, graph_launches, syncs, copies, fills. Last, the lines of HOST in fastdit/plan.py.
+cuBLAS), triton_launches, graph_launches, syncs, copies, fills. Last, the table HOST of fastdit/host.py.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -74,12 +75,12 @@ def fit(rows: list[dict[str, str]], provider: str, column: str) -> tuple[float, 
     points = [(PRESETS[r["preset"]]["depth"], float(r[column])) for r in rows if r["provider"] == provider and not r.get("error")]
     if len({depth for depth, _ in points}) < 2:
         return None
-    slope, outside = np.polyfit(*zip(*points, strict=True), 1)
-    return (slope, outside) if slope > 0 else (0.0, float(np.mean([value for _, value in points])))
+    slope, outside = np.polyfit(*zip(*points, strict=True), 1).tolist()
+    return (slope, outside) if slope > 0 else (0.0, statistics.mean(value for _, value in points))
 
 
 def plan_table(rows: list[dict[str, str]]) -> dict[str, tuple[float, ...]]:
-    """fastdit.plan.HOST as the rows have it: train.compile -> ms and launches per block, and outside of the blocks."""
+    """fastdit.host.HOST as the rows have it: train.compile -> ms and launches per block, and outside of the blocks."""
     table = {}
     launches = ("launches", "triton_launches", "graph_launches")
     rows = [r if r.get("error") else {**r, "all": str(sum(float(r[name]) for name in launches))} for r in rows]
@@ -115,7 +116,7 @@ def main(words: list[str] | None = None) -> int:
         columns = list(dict.fromkeys(k for row in rows for k in row))
         record.write(options.csv, [{k: row.get(k, "") for k in columns} for row in rows])
         print(f"rows: {options.csv}")
-    print("HOST = {" + ", ".join(f'"{k}": {v}' for k, v in plan_table(rows).items()) + "}")
+    print("HOST = {" + ", ".join(f'"{k}": Host{v}' for k, v in plan_table(rows).items()) + "}")
     return 0
 
 
