@@ -10,7 +10,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
-from bench_kernels import BOUND, Turns, directions, in_processes, interleave, together
+from bench_kernels import BOUND, Turns, batch_above_cache, directions, in_processes, interleave, together
 from eager_reference import EagerDiT, comparable, fastdit_model
 from fastdit import kernels
 from fastdit.model import DiT
@@ -53,8 +53,9 @@ def measure(case: str, batch: int, names: tuple[str, ...], sweeps: int) -> Turns
     """All members of a group; runs in a worker."""
     width, heads, hidden = CASES[case]
     torch._functorch.config.donated_buffer = False
-    model = EagerDiT(comparable(width, 1, heads, hidden, None)).to(DEVICE)
-    eager, fused = EagerBlock(model), FusedBlock(fastdit_model(model).to(DEVICE, DTYPE))
+    model = EagerDiT(comparable(width, 1, heads, hidden, None))
+    fused = FusedBlock(fastdit_model(model).to(DEVICE, DTYPE))
+    eager = EagerBlock(model.to(DEVICE))
     x = torch.randn(batch, 256, width, device=DEVICE)
     condition = torch.randn(batch, width, device=DEVICE)
     blocks: dict[str, Callable] = {
@@ -84,12 +85,13 @@ def served() -> Callable:
 
 def groups(full: bool) -> dict[str, Group]:
     cuda = DEVICE.type == "cuda"
-    batch, cases = (64, list(CASES)) if cuda else (4, ["S/2", "base/2"])
+    cases = list(CASES) if cuda else ["S/2", "base/2"]
     names = ("eager", "compile", "fused", "fused+compile") if cuda else ("eager", "compile", "fused")
     worker = functools.cache(lambda _: Worker("bench_blocks:served"))
     members = tuple(f"{name} {direction}" for name in names for direction in DIRECTIONS)
 
     def group(case: str, say: Callable[[str], None]) -> dict[str, Result]:
+        batch = batch_above_cache(256 * CASES[case][0]) if cuda else 4
         processes = in_processes(worker, full, say, case, batch, names, SWEEPS[full])
         return together(processes, members, {"case": case, "size": f"{batch}x256x{CASES[case][0]}"})
 

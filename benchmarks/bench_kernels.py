@@ -3,11 +3,17 @@
 Bytes are those that the algorithm must move (limits.MOVED); `copy_share` is their rate over that of tensor.copy_ in the same run:
 what fits into a cache can exceed it. `peak_mb`: what one call allocates above its inputs. `parity`: the largest difference from the
 op's reference, outputs and gradients, relative to the largest value.
+
+On a GPU the work of a call is recorded into a CUDA graph and replayed, so that no time of the host is in its median, on tensors
+that do not fit into the L2 cache; what the host needs to launch a call is a column of its own, `host_us`.
 """
 
 import functools
+import itertools
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -20,7 +26,21 @@ from fastdit import kernels
 from fastdit.rates import COPY
 from kernel_cases import CASES, TOKENS
 from limits import MOVED
-from measure import DEVICE, DTYPE, PROCESSES, SWEEPS, Group, Result, Worker, quantiles, seconds, spread, start, take_turns
+from measure import (
+    DEVICE,
+    DTYPE,
+    PROCESSES,
+    SWEEPS,
+    Group,
+    Result,
+    Worker,
+    quantiles,
+    seconds,
+    spread,
+    start,
+    synchronize,
+    take_turns,
+)
 
 SUITE = "kernels"
 DIRECTIONS = ("forward", "backward", "both")
@@ -31,6 +51,7 @@ FLOW = (
     "counter_normal",
 )  # sized by the latent's side; the first and last have no backward
 BOUND = {torch.float32: 2**-14, torch.bfloat16: 2**-6}[DTYPE]  # of parity: two roundings of bf16, sums of fp32 in another order
+RECORDED, REPLAYS, HOST_CALLS = 10, 5, 5  # calls in a CUDA graph; replays a sample; calls that the host's time is the mean of
 HIDDEN = {384: 1024, 768: 2048, 1024: 2688, 1088: 4352, 1152: 3072}  # SwiGLU's, by width
 
 
@@ -137,14 +158,68 @@ def allocated(call: Callable[[], object]) -> int:
     return peak
 
 
-def times(call: Callable[[], object]) -> list[float]:
-    """Seconds of a call, some samples: on a GPU with a cold L2 cache, on a CPU means of calls of 20 ms together."""
+def timer(call: Callable[[], object]) -> Callable[[], list[float]]:
+    """What gives seconds of a call, some samples: on a GPU of its recorded work, on a CPU means of calls of 20 ms together."""
     if DEVICE.type == "cuda":
-        import triton.testing
+        return Replayed(call)
 
-        return [ms / 1e3 for ms in triton.testing.do_bench(call, warmup=10, rep=30, return_mode="all")]
-    calls = max(1, int(0.02 / seconds(call, 1)))
-    return [seconds(call, calls) for _ in range(3)]
+    def times() -> list[float]:
+        calls = max(1, int(0.02 / seconds(call, 1)))
+        return [seconds(call, calls) for _ in range(3)]
+
+    return times
+
+
+class Replayed:
+    """A call's work on the GPU by itself, recorded into a CUDA graph some times over. Made and used inside of `one_stream`."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        for _ in range(2):  # compiles
+            call()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            for _ in range(RECORDED):
+                call()
+
+    def __call__(self) -> list[float]:
+        """Seconds of a call in each of some replays."""
+        self.graph.replay()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            self.graph.replay()
+            mark.record()
+        synchronize()
+        return [a.elapsed_time(b) / 1e3 / RECORDED for a, b in itertools.pairwise(marks)]
+
+
+@contextmanager
+def one_stream() -> Iterator[None]:
+    """On a GPU: forwards and backwards inside run in one stream that can be recorded, which the default stream cannot."""
+    if DEVICE.type != "cuda":
+        yield
+        return
+    synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield
+    synchronize()
+
+
+def host_seconds(call: Callable[[], object]) -> float:
+    """What the host needs for a call, the fastest of some; the few calls that are made at once do not fill the GPU's queue."""
+    found = []
+    for _ in range(REPLAYS):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        found.append((time.perf_counter() - start) / HOST_CALLS)
+    return min(found)
+
+
+def batch_above_cache(elements: int) -> int:
+    """Of samples of so many elements, so many that a tensor of them is twice the size of the GPU's L2 cache."""
+    return -(-2 * torch.cuda.get_device_properties(DEVICE).L2_cache_size // (elements * DTYPE.itemsize))
 
 
 def fill(inputs: tuple) -> None:
@@ -166,22 +241,28 @@ class Turns(NamedTuple):
     errors: dict[str, str]
     bandwidth: float  # bytes/s of a copy
     parity: float
+    host: dict[str, float] | None = None  # seconds of the host for a call; None on a CPU, where they are the samples
 
 
 def interleave(
     makers: dict[str, Callable[[], Calls]], runs: tuple[str, ...], errors: dict[str, str], sweeps: int, parity: float
 ) -> Turns:
     """Every provider and direction of `runs` in turns, with a copy. errors: of providers that are wrong, and are not measured."""
-    providers, failed = start({name: make for name, make in makers.items() if name not in errors}, lambda _: None)
-    errors = {f"{name} {run}": why for name, why in (errors | failed).items() for run in runs}
-    calls = {f"{name} {run}": own[run] for name, own in providers.items() for run in runs}
-    source, target = (torch.ones(COPY // 4, device=DEVICE) for _ in range(2))
-    turns = {"copy": lambda _: [seconds(lambda: target.copy_(source), 3)]}
-    turns |= {member: lambda _, call=call: times(call) for member, call in calls.items()}
-    samples, failed = take_turns(turns, sweeps, lambda _: None)
-    errors |= failed
-    held = {member: allocated(call) for member, call in calls.items() if member not in errors}
-    return Turns(samples, held, errors, 2 * COPY / statistics.median(s for [s] in samples["copy"]), parity)
+    with one_stream():
+        providers, failed = start({name: make for name, make in makers.items() if name not in errors}, lambda _: None)
+        errors = {f"{name} {run}": why for name, why in (errors | failed).items() for run in runs}
+        calls = {f"{name} {run}": own[run] for name, own in providers.items() for run in runs}
+        timers, failed = start({member: lambda call=call: timer(call) for member, call in calls.items()}, lambda _: None)
+        errors |= failed
+        source, target = (torch.ones(COPY // 4, device=DEVICE) for _ in range(2))
+        turns = {"copy": lambda _: [seconds(lambda: target.copy_(source), 3)]}
+        turns |= {member: lambda _, times=times: times() for member, times in timers.items()}
+        samples, failed = take_turns(turns, sweeps, lambda _: None)
+        errors |= failed
+        good = {member: call for member, call in calls.items() if member not in errors}
+        held = {member: allocated(call) for member, call in good.items()}
+        host = {member: host_seconds(call) for member, call in good.items()} if DEVICE.type == "cuda" else None
+    return Turns(samples, held, errors, 2 * COPY / statistics.median(s for [s] in samples["copy"]), parity, host)
 
 
 def together(processes: list[Turns], members: tuple[str, ...], key: dict[str, str]) -> dict[str, Result]:
@@ -194,6 +275,8 @@ def together(processes: list[Turns], members: tuple[str, ...], key: dict[str, st
         values = {}
         if not why:
             values["peak_mb"] = f"{max(p.allocated[member] for p in processes) / 1e6:.2f}"
+            if all(p.host for p in processes):
+                values["host_us"] = f"{statistics.median(p.host[member] for p in processes) * 1e6:.1f}"
             pairs = [zip(p.samples.get(f"eager {run}", ()), p.samples[member], strict=False) for p in processes]
             ratios = [[quantiles(theirs)[0] / quantiles(ours)[0] for theirs, ours in pair] for pair in pairs]
             if all(ratios):
@@ -261,13 +344,13 @@ def in_processes(worker: Callable[[int], Worker], full: bool, say: Callable[[str
 
 def groups(full: bool) -> dict[str, Group]:
     cuda = DEVICE.type == "cuda"
-    batch = 64 if cuda else 8
+    batch = lambda op, size: batch_above_cache(4 * size**2 if op in FLOW else TOKENS * size) if cuda else 8
     widths = {(True, True): (384, 768, 1088, 1152), (True, False): (1152,), (False, True): (384, 1088)}.get((cuda, full), (384,))
     worker = functools.cache(lambda _: Worker("bench_kernels:served"))
 
     def group(op: str, size: int, say: Callable[[str], None]) -> dict[str, Result]:
-        processes = in_processes(worker, full, say, op, size, batch, SWEEPS[full])
-        return rows(op, size, batch, found[f"{op} {size}"].members, processes)
+        processes = in_processes(worker, full, say, op, size, batch(op, size), SWEEPS[full])
+        return rows(op, size, batch(op, size), found[f"{op} {size}"].members, processes)
 
     found = {}
     for op in MOVED:

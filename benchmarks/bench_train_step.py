@@ -3,6 +3,10 @@
 Each provider is a process of its own with the allocator settings it has in real life. They take turns of three steps on the same
 data, timesteps and noise, after two that are not timed; a matmul and a copy are measured in every turn. A row is given only
 where its losses of the first 20 steps are the eager reference's (PARITY).
+
+On a GPU a turn has 20 steps, so that the host can run ahead, and the providers, which do not fit into its memory together, run one
+after the other. `gpu_busy`: the share of a turn in which a kernel runs, from a profile of further steps; far below 1 means that the
+host is the limit.
 """
 
 import functools
@@ -20,7 +24,20 @@ from fastdit import engine, flow, kernels
 from fastdit.config import Config, TrainConfig
 from fastdit.model import DiT
 from limits import flops_per_image, shares
-from measure import DEVICE, PRECISION, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
+from measure import (
+    DEVICE,
+    PRECISION,
+    Group,
+    Result,
+    Worker,
+    busy_seconds,
+    gpu_events,
+    quantiles,
+    speedup,
+    start,
+    synchronize,
+    take_turns,
+)
 
 SUITE = "train_step"
 # width, depth, heads, hidden, class width; batch; shape of the matmul whose rate is the bound
@@ -29,10 +46,11 @@ CASES = {
     "S/2": ((384, 12, 6, 1024, None), 8, (2048, 384, 1536)),
     "wide": ((1088, 4, 17, 4352, 2048), 4, (1024, 1088, 8704)),
 }
-CUDA_CASES = {
-    "S/2": ((384, 12, 6, 1024, None), 128, (32768, 384, 2048)),
-    "B/2": ((768, 12, 12, 2048, None), 64, (16384, 768, 4096)),
-    "L/2": ((1024, 24, 16, 2688, None), 16, (4096, 1024, 5376)),
+CUDA_CASES = {  # batches that a GPU needs longer for than the host for the launches of the fastest provider
+    "S/2": ((384, 12, 6, 1024, None), 256, (65536, 384, 2048)),
+    "B/2": ((768, 12, 12, 2048, None), 256, (65536, 768, 4096)),
+    "L/2": ((1024, 24, 16, 2688, None), 64, (16384, 1024, 5376)),
+    "XL/2": ((1152, 28, 18, 3072, None), 64, (16384, 1152, 6144)),
 }
 # what each adds to the one before
 PROVIDERS = {
@@ -43,9 +61,12 @@ PROVIDERS = {
     "+adamw": "torch's fused AdamW",
     "+compile": "blocks under torch.compile",
     "engine": "under DeepSpeed, as `fastdit train` runs it",
+    "graphs": "with train.compile=graphs",
     "eager compiled": "the base script's step, its model under torch.compile",
 }
-WARM, TURN, PARITY_STEPS = 2, 3, 20
+CHAIN = "S/2"  # on a GPU the other cases measure MAIN only
+MAIN = ("eager", "engine", "graphs", "eager compiled")
+WARM, TURN, PARITY_STEPS = 2, {"cpu": 3, "cuda": 20}[DEVICE.type], 20
 # Of |loss − eager loss| / eager loss in 20 steps. AdamW's first steps have the size lr whatever the gradient's, so that rounding
 # decides the sign of the smallest. In fp32 4.2e-5 was the most at S/2; for bf16, four of its rounding units.
 PARITY = {"fp32": 1e-3, "bf16": 2**-6}[PRECISION]
@@ -115,10 +136,17 @@ def plain_step(shape: tuple, backend: str, fused_adamw: bool | None, compiled: b
     return run
 
 
-def engine_step(shape: tuple, size: int) -> Step:
-    """What `fastdit train` runs, without its data loader, EMA and logs: DeepSpeed at its defaults."""
+def engine_step(shape: tuple, size: int, compiled: str = "auto") -> Step:
+    """What `fastdit train` runs, without its data loader, EMA and logs: DeepSpeed at its defaults. compiled: train.compile."""
     train = TrainConfig(
-        batch_size=size, lr=LR, weight_decay=WEIGHT_DECAY, beta2=0.999, clip=0.0, schedule="constant", warmup_steps=0
+        compile=compiled,
+        batch_size=size,
+        lr=LR,
+        weight_decay=WEIGHT_DECAY,
+        beta2=0.999,
+        clip=0.0,
+        schedule="constant",
+        warmup_steps=0,
     )
     world = engine.start(DEVICE.type)
     config = engine.settle(Config(model=comparable(*shape), train=train), world.device)
@@ -134,18 +162,22 @@ def engine_step(shape: tuple, size: int) -> Step:
 
 
 def provider(name: str, shape: tuple, size: int) -> Callable[[int, int], tuple]:
-    """In a worker: (first step, how many) -> their losses, seconds and CPU seconds of one."""
+    """In a worker: (first step, how many) -> their losses, seconds and CPU seconds of one; with busy=True, instead of them, the
+    seconds of one in which a kernel runs."""
     plain = functools.partial(plain_step, shape)
     step = {
         "eager": lambda: eager_step(shape, False), "+allocator": lambda: eager_step(shape, False),
         "+packed": lambda: plain("reference", None, False), "+kernels": lambda: plain("auto", None, False),
         "+adamw": lambda: plain("auto", True, False), "+compile": lambda: plain("auto", True, True),
-        "engine": lambda: engine_step(shape, size), "eager compiled": lambda: eager_step(shape, True),
+        "engine": lambda: engine_step(shape, size), "graphs": lambda: engine_step(shape, size, "graphs"),
+        "eager compiled": lambda: eager_step(shape, True),
     }[name]()  # fmt: skip
 
-    def run(first: int, count: int) -> tuple[list[float], float, float]:
+    def run(first: int, count: int, busy: bool = False) -> tuple[list[float], float, float] | float:
         data = [batch(first + i, size) for i in range(count)]
         synchronize()
+        if busy:
+            return busy_seconds(gpu_events(lambda: [step(each) for each in data])) / count
         wall, cpu = time.perf_counter(), time.process_time()
         losses = [step(each) for each in data]
         synchronize()
@@ -155,24 +187,42 @@ def provider(name: str, shape: tuple, size: int) -> Callable[[int, int], tuple]:
     return run
 
 
+def in_turns(names: tuple[str, ...], make: Callable, matmul: tuple[int, int, int], turns: int, say: Callable) -> tuple[dict, ...]:
+    """(of each provider what its turns gave, the first not timed; what those of the limits gave; peak bytes; busy seconds on a GPU;
+    errors), all providers in turns: on a GPU each by itself, with limits of its own."""
+    found, peaks, busy, errors, limits = {}, {}, {}, {}, []
+    for group in [(name,) for name in names] if DEVICE.type == "cuda" else [names]:
+        workers, failed = start({name: make(name) for name in group}, say)
+        errors |= failed
+        first, failed = take_turns({name: lambda _, w=w: w(0, WARM) for name, w in workers.items()}, 1, say)
+        errors |= failed
+        calls = {n: lambda turn, w=w: w(WARM + turn * TURN, TURN) for n, w in workers.items() if n not in errors}
+        rates = Worker("limits:Limits", matmul)
+        own, failed = take_turns({"limits": lambda _, rates=rates: rates(), **calls}, turns, say)
+        errors |= failed
+        limits += own.pop("limits")
+        found |= {name: first[name] + taken for name, taken in own.items()}
+        for name in calls.keys() - errors.keys():
+            peaks[name] = workers[name].peak_memory()
+            if DEVICE.type == "cuda":
+                busy[name] = workers[name](WARM + turns * TURN, 3, True)
+        for worker in (rates, *workers.values()):
+            worker.stop()
+    return found, limits, peaks, busy, errors
+
+
 def measure(
     case: str, shape: tuple, size: int, matmul: tuple[int, int, int], names: tuple[str, ...], turns: int, say: Callable
 ) -> dict[str, Result]:
     tuned = lambda name: name not in ("eager", "eager compiled")
     make = lambda name: lambda: Worker("bench_train_step:provider", name, shape, size, allocator=tuned(name))
-    workers, errors = start({name: make(name) for name in names}, say)
-    first, failed = take_turns({name: lambda _, w=w: w(0, WARM) for name, w in workers.items()}, 1, say)
-    errors |= failed
-    calls = {name: lambda turn, w=w: w(WARM + turn * TURN, TURN) for name, w in workers.items() if name not in errors}
-    limits = Worker("limits:Limits", matmul)
-    found, failed = take_turns({"limits": lambda _: limits(), **calls}, turns, say)
-    errors |= failed
-    losses = {n: [x for turn in first[n] + found[n] for x in turn[0]][:PARITY_STEPS] for n in calls if n not in errors}
+    found, limits, peaks, busy, errors = in_turns(names, make, matmul, turns, say)
+    losses = {n: [x for turn in found[n] for x in turn[0]][:PARITY_STEPS] for n in found if n not in errors}
     parity = {name: difference(own, losses.get("eager", [])) for name, own in losses.items()}
     errors |= {n: f"parity: the losses differ by {p:.1e}, more than {PARITY:.1e}" for n, p in parity.items() if not p <= PARITY}
-    rates = tuple(statistics.median(turn[k] for turn in found["limits"]) for k in (0, 1))
+    rates = tuple(statistics.median(turn[k] for turn in limits) for k in (0, 1))
     model = DiT(comparable(*shape))
-    samples = {name: [] if name in errors else [turn[1] for turn in found[name]] for name in names}
+    samples = {name: [] if name in errors else [turn[1] for turn in found[name][1:]] for name in names}
     results = {}
     for name in names:
         key, values = {"case": case, "provider": name, "size": f"batch {size}"}, {}
@@ -182,14 +232,14 @@ def measure(
             values = {
                 "images_per_s": f"{size / median:.4g}", **speedup(samples["eager"], samples[name]),
                 "mfu": f"{mfu:.3f}", "bound_share": f"{share:.3f}", "parity": f"{parity[name]:.1e}",
-                "parity_steps": len(losses[name]), "peak_mb": f"{workers[name].peak_memory() / 1e6:.0f}",
-                "cpu_s": f"{statistics.median(turn[2] for turn in found[name]):.6g}",
+                "parity_steps": len(losses[name]), "peak_mb": f"{peaks[name] / 1e6:.0f}",
+                "cpu_s": f"{statistics.median(turn[2] for turn in found[name][1:]):.6g}",
                 "gflop_per_image": f"{flops_per_image(model) / 1e9:.2f}", "gemm_gflops": f"{rates[0] / 1e9:.1f}",
                 "copy_gb_s": f"{rates[1] / 1e9:.1f}",
             }  # fmt: skip
+            if name in busy:
+                values["gpu_busy"] = f"{busy[name] / median:.3f}"
         results[name] = Result(key, samples[name], values, errors.get(name, ""))
-    for worker in (limits, *workers.values()):
-        worker.stop()
     return results
 
 
@@ -204,14 +254,19 @@ def groups(full: bool) -> dict[str, Group]:
     cuda = DEVICE.type == "cuda"
     cases = CUDA_CASES if cuda else CASES
     chosen = list(cases) if full else ["S/2"]
-    names = tuple(name for name in PROVIDERS if cuda or full or "compile" not in name)
-    if not cuda:
-        names = tuple(name for name in names if name != "+compile")  # brings nothing there, and `fastdit train` leaves it out
-    rounds, part = (9, 1) if full else (6, 1 if cuda else 2)
-    return {
-        case: Group(names, functools.partial(measure, case, shape, size // part, matmul, names, rounds))
-        for case, (shape, size, matmul) in ((case, cases[case]) for case in chosen)
-    }  # fmt: skip
+    rounds, part = (5, 1) if cuda else (9, 1) if full else (6, 2)
+
+    def group(case: str) -> Group:
+        shape, size, matmul = cases[case]
+        names = (tuple(PROVIDERS) if case == CHAIN else MAIN) if cuda else of_cpu(full)
+        return Group(names, functools.partial(measure, case, shape, size // part, matmul, names, rounds))
+
+    return {case: group(case) for case in chosen}
+
+
+def of_cpu(full: bool) -> tuple[str, ...]:
+    """The providers there: compiled blocks bring nothing, and `fastdit train` leaves them out; CUDA graphs are none."""
+    return tuple(name for name in PROVIDERS if name not in ("+compile", "graphs") and (full or "compile" not in name))
 
 
 def test_train_step(replay, group, member) -> None:

@@ -1,12 +1,23 @@
-"""Everything that a CUDA machine is wanted for, in one command: kernel tests, all suites in full size, launch tuning.
+"""Everything that a CUDA machine is wanted for, in one command: is it right, who waits for whom, all suites in full size, tuning.
 
-    python benchmarks/gpu.py [--minutes 10] [--csv benchmarks/results/NAME.csv] [--again]
+    python benchmarks/gpu.py [--minutes 10] [--csv runs/NAME.csv] [--again]
 
-Sections, one after the other, each a process of its own with a time limit. The same command goes on where the last one ended: a
+Sections, what answers most first, each a process of its own with a time limit. The same command goes on where the last one ended: a
 section, or a suite's case, that is done with these sources and this torch is not repeated (`NAME.sections.json` beside the CSV
 says which; --again forgets it), one that failed is. A section starts only where its whole limit fits into the minutes that are
-left. One whose packages are missing is skipped; kernels, blocks and train steps need torch 2.11 or newer and triton alone.
+left. One whose packages or tools are missing is skipped; most need torch 2.11 or newer and triton only.
 Exit code 0: nothing is left but what was skipped; 1: something failed or is left; 2: no GPU.
+
+The rows of the suites go to --csv, those of launch_bound.py to NAME.launch_bound.csv beside it. runs/ is not in the repository:
+before a machine is given back, copy both away, and put into benchmarks/results/ what the README shall show.
+
+A machine without network: make wheels of what it lacks on one with network, for its Python, and carry them along:
+
+    pip download --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 --dest wheels \\
+        pydantic pydantic-core annotated-types typing-inspection diffusers importlib-metadata mlxtend
+    DS_BUILD_OPS=0 pip wheel --no-deps --wheel-dir wheels deepspeed hjson        # of launch/constraints.txt's versions
+
+and there: pip install --no-index --no-deps wheels/*.whl && FASTDIT_BUILD_EXT=0 pip install --no-deps --no-build-isolation -e .
 """
 
 import argparse
@@ -18,6 +29,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +39,10 @@ from typing import NamedTuple
 
 import torch
 
+import launch_bound
 import record
+from bench_train_step import CUDA_CASES
+from kernel_cases import WIDTHS
 from measure import DEVICE, EXCUSED, THREADS, reason
 
 ROOT = Path(__file__).parent.parent
@@ -37,34 +52,57 @@ INSTALL = {"nvidia.dali": "nvidia-dali-cuda130", "skimage": "scikit-image", "skl
 
 
 class Section(NamedTuple):
-    """needs: modules; limit: seconds."""
+    """needs: modules; limit: seconds; tools: programs."""
 
     name: str
     command: list[str]
     needs: tuple[str, ...]
     limit: float
+    tools: tuple[str, ...] = ()
 
 
 def sections(csv: Path) -> list[Section]:
-    """Tuning comes last: its lines are put into kernels/tuning.py by hand, so nothing here waits for them."""
+    """In the order of what they answer. Tuning comes last: its lines are put into kernels/tuning.py by hand."""
     python = [sys.executable, "-u"]
+    script = lambda name, *words: [*python, f"benchmarks/{name}.py", *words]
     tests = ["-m", "pytest", "-q", "-m", "not slow", *(f"--ignore=tests/kernels/test_{name}.py" for name in ("codegen", "cpp"))]
-    suite = lambda name: [*python, str(Path(__file__)), "--suite", name, "--csv", str(csv)]
+    suite = lambda name, *words: [*python, str(Path(__file__)), "--suite", name, "--csv", str(csv), *words]
+    memcheck = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     data = ("nvidia.dali", "diffusers", "scipy", "skimage", "sklearn")
     return [
-        Section("kernel tests", [*python, *tests, "tests/kernels"], ("triton", "pytest"), 180),
-        Section("kernels", suite("kernels"), ("triton",), 300),
-        Section("train_step", suite("train_step"), ("triton",), 480),
-        Section("blocks", suite("blocks"), ("triton",), 180),
-        Section("sampling", suite("sampling"), ("triton", "diffusers", "scipy"), 240),
+        Section("kernel tests", [*python, *tests, "tests/kernels"], ("triton", "pytest"), 240),
+        Section("parity", script("parity"), ("triton",), 180),
+        Section("memcheck", [*memcheck, *script("parity", "--smallest", "--batch", "3")], ("triton",), 240, ("compute-sanitizer",)),
+        *(
+            Section(f"launch bound {part}", script("launch_bound", "--csv", str(launches_csv(csv)), "--cases", *cases),
+                    ("triton", "deepspeed"), 480)
+            for part, cases in launch_bound_cases().items()
+        ),
+        Section("train and sample", script("gpu_train"), ("triton", "deepspeed", "mlxtend"), 480),
+        *(Section(f"train_step {case}", suite("train_step", "--case", case), ("triton", "deepspeed"), 540) for case in CUDA_CASES),
+        Section("kernels", suite("kernels"), ("triton",), 540),
+        Section("sampling", suite("sampling"), ("triton",), 300),
+        Section("blocks", suite("blocks"), ("triton",), 300),
         Section("end_to_end", suite("end_to_end"), ("triton", "deepspeed", *data), 300),
         Section("data", suite("data"), data, 180),
         Section("checkpoint", suite("checkpoint"), ("deepspeed",), 120),
         *(
-            Section(f"tuning {op}", [*python, "benchmarks/tune_kernels.py", "--ops", op], ("triton",), 300)
-            for op in ("modulate", "gated_residual", "gated_residual_modulate")
+            Section(f"tuning {op} {width}", script("tune_kernels", "--ops", op, "--widths", str(width), "--batch", "128"),
+                    ("triton",), 300)
+            for op in ("modulate", "gated_residual", "gated_residual_modulate") for width in WIDTHS
         ),
-    ]
+    ]  # fmt: skip
+
+
+def launch_bound_cases() -> dict[str, list[str]]:
+    """launch_bound.py's cases in parts that fit into a section: of the small preset, and of the others."""
+    small = [case for case in launch_bound.CASES if case.startswith("S/2")]
+    return {"S/2": small, "B/2, XL/2": [case for case in launch_bound.CASES if case not in small]}
+
+
+def launches_csv(csv: Path) -> Path:
+    """Where launch_bound.py's rows go: no suite, so not among the suites' rows."""
+    return csv.with_name(f"{csv.stem}.launch_bound.csv")
 
 
 @functools.cache
@@ -90,8 +128,8 @@ def note(state: Path, name: str, start: float) -> None:
     temporary.replace(state)
 
 
-def missing(needs: tuple[str, ...]) -> list[str]:
-    """The packages that are not installed."""
+def missing(section: Section) -> str:
+    """What a section lacks here, in one sentence; or nothing."""
 
     def found(module: str) -> bool:
         try:
@@ -99,7 +137,11 @@ def missing(needs: tuple[str, ...]) -> list[str]:
         except ModuleNotFoundError:  # of the package that it is in
             return False
 
-    return [INSTALL.get(module, module) for module in needs if not found(module)]
+    packages = [INSTALL.get(module, module) for module in section.needs if not found(module)]
+    if packages:
+        return f"{' and '.join(packages)} missing: pip install {' '.join(packages)}"
+    tools = [tool for tool in section.tools if shutil.which(tool) is None]
+    return f"there is no {' and no '.join(tools)} in the PATH" if tools else ""
 
 
 def execute(command: list[str], limit: float) -> str:
@@ -124,8 +166,8 @@ def run(todo: list[Section], state: Path, budget: float) -> int:
         start = time.monotonic()
         if section.name in done(state):
             say("done before")
-        elif packages := missing(section.needs):
-            say(f"skipped, {' and '.join(packages)} missing: pip install {' '.join(packages)}")
+        elif lack := missing(section):
+            say(f"skipped, {lack}")
         elif end - start < section.limit:
             say(f"left for the next call: it may take {section.limit:g} s, and {max(0, end - start):.0f} s are left")
             left.append(section.name)
@@ -143,11 +185,12 @@ def run(todo: list[Section], state: Path, budget: float) -> int:
     return 1 if failed or left else 0
 
 
-def measure_suite(name: str, csv: Path, state: Path) -> int:
-    """Measure a suite's cases, in full size, that are not done, each into the CSV at once; exit code 1 where a provider failed."""
+def measure_suite(name: str, csv: Path, state: Path, case: str | None = None) -> int:
+    """Measure a suite's cases, in full size, that are not done, each into the CSV at once; exit code 1 where a provider failed.
+    case: the only one."""
     module, failed = importlib.import_module(f"bench_{name}"), []
     groups = module.groups(True)
-    for number, group in enumerate(list(groups), 1):
+    for number, group in enumerate([case] if case else list(groups), 1):
         start, key = time.monotonic(), f"{name}, {group}"
         say = lambda text, place=f"  {number}/{len(groups)} {key}": print(f"{place}: {text}", flush=True)  # noqa: B008 (the loop's)
         if key in done(state):
@@ -174,24 +217,25 @@ def measure_suite(name: str, csv: Path, state: Path) -> int:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="of this call (default: %(default)s)")
-    parser.add_argument("--csv", type=Path, help="where the rows go (default: benchmarks/results/<the GPU's name>.csv)")
+    parser.add_argument("--csv", type=Path, help="where the rows go (default: runs/<the GPU's name>.csv)")
     parser.add_argument("--again", action="store_true", help="also what is done")
     parser.add_argument("--suite", help=argparse.SUPPRESS)  # in a section's process
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if DEVICE.type != "cuda":
         parser.error("there is no CUDA GPU for torch here: `pytest benchmarks` measures a CPU")
     name = re.sub("[^a-z0-9]+", "_", record.device_name(DEVICE).lower()).strip("_")
-    csv = (options.csv or ROOT / "benchmarks" / "results" / f"{name}.csv").absolute()
+    csv = (options.csv or ROOT / "runs" / f"{name}.csv").absolute()
     state = csv.with_suffix(".sections.json")
     if options.suite:
-        return measure_suite(options.suite, csv, state)
+        return measure_suite(options.suite, csv, state, options.case)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`, which ends the section
     csv.parent.mkdir(parents=True, exist_ok=True)
     if options.again:
         state.unlink(missing_ok=True)
     code = run(sections(csv), state, 60 * options.minutes)
     if rows := record.read(csv):
-        print(f"\n{record.table(rows, ('suite', *record.SHOWN))}\nrows: {csv}")
+        print(f"\n{record.table(rows, ('suite', *record.SHOWN))}\nrows: {csv}: copy it away with {launches_csv(csv).name}")
     return code
 
 

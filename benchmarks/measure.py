@@ -85,6 +85,21 @@ def synchronize() -> None:
     rates.synchronize(DEVICE)
 
 
+def gpu_events(call: Callable[[], object]) -> list:
+    """What ran on the GPU in a call, copies and fills included, the longest first: averages of torch.profiler, with `key`, `count`
+    and `self_device_time_total` in microseconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        call()
+        synchronize()
+    events = [event for event in found.key_averages() if event.self_device_time_total]
+    return sorted(events, key=lambda event: -event.self_device_time_total)
+
+
+def busy_seconds(events: list) -> float:
+    """Seconds in which the GPU worked on `gpu_events`."""
+    return sum(event.self_device_time_total for event in events) / 1e6
+
+
 def peak_memory() -> int:
     """Bytes: the most that torch held on the GPU, or that this process held in memory."""
     if DEVICE.type == "cuda":

@@ -14,7 +14,19 @@ import torch
 
 KEYS = ("suite", "case", "provider", "direction", "size", "precision", "device", "threads")
 VALUES = ("median_s", "p20_s", "p80_s", "samples", "images_per_s", "speedup", "mfu", "bound_share", "parity", "peak_mb")
-SHOWN = (*KEYS[1:5], "median_s", "images_per_s", "speedup", "mfu", "bound_share", "copy_share", "peak_mb", "parity", "error")
+SHOWN = (
+    *KEYS[1:5],
+    "median_s",
+    "images_per_s",
+    "speedup",
+    "mfu",
+    "bound_share",
+    "copy_share",
+    "host_us",
+    "peak_mb",
+    "parity",
+    "error",
+)
 
 
 def device_name(device: torch.device) -> str:

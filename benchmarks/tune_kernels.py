@@ -1,7 +1,7 @@
 """Time the launch parameters of the adaLN kernels on this GPU and print the winners as lines for TUNED in kernels/tuning.py.
 
-Each candidate is launched by the public function once; its kernels are then replayed alone in a CUDA graph, so that Python costs
-nothing. Raise VERSION in kernels/tuning.py when a line of a backward goes in: its sums change in the last bit.
+Each candidate's kernels are replayed in a CUDA graph, so that Python costs nothing.
+Raise VERSION in kernels/tuning.py when a line of a backward goes in: its sums change in the last bit.
 
     python benchmarks/tune_kernels.py                                   # all ops, widths of the presets; minutes
     python benchmarks/tune_kernels.py --ops modulate --widths 1152 --batch 64
@@ -9,14 +9,15 @@ nothing. Raise VERSION in kernels/tuning.py when a line of a backward goes in: i
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Iterator
 from itertools import product
 
 import torch
 import triton
 from codegen import ARCHITECTURES, Recorder, machine_code, record_op
-from triton.runtime.jit import JITFunction
 
+from bench_kernels import Replayed, directions, one_stream
 from fastdit.kernels import backend, tuning
 from kernel_cases import CASES, WIDTHS
 
@@ -50,31 +51,11 @@ def use(kernel: str, width: int, arch: int, how: tuning.Launch | None) -> None:
     tuning.launch_for.cache_clear()
 
 
-def launches(op: str, direction: str, width: int, batch: int) -> list[Callable[[], object]]:
-    """The kernel launches of one call of the op, each as a function that repeats it on the same tensors."""
-    function, inputs = CASES[op].make(width, batch, torch.bfloat16, torch.device("cuda"))
-    calls, run = {"forward": [], "backward": []}, JITFunction.run
-    now = "forward"
-
-    def record(kernel, *args, **options):
-        calls[now].append(lambda: run(kernel, *args, **options))
-        return run(kernel, *args, **options)
-
-    JITFunction.run = record
-    try:
-        with backend("triton"):
-            outputs = function(*inputs)
-        now = "backward"
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.autograd.grad(outputs, inputs, [torch.randn_like(t) for t in outputs])
-    finally:
-        JITFunction.run = run
-    return calls[direction]
-
-
 def milliseconds(op: str, direction: str, width: int, batch: int) -> float:
-    repeat = launches(op, direction, width, batch)
-    return triton.testing.do_bench_cudagraph(lambda: [call() for call in repeat], return_mode="median")
+    """Of the kernels of one direction, replayed in a CUDA graph."""
+    function, inputs = CASES[op].make(width, batch, torch.bfloat16, torch.device("cuda"))
+    with backend("triton"), one_stream():
+        return statistics.median(Replayed(directions(function, inputs, True)[direction])()) * 1e3
 
 
 def tune(op: str, direction: str, width: int, batch: int, arch: int) -> tuple[tuning.Launch, float, float]:
@@ -108,7 +89,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
-    parser.add_argument("--batch", type=int, default=32, help="samples of 256 tokens (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=128, help="samples of 256 tokens, more than an L2 cache holds (default: %(default)s)"
+    )
     parser.add_argument("--dry-run", type=int, choices=ARCHITECTURES, metavar="ARCH", help="compile only, without a GPU")
     options = parser.parse_args()
     if options.dry_run:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdit import kernels
+from fastdit import host, kernels
 from fastdit.config import Config, InputError, ModelConfig, nearest, parse
 from fastdit.engine import deepspeed_config
 from fastdit.model import Attention, DiT, Mlp
@@ -364,6 +364,7 @@ def make(config: Config, card: Card, gpus: int, epochs: float, images: int, pric
             "optimizer": optimizer_bytes(config, N, gpus), "gradients_sent": gradients, "weights_sent": weights,
         },
         "seconds_per_step": {key: value for key, value in speed._asdict().items() if key not in ("fast", "slow")},
+        "host": host.predict(config, gpus, step_images * gpus / speed.fast),
         "images_per_s": {"slow": speed.slow, "fast": speed.fast},
         "mfu": {end: getattr(speed, end) / gpus * model_flops / peak for end in ("slow", "fast")},
         "run": {
@@ -387,7 +388,8 @@ def assumptions(config: Config, card: Card, gpus: int) -> list[str]:
         "MFU: the model's own FLOPs over the datasheet's rate; what is recomputed does not count",
         f"memory: tensors alive at once, counted on the meta device; {RESERVE / 1e9:.0f} GB and {FRAGMENTATION:.0%} of the card "
         "set aside for CUDA, NCCL and the allocator; latents are made beforehand",
-        "not counted: kernel launches, which bound small models and batches (steps under 20 ms); checkpoints, grids, restarts",
+        host.assumption(),
+        "not counted in images/s: a host that is the limit; checkpoints, grids, restarts",
     ]  # fmt: skip
     if actual_stage(config, gpus) != config.zero.stage:
         lines.append(f"one GPU has nothing to shard: the engine runs without ZeRO, whatever zero.stage={config.zero.stage} says")
@@ -454,6 +456,7 @@ def describe(plan: dict) -> str:
     lines += [
         "",
         f"images/s   {between(speed, ',.0f')} (MFU {between(plan['mfu'], '.0%')})",
+        f"host       {host.describe(plan['host'])}",
         f"hours      {between(run['hours'], ',.1f')}",
     ]
     lines.append(f"GPU hours  {between(run['gpu_hours'], ',.0f')}")

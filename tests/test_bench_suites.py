@@ -1,18 +1,22 @@
 """What the benchmark suites check of their own rows, and two suites as a user runs them."""
 
+import importlib.util
 import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import bench_blocks
 import bench_end_to_end
 import bench_kernels
 import bench_sampling
+import bench_train_step
 import eager_reference
 import record
 from fastdit import autoencoder
@@ -63,6 +67,99 @@ def test_a_speedup_of_several_processes_is_the_median_of_theirs():
     no_reference = [p._replace(samples=p.samples | {"eager forward": []}, errors={"eager forward": "died"}) for p in processes]
     alone = bench_kernels.together(no_reference, members, {})["fused forward"]
     assert alone.samples and "speedup" not in alone.values
+
+
+def test_a_gpus_rows_say_what_the_host_needs_for_a_call():
+    eager, held = [[2.0]], {"eager forward": 1}
+    processes = [
+        bench_kernels.Turns({"eager forward": eager}, held, {}, 1e9, 0.0, {"eager forward": host}) for host in (2e-5, 4e-5)
+    ]
+    found = bench_kernels.together(processes, ("eager forward",), {})["eager forward"]
+    assert found.values["host_us"] == "30.0"
+    [cpu] = bench_kernels.together([processes[0]._replace(host=None)], ("eager forward",), {}).values()
+    assert "host_us" not in cpu.values
+
+
+def test_a_gpus_tensors_are_twice_its_cache(monkeypatch):
+    card = types.SimpleNamespace(L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    batch = bench_kernels.batch_above_cache(256 * 384)
+    assert 100 << 20 <= batch * 256 * 384 * bench_kernels.DTYPE.itemsize < 101 << 20
+
+
+def test_blocks_convert_the_model_before_it_goes_to_the_device(monkeypatch):
+    """The conversion mixes its weights with tensors of the CPU."""
+
+    class Converted(Exception):
+        pass
+
+    def convert(model):
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+        raise Converted
+
+    monkeypatch.setattr(bench_blocks, "DEVICE", torch.device("meta"))
+    monkeypatch.setattr(bench_blocks, "fastdit_model", convert)
+    with pytest.raises(Converted):
+        bench_blocks.measure("S/2", 1, (), 1)
+
+
+class FakeWorker:
+    """Says what it was asked; a step's loss is its number."""
+
+    alive, most = set(), 0
+
+    def __init__(self, make, name, *_, **__):
+        if name == "broken":
+            raise RuntimeError("cannot be made")
+        self.limits, self.name = make == "limits:Limits", str(name)
+        if not self.limits:
+            FakeWorker.alive.add(self.name)
+            FakeWorker.most = max(FakeWorker.most, len(FakeWorker.alive))
+
+    def __call__(self, first=0, count=0, busy=False):
+        if self.limits:
+            return 1e12, 1e11
+        return 0.25 if busy else ([1.0 + first + i for i in range(count)], 0.5, 0.25)
+
+    def peak_memory(self):
+        return 1_000_000
+
+    def stop(self):
+        FakeWorker.alive.discard(self.name)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_train_steps_on_a_gpu_are_measured_one_provider_after_the_other(monkeypatch, kind):
+    """On a CPU all in turns. One that cannot be made leaves the others their rows."""
+    monkeypatch.setattr(bench_train_step, "Worker", FakeWorker)
+    monkeypatch.setattr(bench_train_step, "DEVICE", torch.device(kind))
+    FakeWorker.most = 0
+    names = ("eager", "broken", "engine")
+    rows = bench_train_step.measure("S/2", (64, 1, 1, 128, None), 2, (64, 64, 64), names, 4, lambda _: None)
+    assert FakeWorker.most == (1 if kind == "cuda" else 2) and not FakeWorker.alive
+    assert rows["broken"].error == "RuntimeError: cannot be made" and not rows["broken"].samples
+    assert rows["engine"].samples == [0.5] * 4 and rows["engine"].values["parity"] == "0.0e+00"
+    assert rows["engine"].values.get("gpu_busy") == ("0.500" if kind == "cuda" else None)
+
+
+def test_the_providers_of_a_train_step(monkeypatch):
+    assert bench_train_step.of_cpu(True) == tuple(n for n in bench_train_step.PROVIDERS if n not in ("+compile", "graphs"))
+    assert "eager compiled" not in bench_train_step.of_cpu(False)
+    monkeypatch.setattr(bench_train_step, "DEVICE", torch.device("cuda"))
+    groups = bench_train_step.groups(True)
+    assert list(groups) == ["S/2", "B/2", "L/2", "XL/2"] and groups["XL/2"].members == bench_train_step.MAIN
+    assert set(groups["S/2"].members) == set(bench_train_step.PROVIDERS)
+    assert [group.measure.args[2] for group in groups.values()] == [256, 256, 64, 64]
+
+
+def test_without_diffusers_bf16_latents_are_judged_by_themselves(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    eager = torch.randn(2, 4, 8, 8)
+    values, errors = bench_sampling.check({"eager": eager, "fastdit bf16": eager + 0.01}, decoded=False)
+    assert not errors and 5e-3 < float(values["fastdit bf16"]["latents_rms"]) < 2e-2
+    for wrong in (eager + 0.1, eager * torch.nan):
+        _, errors = bench_sampling.check({"eager": eager, "fastdit bf16": wrong}, decoded=False)
+        assert errors["fastdit bf16"].startswith("parity: latents differ")
 
 
 def test_sampling_rows_need_the_reference_latents():

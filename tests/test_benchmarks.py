@@ -1,5 +1,6 @@
 """The benchmarks' tools on made-up CSVs and sections: what compare.py calls slower, what report.py writes, how gpu.py goes on."""
 
+import functools
 import importlib
 import os
 import signal
@@ -12,10 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import compare
 import gpu
+import gpu_train
+import launch_bound
 import measure
+import parity
 import record
 import report
 
@@ -328,6 +333,65 @@ def test_gpu_needs_a_gpu_and_its_suites_exist(capsys, tmp_path):
         assert section.limit < 600
         if "--suite" in section.command:
             assert importlib.import_module(f"bench_{section.command[section.command.index('--suite') + 1]}").groups(True)
+
+
+def test_what_answers_most_comes_first_and_tuning_last(tmp_path):
+    names = [section.name for section in gpu.sections(tmp_path / "rows.csv")]
+    assert names[:2] == ["kernel tests", "parity"] and names[3].startswith("launch bound")
+    assert all(name.startswith("tuning") for name in names[-12:]) and len(set(names)) == len(names)
+    steps = [section.command[-1] for section in gpu.sections(tmp_path / "rows.csv") if section.name.startswith("train_step")]
+    assert steps == list(gpu.CUDA_CASES)
+    cases = [case for part in gpu.launch_bound_cases().values() for case in part]
+    assert sorted(cases) == sorted(launch_bound.CASES)
+    for section in gpu.sections(tmp_path / "rows.csv"):
+        scripts = [word for word in section.command if word.endswith(".py") and "=" not in word]
+        assert all((gpu.ROOT / script).exists() for script in scripts), section
+
+
+def test_a_missing_tool_skips_a_section_in_one_line(tmp_path, capfd):
+    todo = [section._replace(tools=("no-such-tool",)) for section in sections(tmp_path, "")]
+    assert gpu.run(todo, tmp_path / "state.json", 100) == 0
+    assert "[1/1] a: skipped, there is no no-such-tool in the PATH" in capfd.readouterr().out
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_section_may_be_one_case_of_a_suite(tmp_path, monkeypatch):
+    measured = []
+
+    def result(case, say):
+        measured.append(case)
+        return {"eager": measure.Result({"case": case, "provider": "eager", "direction": "", "size": "1"}, [0.5], {})}
+
+    groups = lambda full: {c: measure.Group(("eager",), functools.partial(result, c)) for c in ("a", "b")}
+    monkeypatch.setitem(sys.modules, "bench_made_up", types.SimpleNamespace(SUITE="made_up", groups=groups))
+    assert gpu.measure_suite("made_up", tmp_path / "rows.csv", tmp_path / "state.json", "b") == 0
+    assert measured == ["b"]
+
+
+def test_weights_are_compared_bit_by_bit(tmp_path):
+    weights = {"a": torch.ones(3), "b": torch.zeros(2)}
+    for name, own in {"one": weights, "two": weights, "three": weights | {"a": torch.tensor([1, 1, 1 + 2**-23])}}.items():
+        folder = tmp_path / name / "checkpoints" / "step_00000003"
+        folder.mkdir(parents=True)
+        save_file(own, folder / "weights_rank_0000.safetensors")
+    assert gpu_train.differing(tmp_path / "one", tmp_path / "two") == []
+    assert gpu_train.differing(tmp_path / "one", tmp_path / "three") == ["a"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_trains_and_samples_as_one_that_was_not(tmp_path):
+    """The section "train and sample", on this device with a small model."""
+    words = ["model.preset=test/4", "train.batch_size=8", "train.device=cpu", "sample.steps=2", "train.log_steps=5"]
+    assert gpu_train.main(["--steps", "30", "--out", str(tmp_path / "out"), *words]) == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == len(gpu_train.BATCHES)
+
+
+def test_every_op_is_within_the_bound_of_its_reference(monkeypatch, capsys):
+    """parity.py, with one op of which a gradient is wrong."""
+    monkeypatch.setattr(parity, "CASES", {"swiglu": parity.CASES["swiglu"]})
+    assert parity.main(["--smallest", "--batch", "1"]) == 0 and "all within" in capsys.readouterr().out
+    monkeypatch.setattr(parity, "difference", lambda *_: float("nan"))
+    assert parity.main(["--smallest", "--batch", "1"]) == 1 and "swiglu 1024" in capsys.readouterr().out
 
 
 def test_a_row_says_that_onednn_was_held_to_an_instruction_set(monkeypatch) -> None:

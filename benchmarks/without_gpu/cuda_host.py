@@ -1,0 +1,124 @@
+"""Host time and launches of a train step on a GPU machine, measured without a GPU: README.md says how that works.
+
+    . DIR/env.sh && python benchmarks/without_gpu/cuda_host.py --csv benchmarks/results/cuda_host.csv [--presets S/2 B/2 L/2 XL/2]
+
+A row for each preset and provider of train_steps.py, each measured in a process of its own. host_ms and host_min_ms: median and
+minimum of 7 steps after 3; cpu_ms: the median of their processor time, which other processes disturb less. On the CPU that the row
+names, without the driver's own 2 to 5 us a launch. Per step: launches (of torch and
+cuBLAS), triton_launches, graph_launches, syncs, copies, fills. Last, the table HOST of fastdit/host.py.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+
+import record
+from fastdit.config import PRESETS, InputError
+from measure import reason
+from train_steps import PROVIDERS, step_of
+
+STEPS, WARM, BATCH = 7, 3, 32
+LIMIT = 600  # seconds of a process
+COUNTS = {
+    "launches": "launches", "driver_launches": "triton_launches", "graph_launches": "graph_launches", "syncs": "syncs",
+    "memcpys": "copies", "memsets": "fills",
+}  # fmt: skip
+COMMAND = "source DIR/env.sh of benchmarks/without_gpu/stubs/build.sh first: these are measurements on its stub libraries"
+
+
+def measure_step(preset: str, provider: str, batch: int) -> dict[str, str]:
+    """The values of a row, measured in this process; {"error": …} for a provider that cannot be made."""
+    from count import measure
+
+    try:
+        step = step_of(preset, provider, batch)
+        found = measure(step, STEPS, WARM)
+    except Exception as error:  # whatever a provider dies of is its row
+        sentence = str(error) if isinstance(error, InputError) else reason(error)
+        return {"error": sentence}
+    times = {
+        "steps": str(STEPS),
+        "host_ms": f"{found.median / 1e3:.3f}",
+        "host_min_ms": f"{found.best / 1e3:.3f}",
+        "cpu_ms": f"{found.cpu / 1e3:.3f}",
+    }
+    peak = {"peak_mb": f"{torch.cuda.max_memory_allocated() / 1e6:.0f}"}
+    return times | {name: f"{found.counts[counter]:.1f}" for counter, name in COUNTS.items()} | peak
+
+
+def measured_in_a_process(preset: str, provider: str, batch: int) -> dict[str, str]:
+    """As measure_step, whose process may die or hang."""
+    command = [sys.executable, __file__, "--one", preset, provider, "--batch", str(batch)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"took longer than {LIMIT} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"error": f"exit code {done.returncode}: {last[:160]}"}
+    return json.loads(lines[-1])
+
+
+def fit(rows: list[dict[str, str]], provider: str, column: str) -> tuple[float, float] | None:
+    """(per block, outside of the blocks): the line through a column's values by the presets' depths, of least squares. None where
+    there are fewer than two depths. Where a graph holds all blocks the slope can be negative by noise: it is 0 then."""
+    points = [(PRESETS[r["preset"]]["depth"], float(r[column])) for r in rows if r["provider"] == provider and not r.get("error")]
+    if len({depth for depth, _ in points}) < 2:
+        return None
+    slope, outside = np.polyfit(*zip(*points, strict=True), 1).tolist()
+    return (slope, outside) if slope > 0 else (0.0, statistics.mean(value for _, value in points))
+
+
+def plan_table(rows: list[dict[str, str]]) -> dict[str, tuple[float, ...]]:
+    """fastdit.host.HOST as the rows have it: train.compile -> ms and launches per block, and outside of the blocks."""
+    table = {}
+    launches = ("launches", "triton_launches", "graph_launches")
+    rows = [r if r.get("error") else {**r, "all": str(sum(float(r[name]) for name in launches))} for r in rows]
+    for provider, compiled in PROVIDERS.items():
+        fits = [fit(rows, provider, column) for column in ("cpu_ms", "all")]
+        if compiled and all(fits):
+            (ms, ms_outside), (count, count_outside) = fits
+            table[compiled] = (round(ms, 2), round(count, 1), round(ms_outside, 1), float(round(count_outside)))
+    return table
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, help="where the rows go")
+    parser.add_argument("--presets", nargs="+", default=["S/2", "B/2", "L/2", "XL/2"], choices=list(PRESETS), metavar="PRESET")
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS), metavar="PROVIDER")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images per step (default: %(default)s)")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # in a process of its own
+    options = parser.parse_args(words)
+    if "GPUSTUB_LIB" not in os.environ:
+        parser.error(COMMAND)
+    if options.one:
+        print("\n" + json.dumps(measure_step(*options.one, options.batch)), flush=True)
+        os._exit(0)  # the stub of NCCL never says that it has ended
+    rows = []
+    device = f"{record.device_name(torch.device('cpu'))}, host of a stub {torch.cuda.get_device_name()}"
+    for preset in options.presets:
+        for provider in options.providers:
+            key = {"preset": preset, "provider": provider, "batch": str(options.batch)}
+            rows.append(key | measured_in_a_process(preset, provider, options.batch) | {"device": device})
+            print("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:-1]), flush=True)
+    if options.csv:
+        columns = list(dict.fromkeys(k for row in rows for k in row))
+        record.write(options.csv, [{k: row.get(k, "") for k in columns} for row in rows])
+        print(f"rows: {options.csv}")
+    print("HOST = {" + ", ".join(f'"{k}": Host{v}' for k, v in plan_table(rows).items()) + "}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Kernels, launches and bytes of a DiT block under torch.compile for an H100, found out without one: README.md says how.
+
+    python benchmarks/without_gpu/cuda_kernels.py --csv benchmarks/results/cuda_kernels.csv [--presets S/2 B/2 XL/2] [--kernels]
+
+Dynamo, AOTAutograd and Inductor's lowering, scheduling and code generation are real, on tensors of device "cuda" that hold no
+memory (FakeTensorMode); nothing is executed. A row for each preset, version and direction: launches by kind, MB that must move at
+least once (`memory_bound_mb`: everything but matmuls and attention), MB kept for the backward, column sums (reductions over all
+tokens that Inductor makes a kernel of, two for most bias gradients), graphs that Dynamo made of the blocks.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+import cuda_shim  # noqa: F401 (before torch)
+
+# isort: split
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import record
+from inductor_graphs import Compiler, Graph, Kernel
+from pretend_cuda import pretend
+
+DEPTH = 2  # of the models: the last block gets a graph of its own
+VERSIONS = {
+    "fused": "fastdit, fused ops, blocks compiled",
+    "reference": "fastdit, reference ops, blocks compiled: Inductor's own fusion",
+    "base": "eager reference, blocks compiled",
+}
+KINDS = {
+    "fused op": "fused_ops",
+    "triton": "inductor",
+    "copy": "copies",
+    "other": "others",
+    "gemm": "gemms",
+    "attention": "attention",
+}
+
+
+def on_card(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """The model with its parameters (in a dtype) and tables on "cuda"; fake ones cannot be cast or moved in place."""
+    for module in model.modules():
+        for kept, options in ((module._parameters, {"dtype": dtype}), (module._buffers, {})):
+            for name, t in kept.items():
+                if t is not None:
+                    new = torch.empty_like(t, device="cuda", **options)
+                    kept[name] = torch.nn.Parameter(new) if kept is module._parameters else new
+    return model
+
+
+def fastdit_model(preset: str, batch: int, backend: Compiler):
+    """fastdit's bf16 model with blocks compiled as engine.initialize does, and the loss of a step as a function."""
+    from fastdit import flow
+    from fastdit.config import PRESETS, FlowConfig, ModelConfig
+    from fastdit.model import DiT
+
+    options = PRESETS[preset] | {"depth": DEPTH}
+    config = ModelConfig(preset=preset, in_channels=4, input_size=32, num_classes=1000, **options)
+    model = on_card(DiT(config).train(), torch.bfloat16)
+    for block in model.blocks:
+        block.compile(dynamic=False, fullgraph=True, backend=backend)
+    x0, labels = torch.empty(batch, 4, 32, 32, device="cuda"), torch.zeros(batch, dtype=torch.int64, device="cuda")
+    ids = flow.sample_ids(0, 0, batch, torch.device("cuda", 0))
+    return model, lambda: flow.losses(model, FlowConfig(), config.num_classes, x0, labels, 0, ids).mean()
+
+
+def base_model(preset: str, batch: int, backend: Compiler):
+    """As `fastdit_model`, of benchmarks/eager_reference.py: bf16 autocast over fp32 weights."""
+    import eager_reference
+    from fastdit.config import PRESETS
+
+    p = PRESETS[preset]
+    config = eager_reference.comparable(p["width"], DEPTH, p["heads"], p["hidden"], p.get("class_width"))
+    model = on_card(eager_reference.EagerDiT(config).train())
+    for block in model.blocks:
+        block.compile(dynamic=False, fullgraph=True, backend=backend)
+    x0, labels = torch.empty(batch, 4, 32, 32, device="cuda"), torch.zeros(batch, dtype=torch.int64, device="cuda")
+    noise, t = torch.empty_like(x0), torch.empty(batch, device="cuda")
+
+    def loss() -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            t4 = t[:, None, None, None]
+            return F.mse_loss(model((1 - t4) * x0 + t4 * noise, t, labels), noise - x0)
+
+    return model, loss
+
+
+def compiled(version: str, preset: str, batch: int) -> Compiler:
+    """What Inductor made of two steps of a version; the second would show a recompilation as further graphs."""
+    from fastdit.kernels import backend
+
+    torch._dynamo.reset()
+    compiler = Compiler(batch)
+    make = base_model if version == "base" else fastdit_model
+    with FakeTensorMode(allow_non_fake_inputs=True), backend("reference" if version == "reference" else "triton"):
+        model, loss_of = make(preset, batch, compiler)
+        for _ in range(2):
+            loss_of().backward()
+            model.zero_grad()
+    return compiler
+
+
+def row(kernels: list[Kernel]) -> dict[str, str]:
+    """The columns of one direction of a block."""
+    launches, sizes = Counter(), Counter()
+    for k in kernels:
+        launches[k.kind] += k.launches
+        sizes[k.kind] += k.bytes
+    kinds = {f"{name}_launches": str(launches[kind]) for kind, name in KINDS.items()}
+    bound = sum(sizes[kind] for kind in KINDS if kind not in ("gemm", "attention"))
+    return {
+        "launches": str(sum(n for kind, n in launches.items() if kind not in ("gemm", "attention"))), **kinds,
+        "memory_bound_mb": f"{bound / 1e6:.1f}", "gemm_attention_mb": f"{(sizes['gemm'] + sizes['attention']) / 1e6:.1f}",
+        "column_sums": str(sum(k.column_sum for k in kernels)),
+    }  # fmt: skip
+
+
+def rows_of(preset: str, version: str, batch: int, compiler: Compiler) -> list[dict[str, str]]:
+    """One for each direction, of the first block."""
+    found = []
+    for direction in ("forward", "backward"):
+        graph: Graph = next(g for g in compiler.graphs if g.backward is (direction == "backward"))
+        key = {"preset": preset, "version": version, "batch": str(batch), "direction": direction}
+        saved = {"saved_mb": f"{graph.saved / 1e6:.1f}" if graph.backward else "", "graphs": str(compiler.dynamo_graphs)}
+        columns = row(graph.kernels)
+        if not graph.backward:
+            columns["column_sums"] = ""  # a norm's statistics look alike
+        found.append(key | columns | saved)
+    return found
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, help="where the rows go")
+    parser.add_argument("--presets", nargs="+", default=["S/2", "B/2", "XL/2"], metavar="PRESET")
+    parser.add_argument("--versions", nargs="+", default=list(VERSIONS), choices=list(VERSIONS))
+    parser.add_argument("--batch", type=int, default=64, help="images (default: %(default)s)")
+    parser.add_argument("--kernels", action="store_true", help="print every kernel")
+    options = parser.parse_args(words)
+    pretend()
+    rows = []
+    for preset in options.presets:
+        for version in options.versions:
+            compiler = compiled(version, preset, options.batch)
+            rows += rows_of(preset, version, options.batch, compiler)
+            print(record.table(rows[-2:], tuple(rows[-1])), flush=True)
+            for g in compiler.graphs if options.kernels else ():
+                print("backward" if g.backward else "forward")
+                for k in g.kernels:
+                    print(f"  {k.bytes / 1e6:9.2f} MB  {k.kind:10} {'column sum ' if k.column_sum else ''}{k.name}")
+    if options.csv:
+        device = f"{torch.cuda.get_device_name()}: compiled for it, not run"
+        record.write(options.csv, [r | {"device": device} for r in rows], torch.device("cuda", 0))
+        print(f"rows: {options.csv}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
