@@ -31,7 +31,6 @@ CLIP, DECAY, PART = 1.0, 0.9999, 16_000_000
 
 def one_pass(parameters: list[nn.Parameter], bf16: bool) -> Callable[[list[Tensor]], None]:
     optimizer = OneRankAdamW(parameters, CLIP, bf16, 1, **OPTIONS)
-    optimizer.keep_gradients = True
     if bf16:
         for p in parameters:
             p.data = p.data.bfloat16()

@@ -3,6 +3,7 @@
 For measurements of the host, which need no real data: x0 and labels are the same in every step. B batch, C/h/w the latent.
 """
 
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,17 @@ import torch
 from torch import Tensor
 
 from eager_reference import EagerDiT, comparable, train_step
-from fastdit import engine
+from fastdit import engine, graphs
 from fastdit.config import PRESETS, Config, parse
+from fastdit.host import BLOCK_GRAPHS
 from measure import DEVICE, PRECISION
 
 IMAGES = 1 << 20  # that the made-up data set says it has
 CLASSES = 1000
-# provider: train.compile, or None for the eager reference
+# provider: train.compile, or None for the eager reference. BLOCK_GRAPHS are measured on one rank too.
 PROVIDERS = {
     "eager reference": None, "eager reference compiled": None, "none": "none", "blocks": "blocks", "model": "model",
-    "graphs": "graphs", "block graphs": "block_graphs",
+    "graphs": "graphs", BLOCK_GRAPHS: "graphs",
 }  # fmt: skip
 
 
@@ -58,12 +60,14 @@ def config_of(preset: str, compiled: str, batch: int, out: str) -> Config:
     return parse(None, [f"{key}={value}" for key, value in words.items()])
 
 
-def trainer_step(preset: str, compiled: str, batch: int) -> Callable[[], None]:
-    """Trainer.step and the EMA's update, under DeepSpeed, with everything that training does in a step but reading data."""
+def trainer_step(preset: str, provider: str, batch: int) -> Callable[[], None]:
+    """Trainer.step under DeepSpeed, with everything that training does in a step but reading data."""
     from fastdit.train import Trainer  # here: gpu.py, which asks for PROVIDERS, needs torch and triton only
 
     folder = tempfile.TemporaryDirectory()
-    config = config_of(preset, compiled, batch, folder.name)
+    config = config_of(preset, PROVIDERS[provider], batch, folder.name)
+    if provider == BLOCK_GRAPHS:
+        engine.record_training = functools.partial(graphs.record_training, per_block=True)
     world = engine.start(DEVICE.type)
     config = engine.settle(config, world.device)
     run = Path(folder.name) / "steps"
@@ -76,7 +80,6 @@ def trainer_step(preset: str, compiled: str, batch: int) -> Callable[[], None]:
     def step() -> None:
         nonlocal taken
         trainer.step(taken)
-        trainer.ema.update()
         trainer.clock.spans.clear()  # which a run does as it writes a log line
         taken += 1
 
@@ -102,6 +105,6 @@ def step_of(preset: str, provider: str, batch: int) -> Callable[[], object]:
 
     Raises InputError where train.compile has no such value.
     """
-    if (compiled := PROVIDERS[provider]) is None:
+    if PROVIDERS[provider] is None:
         return reference_step(preset, provider.endswith("compiled"), batch)
-    return trainer_step(preset, compiled, batch)
+    return trainer_step(preset, provider, batch)

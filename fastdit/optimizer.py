@@ -28,7 +28,6 @@ class OneRankAdamW(torch.optim.Optimizer):
         self.schedule = lr if callable(lr) else lambda steps: lr
         super().__init__(self.masters, dict(lr=self.schedule(0), betas=betas, eps=eps, weight_decay=weight_decay))
         self.clip, self.overflow, self._global_grad_norm = clip, False, 0.0
-        self.keep_gradients = False  # True: `step` leaves them where they are, with their values, for who owns their memory
         self.averages: Sequence[Sequence[Tensor]] = ()  # of the masters, each a moving average; to be set before the first step
         self.average_weights: Sequence[float] = ()  # of the new masters in each average, for one step; none leaves them out
         device = self.masters[0].device
@@ -98,6 +97,5 @@ class OneRankAdamW(torch.optim.Optimizer):
             step=self.steps + 1, grad_scale=excess.float(), found_inf=self.found_inf, weights=self.average_weights,
         )  # fmt: skip
         self.average_weights = ()
-        if not self.keep_gradients:
-            for p in (*self.parameters, *self.masters):
-                p.grad = None
+        for p in (*self.parameters, *self.masters):
+            p.grad = None

@@ -12,6 +12,7 @@ CSV = Path(__file__).parent.parent / "benchmarks" / "results" / "cuda_host.csv"
 TABLE = {
     "blocks": host.Host(1.0, 20.0, 4.0, 100.0),
     "graphs": host.Host(0.0, 0.0, 4.0, 100.0),
+    host.BLOCK_GRAPHS: host.Host(0.1, 2.0, 5.0, 100.0),  # 6.4 to 6.8
 }  # 12 blocks: 16.7 to 17.7, 4.2 to 4.5
 
 
@@ -51,10 +52,12 @@ def test_the_line(monkeypatch, gpu_ms, words, kind):
     assert ("graphs" in host.describe(found)) == ("GPU-bound" not in kind and "not measured" not in kind)
 
 
-def test_other_modes_are_named_on_one_gpu_only(monkeypatch):
-    """CUDA graphs of a whole step are of one rank."""
+def test_several_ranks_have_graphs_of_their_own(monkeypatch):
+    """A graph for each block, which takes longer than one of the whole model; none under ZeRO 3."""
     monkeypatch.setattr(host, "HOST", TABLE)
-    assert "graphs" not in host.describe(host.predict(config("train.compile=blocks"), 8, 0.01))
+    assert "train.compile=graphs: 6.4 to 6.8 ms" in host.describe(host.predict(config("train.compile=blocks"), 8, 0.01))
+    assert host.describe(host.predict(config(), 8, 0.01)).startswith("6.4 to 6.8 ms per micro-step with compile=graphs")
+    assert "graphs" not in host.describe(host.predict(config("train.compile=none", "zero.stage=3"), 8, 0.01))
 
 
 def test_plan_prints_it(monkeypatch, capsys):

@@ -132,27 +132,6 @@ def test_a_step_reads_nothing_on_the_host():
         assert guard.syncs == 0 and guard.counts
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_gradients_may_be_kept(accumulation):
-    """keep_gradients: whoever owns their memory writes the next ones there; the bits are those of new ones."""
-    kept, ours, _, _ = make(True, clip=0.5, accumulation=accumulation)
-    fresh, theirs, _, _ = make(True, clip=0.5, accumulation=accumulation)
-    ours.keep_gradients = True
-    for step in range(3):
-        backward(fresh, step)
-        theirs.step()
-        owners = ours.masters if ours.sums else kept
-        for p in owners if step else ():
-            p.grad.zero_()
-        buffers = [p.grad.data_ptr() for p in owners] if step else None
-        backward(kept, step)
-        before = [p.grad.clone() for p in owners]
-        ours.step()
-        assert all(torch.equal(p.grad, b) for p, b in zip(owners, before, strict=True))
-        assert not step or buffers == [p.grad.data_ptr() for p in owners]
-    assert all(torch.equal(a, b) for a, b in zip(ours.masters, theirs.masters, strict=True))
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 def test_averages_are_those_of_updates_after_the_steps(bf16):
     """Two decays, every second step, one of them skipped: to the last bit what ShardedEma makes by itself."""

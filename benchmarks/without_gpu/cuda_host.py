@@ -80,7 +80,7 @@ def fit(rows: list[dict[str, str]], provider: str, column: str) -> tuple[float, 
 
 
 def plan_table(rows: list[dict[str, str]]) -> dict[str, tuple[float, ...]]:
-    """fastdit.host.HOST as the rows have it: train.compile -> ms and launches per block, and outside of the blocks."""
+    """fastdit.host.HOST as the rows have it: provider -> ms and launches per block, and outside of the blocks."""
     table = {}
     launches = ("launches", "triton_launches", "graph_launches")
     rows = [r if r.get("error") else {**r, "all": str(sum(float(r[name]) for name in launches))} for r in rows]
@@ -88,7 +88,7 @@ def plan_table(rows: list[dict[str, str]]) -> dict[str, tuple[float, ...]]:
         fits = [fit(rows, provider, column) for column in ("cpu_ms", "all")]
         if compiled and all(fits):
             (ms, ms_outside), (count, count_outside) = fits
-            table[compiled] = (round(ms, 2), round(count, 1), round(ms_outside, 1), float(round(count_outside)))
+            table[provider] = (round(ms, 2), round(count, 1), round(ms_outside, 1), float(round(count_outside)))
     return table
 
 
