@@ -3,7 +3,6 @@
 For measurements of the host, which need no real data: x0 and labels are the same in every step. B batch, C/h/w the latent.
 """
 
-import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +66,7 @@ def trainer_step(preset: str, provider: str, batch: int) -> Callable[[], None]:
     folder = tempfile.TemporaryDirectory()
     config = config_of(preset, PROVIDERS[provider], batch, folder.name)
     if provider == BLOCK_GRAPHS:
-        engine.record_training = functools.partial(graphs.record_training, per_block=True)
+        engine.record_training = lambda model, per_block: graphs.record_training(model, per_block=True)
     world = engine.start(DEVICE.type)
     config = engine.settle(config, world.device)
     run = Path(folder.name) / "steps"

@@ -32,13 +32,13 @@ class OneRankAdamW(torch.optim.Optimizer):
         self.average_weights: Sequence[float] = ()  # of the new masters in each average, for one step; none leaves them out
         device = self.masters[0].device
         self.found_inf = torch.zeros((), device=device)  # of the last step, on the device: not 0 where it was not taken
-        count = torch.zeros(())  # one for all, on the host
+        count = torch.zeros((), device="cpu")  # one for all
         self._count = count.numpy()
         for master in self.masters:
             self.state[master] = {"step": count, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
         self._tensors: kernels.AdamWTensors | None = None
         # the norm of the last step's gradient, where the device writes it and the host looks once the event has passed
-        self._norm = torch.zeros((), pin_memory=device.type == "cuda")
+        self._norm = torch.zeros((), device="cpu", pin_memory=device.type == "cuda")
         self._norm_on_host, self._pending = self._norm.numpy(), False
         self._written = torch.cuda.Event() if device.type == "cuda" else None
         self.sums = not bf16 or accumulation > 1  # the gradients to step with are the masters'

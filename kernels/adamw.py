@@ -78,7 +78,7 @@ class AdamWTensors:
         cuda = self.device.type == "cuda"
         if cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("adamw_step: a new upload cannot be captured: take the same step, in place, before the capture")
-        self.changing.copy_(torch.tensor(values, pin_memory=cuda), non_blocking=True)
+        self.changing.copy_(torch.tensor(values, device="cpu", pin_memory=cuda), non_blocking=True)
         self._uploaded = values
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import backend_in_use
-from .library import cpp, find, launch, register
+from .library import cdiv, cpp, find, launch, register
 
 BLOCK = 256  # counters a program, four elements each: 2 a thread on 4 warps, stored as 128 bits
 _MASK = 0xFFFFFFFF
@@ -138,7 +138,7 @@ def _triton(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], no
     out = _fake(ids, key0, key1, stream, shape, normal)
     if out.numel():
         W = out.numel() // len(ids)
-        grid = (len(ids) * triton.cdiv(W, 4 * BLOCK),)
+        grid = (len(ids) * cdiv(W, 4 * BLOCK),)
         words = _signed(key0), _signed(key1), _signed(stream)
         launch(counter_random_kernel, grid, ids, ids, out, ids.stride(0), *words, W, normal, BLOCK, num_warps=4)
     return out

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_no_grad, check_shape, choose_backend, compute_dtype
-from .library import cpp, find, inner_contiguous, launch, register
+from .library import cdiv, cpp, find, inner_contiguous, launch, register
 
 BLOCK = 1024  # 8 elements a thread on 4 warps: 128-bit accesses of bf16
 
@@ -80,7 +80,7 @@ def _forward_triton(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     if out.numel():
         x0, noise = per_sample(x0), per_sample(noise)
         B, W = x0.shape
-        grid = (B * triton.cdiv(W, BLOCK),)
+        grid = (B * cdiv(W, BLOCK),)
         strides = x0.stride(0), noise.stride(0), t.stride(0)
         launch(flow_interpolate_forward_kernel, grid, x0, x0, noise, t, out, *strides, W, BLOCK, num_warps=4)
     return out
@@ -92,7 +92,7 @@ def _backward_triton(grad: Tensor, t: Tensor, noise_dtype: torch.dtype) -> tuple
     if grad.numel():
         grad = per_sample(grad)
         B, W = grad.shape
-        grid = (B * triton.cdiv(W, BLOCK),)
+        grid = (B * cdiv(W, BLOCK),)
         tensors = grad, t, grad_x0, grad_noise
         launch(flow_interpolate_backward_kernel, grid, grad, *tensors, grad.stride(0), t.stride(0), W, BLOCK, num_warps=4)
     return grad_x0, grad_noise

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_no_grad, check_shape, choose_backend, compute_dtype
 from .flow_interpolate import check_samples, per_sample
-from .library import cpp, find, launch, register
+from .library import cdiv, cpp, find, launch, register
 
 BLOCK = 1024  # 8 elements a thread on 4 warps: 128-bit accesses of bf16
 
@@ -97,7 +97,7 @@ def _backward_triton(grad: Tensor, error: Tensor, weight: Tensor | None) -> Tens
     grad_v = _backward_fake(grad, error, weight)
     if error.numel():
         B, W = len(error), error.numel() // len(error)
-        grid = (B * triton.cdiv(W, BLOCK),)
+        grid = (B * cdiv(W, BLOCK),)
         strides = grad.stride(0), 0 if weight is None else weight.stride(0)
         launch(flow_matching_loss_backward_kernel, grid, error, grad, error, weight, grad_v, *strides, W, BLOCK, num_warps=4)
     return grad_v

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_shape, check_tokens, choose_backend, compute_dtype
-from .library import cpp, find, inner_contiguous, launch, register
+from .library import cdiv, cpp, find, inner_contiguous, launch, register
 from .partials import reduce_partials
 from .tuning import chunks, launch_for
 
@@ -86,9 +86,9 @@ def _forward(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     B, T, H = x.shape
     x, branch, gate = inner_contiguous(x), inner_contiguous(branch), inner_contiguous(gate)
     how = launch_for("gated_residual_forward", H, x.device)
-    parts = triton.cdiv(T, how.rows)
+    parts = cdiv(T, how.rows)
     launch(
-        _gated_residual_forward_kernel, (B * parts * triton.cdiv(H, how.tile),), x, x, branch, gate, r,
+        _gated_residual_forward_kernel, (B * parts * cdiv(H, how.tile),), x, x, branch, gate, r,
         x.stride(0), x.stride(1), branch.stride(0), branch.stride(1), gate.stride(0), T, parts, H, how.rows, how.tile,
         num_warps=how.warps,
     )  # fmt: skip
@@ -108,7 +108,7 @@ def _backward(dr: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]
     B, T, H = branch.shape
     dr, branch, gate = inner_contiguous(dr), inner_contiguous(branch), inner_contiguous(gate)
     how = launch_for("gated_residual_backward", H, branch.device)
-    blocks = triton.cdiv(H, how.tile)
+    blocks = cdiv(H, how.tile)
     parts, rows = chunks(B * blocks, T, how.blocks, branch.device, how.rows)
     sums = dgate if parts == 1 else dr.new_empty((B, parts, 1, H), dtype=torch.float32)
     launch(

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_shape, choose_backend, compute_dtype
 from .gated_residual import check_gated_residual, gated_residual_reference
-from .library import cpp, find, inner_contiguous, launch, load_columns, register
+from .library import cdiv, cpp, find, inner_contiguous, launch, load_columns, register
 from .modulate import modulate_reference
 from .partials import common_dtype, reduce_partials
 from .tuning import check_width, chunks, launch_for
@@ -183,7 +183,7 @@ def _forward(
     x, branch, bias = inner_contiguous(x), inner_contiguous(branch), bias if bias is None else inner_contiguous(bias)
     gate, shift, scale = inner_contiguous(gate), inner_contiguous(shift), inner_contiguous(scale)
     how = launch_for("gated_residual_modulate_forward", H, x.device)
-    parts = triton.cdiv(T, how.rows)
+    parts = cdiv(T, how.rows)
     launch(
         _gated_residual_modulate_forward_kernel, (B * parts,), x, x, branch, bias, gate, shift, scale, r, y, stats,
         x.stride(0), x.stride(1), branch.stride(0), branch.stride(1), gate.stride(0), shift.stride(0), scale.stride(0),

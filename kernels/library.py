@@ -83,6 +83,11 @@ def launch(kernel: Callable, grid: tuple[int, ...], like: Tensor, *args, **optio
     run(x, y, z, torch._C._cuda_getCurrentRawStream(index), function, metadata, None, None, None, *values, *named)
 
 
+def cdiv(a: int, b: int) -> int:
+    """a/b rounded up. On the host, where triton.cdiv takes microseconds to see that it was given no constants of a kernel."""
+    return -(-a // b)
+
+
 def inner_contiguous(t: Tensor) -> Tensor:
     """`t` itself when its last dimension has stride 1, as the kernels need; else a copy (transposed and expanded rows)."""
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_shape, check_tokens, choose_backend, compute_dtype
-from .library import cpp, find, inner_contiguous, launch, load_columns, register
+from .library import cdiv, cpp, find, inner_contiguous, launch, load_columns, register
 from .partials import common_dtype, reduce_partials
 from .tuning import check_width, chunks, launch_for
 
@@ -116,7 +116,7 @@ def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tenso
     B, T, H = x.shape
     x, shift, scale = inner_contiguous(x), inner_contiguous(shift), inner_contiguous(scale)
     how = launch_for("modulate_forward", H, x.device)
-    parts = triton.cdiv(T, how.rows)
+    parts = cdiv(T, how.rows)
     launch(
         _modulate_forward_kernel, (B * parts,), x, x, shift, scale, y, stats,
         x.stride(0), x.stride(1), shift.stride(0), scale.stride(0), T, parts, B * T,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .library import launch
+from .library import cdiv, launch
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -35,7 +35,7 @@ def reduce_partials(partials: Tensor, out: Tensor) -> None:
     """
     B, S, k, H = partials.shape
     columns, parts, warps = (32, 64, 8) if B == 1 else (128, 16, 4)
-    grid = (B * triton.cdiv(k * H, columns),)
+    grid = (B * cdiv(k * H, columns),)
     strides = partials.stride()[:2]
     launch(_reduce_partials_kernel, grid, partials, partials, out, *strides, S, k * H, columns, parts, num_warps=warps)
 

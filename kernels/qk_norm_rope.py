@@ -9,6 +9,8 @@ A row is one head of one token; rows are numbered m = token·N + head, so that n
 halves of a head are loaded apart: the rotation pairs element j with j + D/2, in the same place of the other half.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -18,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from . import tuning
 from .dispatch import check_float, check_no_grad, check_shape, check_tokens, choose_backend, compute_dtype
-from .library import cpp, find, inner_contiguous, launch, register
+from .library import cdiv, cpp, find, inner_contiguous, launch, register
 from .partials import common_dtype, reduce_partials
 
 WARPS = 4  # with 1024 elements of each half a tile, 8 a thread: 128-bit accesses of bf16
@@ -191,6 +193,7 @@ def qk_norm_rope_backward_kernel(
         tl.store(target + HALF, tl.sum(sum2, axis=0), mask=inside)
 
 
+@functools.cache
 def _tile(D: int) -> dict[str, int]:
     """1024 elements of each half a tile on 4 warps: D = 64 takes 32 heads, 72 takes 16 with 28 of 64 lanes masked."""
     columns = triton.next_power_of_2(D // 2)
@@ -205,9 +208,9 @@ def _chunks(tiles: int, D: int, arch: int) -> tuple[int, int]:
     head dims with masked lanes.
     """
     blocks = 4 if D & (D - 1) else 5 if arch == 100 else 6
-    programs = min(triton.cdiv(tiles, 4), tuning.MULTIPROCESSORS[arch] * blocks // 3)
-    iterations = triton.cdiv(tiles, programs)
-    return triton.cdiv(tiles, iterations), iterations
+    programs = min(cdiv(tiles, 4), tuning.MULTIPROCESSORS[arch] * blocks // 3)
+    iterations = cdiv(tiles, programs)
+    return cdiv(tiles, iterations), iterations
 
 
 def _table(t: Tensor | None) -> Tensor | None:
@@ -258,7 +261,7 @@ def _forward_triton(qkv, q_weight, k_weight, cos, sin, num_heads, eps):
     rows = q.numel() // D
     if rows:
         tile, qkv = _tile(D), inner_contiguous(qkv)
-        grid = triton.cdiv(rows, tile["ROWS"]), 2
+        grid = cdiv(rows, tile["ROWS"]), 2
         tensors = qkv, q, k, _table(q_weight), _table(k_weight), _table(cos), _table(sin)
         launch(qk_norm_rope_forward_kernel, grid, qkv, *tensors, *qkv.stride()[:2], rows, T, N, D, eps, **tile)
     return q, k
@@ -276,7 +279,7 @@ def _backward_triton(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, num_heads, e
     if not rows:
         return dqkv, dweights.zero_()
     tile, qkv = _tile(D), inner_contiguous(qkv)
-    programs, iterations = _chunks(triton.cdiv(rows, tile["ROWS"]), D, tuning.architecture(qkv.device))
+    programs, iterations = _chunks(cdiv(rows, tile["ROWS"]), D, tuning.architecture(qkv.device))
     partials = qkv.new_empty((1, programs, 2, D), dtype=torch.float32) if dweights.numel() else None
     tensors = dq, dk, dv, qkv, _table(q_weight), _table(k_weight), _table(cos), _table(sin), dqkv, partials
     strides = *dq.stride(), *dk.stride(), *dv.stride(), *qkv.stride()[:2]

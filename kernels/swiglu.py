@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .dispatch import check_float, check_shape, choose_backend, compute_dtype
-from .library import cpp, find, inner_contiguous, launch, load_columns, register
+from .library import cdiv, cpp, find, inner_contiguous, launch, load_columns, register
 from .partials import reduce_partials
 from .tuning import chunks
 
@@ -129,7 +129,7 @@ def _forward_triton(packed: Tensor, bias: Tensor | None = None) -> Tensor:
         flat, width = _rows(packed), out.shape[-1]
         bias = bias if bias is None else inner_contiguous(bias)
         columns = _columns(width)
-        grid = triton.cdiv(len(flat), ROWS), triton.cdiv(width, columns)
+        grid = cdiv(len(flat), ROWS), cdiv(width, columns)
         launch(
             swiglu_forward_kernel, grid, packed, flat, bias, out, flat.stride(0), len(flat), width, ROWS, columns,
             num_warps=max(1, columns // 256),
@@ -151,8 +151,8 @@ def _backward_triton(
     flat, grad = _rows(packed), _rows(grad)
     M, width = grad.shape
     columns = _columns(width)
-    across = triton.cdiv(width, columns)
-    parts, own, sums = triton.cdiv(M, ROWS), ROWS, None
+    across = cdiv(width, columns)
+    parts, own, sums = cdiv(M, ROWS), ROWS, None
     if bias is not None:
         bias = inner_contiguous(bias)
         parts, own = chunks(across, M, blocks(width), flat.device)
