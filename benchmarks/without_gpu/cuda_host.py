@@ -71,12 +71,14 @@ def measured_in_a_process(preset: str, provider: str, batch: int) -> dict[str, s
 
 def fit(rows: list[dict[str, str]], provider: str, column: str) -> tuple[float, float] | None:
     """(per block, outside of the blocks): the line through a column's values by the presets' depths, of least squares. None where
-    there are fewer than two depths. Where a graph holds all blocks the slope can be negative by noise: it is 0 then."""
+    there are fewer than two depths. What noise makes negative is 0: the slope where one graph holds all blocks, or the rest."""
     points = [(PRESETS[r["preset"]]["depth"], float(r[column])) for r in rows if r["provider"] == provider and not r.get("error")]
     if len({depth for depth, _ in points}) < 2:
         return None
     slope, outside = np.polyfit(*zip(*points, strict=True), 1).tolist()
-    return (slope, outside) if slope > 0 else (0.0, statistics.mean(value for _, value in points))
+    if slope <= 0:
+        return 0.0, statistics.mean(value for _, value in points)
+    return (slope, outside) if outside >= 0 else (sum(d * v for d, v in points) / sum(d * d for d, _ in points), 0.0)
 
 
 def plan_table(rows: list[dict[str, str]]) -> dict[str, tuple[float, ...]]:
