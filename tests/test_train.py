@@ -430,8 +430,8 @@ def test_recomputing_activations_has_the_same_losses(tmp_path, stage, monkeypatc
     assert found[0] == found[1] == found[2] and len(found[0]) == 3
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_one_step_with_nan_is_skipped(tmp_path, monkeypatch, precision):
+@pytest.mark.parametrize(("precision", "how"), [("bf16", "none"), ("fp32", "none"), ("bf16", "graphs")])
+def test_one_step_with_nan_is_skipped(tmp_path, monkeypatch, precision, how):
     losses = flow.losses
 
     def faulty(model, config, null, x0, labels, seed, ids):
@@ -440,7 +440,8 @@ def test_one_step_with_nan_is_skipped(tmp_path, monkeypatch, precision):
     monkeypatch.setattr(flow, "losses", faulty)
     named, images = {}, Order.images  # by step, of what is logged: the loader slices a permutation on the device
     monkeypatch.setattr(Order, "images", lambda self, step, micro: named.setdefault(step, images(self, step, micro)))
-    run = train(parse(None, settings(tmp_path, "train.total_steps=6", "train.sample_steps=0", f"train.precision={precision}")))
+    words = ["train.total_steps=6", "train.sample_steps=0", f"train.precision={precision}", f"train.compile={how}"]
+    run = train(parse(None, settings(tmp_path, *words)))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines if "loss" in line] == [0, 1, 0] and all(line.get("loss", 1) < 5 for line in lines)
     (skipped,) = (line for line in lines if "skipped_in_a_row" in line)
