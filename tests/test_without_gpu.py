@@ -110,6 +110,7 @@ def test_launches_of_fused_ops_are_those_counted_by_hand(monkeypatch):
     assert launched(name, *rows, (H,)) == [
         6 * TOKENS + stats + 2 * row + 4 * sums + 2 * H, 3 * sums + 3 * row, sums + 2 * H,
     ]  # fmt: skip
+    assert launched(name, None, *rows[1:])[0] == 5 * TOKENS + stats + 2 * row + 3 * sums  # dy, which stands in for dr, is read once
     hidden, sums, bias = 2 * B * T * F, 4 * 512 * 2 * F, 2 * 2 * F
     both = (B, T, F), (B, T, 2 * F)
     assert launched("swiglu_backward_triton", *both) == [5 * hidden]
