@@ -1,6 +1,6 @@
-"""README's benchmark tables and the figures in benchmarks/results, from the suites' CSVs there.
+"""README's benchmark tables and the figures in benchmarks/results, from the CSVs there: the suites', then those named in TABLES.
 
-    python benchmarks/report.py [NAME.csv ...]      # default: all CSVs of benchmarks/results that the suites wrote
+    python benchmarks/report.py [NAME.csv ...]      # default: all of them in benchmarks/results
     python benchmarks/report.py --check             # exit code 1 where the README's tables are not those of the CSVs
 
 The tables stand between two marker lines of the README. Every number is a value of a row; what a CSV does not hold is left out.
@@ -9,7 +9,7 @@ The tables stand between two marker lines of the README. Every number is a value
 import argparse
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -141,6 +141,73 @@ def section(link: Path, rows: list[Row], pictures: Iterable[str]) -> str:
     return "\n\n".join(parts)
 
 
+def pivot(rows: list[Row], keys: tuple[str, ...], column: str, cell: Callable[[Row], str]) -> str:
+    """A line for each value of the keys, with a cell for each value of `column`: those of all its rows, or why there is none."""
+    cells: dict[tuple, dict[str, list[str]]] = {}
+    for row in rows:
+        line = cells.setdefault(tuple(row[key] for key in keys), {})
+        line.setdefault(row[column], []).append(row.get("error") or cell(row))
+    heads = dict.fromkeys(row[column] for row in rows)
+    lines = [dict(zip(keys, key, strict=True)) | {h: " → ".join(line.get(h, ())) for h in heads} for key, line in cells.items()]
+    return markdown(lines)
+
+
+def host_table(rows: list[Row]) -> tuple[str, str]:
+    launches = lambda row: sum(float(row[name]) for name in ("launches", "triton_launches", "graph_launches"))
+    sentence = (
+        f"**The host's side of a train step on CUDA**, ms of one core (launches), {all_of(rows, 'batch')} images: measured without "
+        "a GPU, by torch's CUDA build on stub libraries that run no kernel; what a real driver adds to a launch is not in it. "
+        f"None, blocks and graphs are fastdit's train.compile; {all_of(rows, 'device')}"
+    )
+    return sentence, pivot(rows, ("preset",), "provider", lambda row: f"{float(row['cpu_ms']):.1f} ({launches(row):.0f})")
+
+
+def block_table(rows: list[Row]) -> tuple[str, str]:
+    names = {"fused": "fused ops", "reference": "reference ops, fused by Inductor", "base": "eager reference, compiled"}
+    mb = lambda row: f"{float(row['memory_bound_mb']):.0f}"
+    first = rows[0]["preset"]
+    found = {(row["version"], row["direction"]): mb(row) for row in rows if row["preset"] == first}
+    of = lambda version, direction: f"{found.get((version, direction), '?')} MB"
+    sentence = (
+        "**A block under torch.compile for an H100**, MB (launches) of all but matmuls and attention, forward → backward, "
+        f"{all_of(rows, 'batch')} images: derived without a GPU from Inductor's schedule, bytes that must move at least once, no "
+        f"times. Forward, Inductor's own fusion of the reference ops moves as many as the fused ops ({of('reference', 'forward')} "
+        f"against {of('fused', 'forward')} at {first}); the kernels gain backward ({of('fused', 'backward')} against "
+        f"{of('base', 'backward')} of the eager reference, and {of('reference', 'backward')} of the reference ops, which sum the "
+        "MLP bias's gradient from an fp32 tensor)"
+    )
+    named = [row | {"version": names.get(row["version"], row["version"])} for row in rows]
+    return sentence, pivot(named, ("preset",), "version", lambda row: f"{mb(row)} ({row['launches']})")
+
+
+def optimizer_table(rows: list[Row]) -> tuple[str, str]:
+    sentence = (
+        f"**Optimizer step**, ms (GB/s of the bytes that one pass must move), median of {all_of(rows, 'rounds')}: "
+        f"{all_of(rows, 'device')}, {all_of(rows, 'threads')} threads"
+    )
+    cell = lambda row: f"{float(row['wall_ms']):.1f} ({float(row['gb_s']):.0f})"
+    return sentence, pivot(rows, ("preset", "precision"), "provider", cell)
+
+
+# How the names of CSVs begin that no suite writes -> their table and the sentence above it.
+TABLES = {"cuda_host": host_table, "cuda_kernels": block_table, "optimizer_step": optimizer_table}
+
+
+def table_of(path: Path) -> Callable[[list[Row]], tuple[str, str]] | None:
+    return next((table for name, table in TABLES.items() if path.name.startswith(name)), None)
+
+
+def table_section(link: Path, path: Path) -> str:
+    """As `section`, of a CSV of TABLES. Raises ValueError where it does not hold what its name says."""
+    rows = record.read(path)
+    try:
+        sentence, table = table_of(path)(rows)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has no rows, or lacks a value ({error!r}): measure it again") from error
+    commit = f"torch {all_of(rows, 'torch')}, commit {all_of(rows, 'commit')}, {all_of(rows, 'date')}"
+    return f"{sentence}; {commit} ([rows]({link})).\n\n{table}"
+
+
 def bars(axes: Axes, rows: list[Row], labels: list[str], column: str) -> None:
     """Speedups as bars with their values, a colour a value of the column."""
     values = list(dict.fromkeys(row[column] for row in rows))
@@ -208,12 +275,16 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     options = parser.parse_args(words)
     try:
-        paths = options.csv or [path for path in sorted((ROOT / "benchmarks" / "results").glob("*.csv")) if of_suites(path)]
+        known = [path for path in sorted((ROOT / "benchmarks" / "results").glob("*.csv")) if table_of(path) or of_suites(path)]
         sections, drawn = [], {}
-        for path in paths:
+        for path in sorted(options.csv or known, key=lambda path: table_of(path) is not None):  # the suites first
+            link = Path(os.path.relpath(path, options.readme.parent))
+            if table_of(path):
+                sections.append(table_section(link, path))
+                continue
             rows = record.read_suites(path)
             pictures = figures(path, rows)
-            sections.append(section(Path(os.path.relpath(path, options.readme.parent)), rows, pictures))
+            sections.append(section(link, rows, pictures))
             drawn |= {path.with_name(name): figure for name, figure in pictures.items()}
         old = options.readme.read_text()
         new = inserted(old, sections)

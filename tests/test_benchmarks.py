@@ -235,6 +235,59 @@ def test_only_csvs_of_timed_suites_are_reported(tmp_path):
     assert [report.of_suites(tmp_path / name) for name in ("here.csv", "memory.csv", "quality.csv")] == [True, False, False]
 
 
+def csvs_of_tables(folder):
+    """A CSV of each kind in report.TABLES, in their order."""
+    host = {"preset": "S/2", "batch": 32, "provider": "blocks", "cpu_ms": "9.334", "launches": "274.0", "triton_launches": "168.0",
+            "graph_launches": "1.0", "error": ""}  # fmt: skip
+    failed = {key: "" for key in host} | {"preset": "S/2", "batch": 32, "provider": "graphs", "error": "out of memory"}
+    block = {"preset": "B/2", "batch": 64}
+    blocks = [
+        block | {"version": version, "direction": direction, "memory_bound_mb": f"{mb}.2", "launches": launches}
+        for version, pair in (("fused", ((504, 4), (876, 9))), ("reference", ((508, 4), (1608, 18))))
+        for direction, (mb, launches) in zip(("forward", "backward"), pair, strict=True)
+    ]
+    step = {
+        "preset": "S/2",
+        "precision": "bf16",
+        "provider": "one pass",
+        "threads": 2,
+        "rounds": 15,
+        "wall_ms": "27.62",
+        "gb_s": "42.3",
+    }
+    found = {"cuda_host.csv": [host, failed], "cuda_kernels.csv": blocks, "optimizer_step_here.csv": [step]}
+    for name, rows in found.items():
+        record.write(folder / name, [WHERE | row for row in rows])
+    return [folder / name for name in found]
+
+
+def test_report_shows_the_csvs_that_no_suite_writes_after_the_suites(tmp_path, capsys):
+    readme, suites = tmp_path / "README.md", tmp_path / "here.csv"
+    csv_of_suites(suites)
+    tables = csvs_of_tables(tmp_path)
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert report.main(["--readme", str(readme), *map(str, tables), str(suites)]) == 0
+    lines = readme.read_text().splitlines()
+    for line in (
+        "| preset | blocks | graphs |", "| S/2 | 9.3 (443) | out of memory |",
+        "| preset | fused ops | reference ops, fused by Inductor |", "| B/2 | 504 (4) → 876 (9) | 508 (4) → 1608 (18) |",
+        "| preset | precision | one pass |", "| S/2 | bf16 | 27.6 (42) |",
+    ):  # fmt: skip
+        assert line in lines, line
+    (sentence,) = (line for line in lines if line.startswith("**A block"))
+    assert (
+        "508 MB against 504 MB at B/2" in sentence and "876 MB against ? MB of the eager" in sentence and "1608 MB of" in sentence
+    )
+    assert sentence.endswith("; torch 2.13.0, commit abc, 2026-01-02 ([rows](cuda_kernels.csv)).")
+    order = [next(i for i, line in enumerate(lines) if start in line) for start in ("**Train", "**The host", "**A block", "**Opt")]
+    assert order == sorted(order)
+    for path in tables:
+        path.write_text("preset,batch\nS/2,32\n")
+        with pytest.raises(SystemExit) as stopped:
+            report.main(["--readme", str(readme), str(path)])
+        assert stopped.value.code == 2 and f"{path} has no rows, or lacks a value" in capsys.readouterr().err
+
+
 def sections(folder, *texts, needs=(), limit=20):
     """Named a, b, c: Python that runs in `folder`, and writes its name into the file `ran` before."""
     text = "import os, sys, time; os.chdir({!r}); open('ran', 'a').write({!r}); {}"

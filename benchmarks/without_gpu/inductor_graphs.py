@@ -1,16 +1,18 @@
 """What Inductor makes of a graph for CUDA, without running it: kernels, launches and bytes.
 
 How bytes are counted: what a kernel must read and write at least once, so inputs and outputs of a Triton kernel by the elements its
-index expressions touch (a slice counts as a slice), of a GEMM or an attention op by the sizes of its operands, of a fused op by its
-tensors, less what it does not read (v in qk_norm_rope), plus its partial sums. Re-reads that hit a cache are not counted.
+index expressions touch (a slice counts as a slice), of a GEMM or an attention op by the sizes of its operands, of a fused op by the
+tensors of each of its launches, so with its partial sums. Re-reads that hit a cache are not counted.
 """
 
 import copy
 import math
-import re
+import sys
 from collections import Counter, defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import sympy
@@ -20,10 +22,9 @@ from torch import Tensor
 from torch._inductor import async_compile, ir, scheduler
 from torch._inductor.dependencies import MemoryDep
 from torch._inductor.virtualized import V
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.functions import Identity
-
-from fastdit.kernels import tuning
 
 
 @dataclass
@@ -132,28 +133,34 @@ def moves_only(node) -> bool:
     return True
 
 
-PARTIALS = {"modulate_backward": 2, "gated_residual_backward": 1, "gated_residual_modulate_backward": 3}
+def launched_bytes(op: OpOverload, args: tuple, kwargs: dict) -> list[int]:
+    """What each Triton kernel that a fastdit op launches must move, partial sums with it. args, kwargs: of the op, tensors of a
+    FakeTensorMode.
+
+    The op's own code runs, with a `launch` that adds up the tensors it is given; of qkv, q and k alone are read.
+    """
+    found = []
+
+    def launch(kernel, grid, like, *given, **options):
+        tensors = {id(t): (name, t) for name, t in zip(kernel.arg_names, given, strict=False) if isinstance(t, Tensor)}
+        found.append(sum(t.nbytes * 2 // 3 if name == "qkv_ptr" else t.nbytes for name, t in tensors.values()))
+
+    with ExitStack() as patches:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("fastdit.kernels.") and hasattr(module, "launch"):
+                patches.enter_context(patch.object(module, "launch", launch))
+        # The code is the same for every backend key; a call of the op would end at its fake.
+        op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+    return found
 
 
-def fused_op(name: str, inputs: list, outputs: list) -> Kernel:
-    """A fastdit op: its tensors, without v where q and k alone are read, with its partial sums written and read once."""
-    op = re.sub(r"_triton.*", "", name)
-    total = sum(size_of(t) for t in inputs) + sum(size_of(t) for t in outputs)
-    launches = 1
-    if op.startswith("qk_norm_rope"):
-        largest = max(inputs, key=size_of)  # qkv
-        total -= size_of(largest) // 3
-    if op in PARTIALS:
-        x = max(inputs, key=size_of)
-        B, T, H = (int(s) for s in x.get_size())
-        how = tuning.launch_for(op, H, torch.device("cuda", 0))
-        parts, _ = tuning.chunks(B, T, how.blocks, torch.device("cuda", 0))
-        if parts > 1:
-            total += 2 * 4 * B * parts * PARTIALS[op] * H
-            launches = 2
-    if op == "qk_norm_rope_backward":
-        launches = 2
-    return Kernel(name, "fused op", total, launches)
+def fused_op(node: ir.FallbackKernel, name: str) -> Kernel:
+    """A fastdit op in Inductor's schedule."""
+    with V.graph.fake_mode:
+        tensors = [ir.ir_node_to_tensor(t) for t in node.inputs]
+        args, kwargs = node.unflatten_args(tensors, node.constant_args)
+        sizes = launched_bytes(node.op_overload, args, kwargs)
+    return Kernel(name, "fused op", sum(sizes), len(sizes))
 
 
 def describe(node, batch: int) -> Kernel | None:
@@ -182,7 +189,7 @@ def describe(node, batch: int) -> Kernel | None:
         outputs = [op]
     total = sum(size_of(t) for t in inputs) + sum(size_of(t) for t in outputs)
     if "fastdit" in name:
-        return fused_op(name.rpartition("fastdit.")[2].removeprefix("fastdit::"), inputs, outputs)
+        return fused_op(op, name.rpartition("fastdit.")[2].removeprefix("fastdit::"))
     if "attention" in name:
         return Kernel(name, "attention", total)
     if any(word in name for word in ("mm", "convolution")):
