@@ -432,8 +432,10 @@ def test_weights_are_compared_bit_by_bit(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_trains_and_samples_as_one_that_was_not(tmp_path):
+def test_a_killed_run_trains_and_samples_as_one_that_was_not(tmp_path, monkeypatch):
     """The section "train and sample", on this device with a small model."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # set where a run began in this process
+        monkeypatch.delenv(name, raising=False)
     words = ["model.preset=test/4", "train.batch_size=8", "train.device=cpu", "sample.steps=2", "train.log_steps=5"]
     assert gpu_train.main(["--steps", "30", "--out", str(tmp_path / "out"), *words]) == 0
     assert len(list((tmp_path / "out").glob("*.png"))) == len(gpu_train.BATCHES)
