@@ -6,6 +6,7 @@ For measurements of the host, which need no real data: x0 and labels are the sam
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -50,29 +51,30 @@ class Moments:
         return mean + torch.exp(0.5 * logvar) * noise
 
 
-def config_of(preset: str, compiled: str, batch: int, out: str) -> Config:
-    """The config of a run of one rank on latents. Raises InputError, for example for a value that train.compile does not have."""
+def config_of(preset: str, compiled: str, batch: int, out: str, *more: str) -> Config:
+    """The config of a run of one rank on latents; more: settings. Raises InputError, for example for a train.compile that does not
+    exist."""
     words = {
         "model.preset": preset, "model.in_channels": 4, "model.num_classes": CLASSES, "train.compile": compiled,
         "train.batch_size": batch, "train.out": out, "train.name": "steps", "train.log_steps": 1 << 30,
     }  # fmt: skip
-    return parse(None, [f"{key}={value}" for key, value in words.items()])
+    return parse(None, [*(f"{key}={value}" for key, value in words.items()), *more])
 
 
-def trainer_step(preset: str, provider: str, batch: int) -> Callable[[], None]:
-    """Trainer.step under DeepSpeed, with everything that training does in a step but reading data."""
+def trainer_step(preset: str, provider: str, batch: int, *more: str) -> Callable[[], None]:
+    """Trainer.step under DeepSpeed, with everything that training does in a step but reading data. more: settings."""
     from fastdit.train import Trainer  # here: gpu.py, which asks for PROVIDERS, needs torch and triton only
 
     folder = tempfile.TemporaryDirectory()
-    config = config_of(preset, PROVIDERS[provider], batch, folder.name)
-    if provider == BLOCK_GRAPHS:
-        engine.record_training = lambda model, per_block: graphs.record_training(model, per_block=True)
+    config = config_of(preset, PROVIDERS[provider], batch, folder.name, *more)
+    record = lambda model, per_block: graphs.record_training(model, per_block or provider == BLOCK_GRAPHS)
     world = engine.start(DEVICE.type)
     config = engine.settle(config, world.device)
     run = Path(folder.name) / "steps"
     run.mkdir()
     data = Moments(config, world)
-    with world.device:  # weights are made where they will be: on the CPU that takes seconds
+    # weights are made where they will be: on the CPU that takes seconds
+    with world.device, patch.object(engine, "record_training", record):
         trainer = Trainer(config, world, data, data, run, None, {"step": 0, "wandb_id": None, "summed_steps": 0})
     taken = 0
 

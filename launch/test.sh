@@ -21,8 +21,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a process a core, each of one th
 if [ -n "${cuda_host:-}" ]; then
     . "$cuda_host/env.sh"
     "$bin/python" benchmarks/without_gpu/selftest.py
-    # plain assertions: the text of a tensor whose values are garbage takes gigabytes
-    FASTDIT_NO_VALUES=1 exec "$bin/python" -m pytest --assert=plain "${tier[@]}" -k "not cpp and not dit_block and not codegen" \
+    # plain assertions, short tracebacks: the text of a tensor whose values are garbage takes gigabytes
+    FASTDIT_NO_VALUES=1 exec "$bin/python" -m pytest --assert=plain --tb=short "${tier[@]}" -k "not cpp and not dit_block and not codegen" \
         tests/kernels "$@"
 fi
 [ "${1:-}" = --all ] && { tier=(); shift; }

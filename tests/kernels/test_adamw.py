@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from backends import BACKENDS
+from backends import BACKENDS, DEVICE
 from fastdit import kernels
 from fastdit.kernels import adamw, library
 
@@ -22,22 +22,22 @@ FUSED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and librar
 EXACT = [pytest.param("cpp", marks=pytest.mark.skipif(not FUSED, reason="torch or the C++ kernels have no FMA here"))]
 
 
-def random(seed, sizes=SIZES, device="cpu"):
+def random(seed, sizes=SIZES, device=DEVICE):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(size, generator=g).to(device) for size in sizes]
 
 
-def make(copy=None, averages=0, sizes=SIZES, dtype=torch.float32):
+def make(copy=None, averages=0, dtype=torch.float32, device=DEVICE):
     """Masters as they start, moments of some steps, averages elsewhere, copies."""
-    masters = [t.to(dtype) for t in random(0, sizes)]
-    exp_avgs, squares = [t.to(dtype) * 0.1 for t in random(1, sizes)], [(t.to(dtype).square() + 1) * 0.1 for t in random(2, sizes)]
+    numbers = lambda seed: [t.to(dtype) for t in random(seed, device=device)]
+    masters, exp_avgs, squares = numbers(0), [t * 0.1 for t in numbers(1)], [(t.square() + 1) * 0.1 for t in numbers(2)]
     copies = None if copy is None else [m.to(copy) for m in masters]
-    kept = [[t.to(dtype) for t in random(3 + k, sizes)] for k in range(averages)]
+    kept = [numbers(3 + k) for k in range(averages)]
     return kernels.AdamWTensors(masters, exp_avgs, squares, copies, kept)
 
 
-def scalars(scale=1.0, found_inf=0.0):
-    return {"grad_scale": torch.tensor(scale), "found_inf": torch.tensor(found_inf)}
+def scalars(scale=1.0, found_inf=0.0, device=DEVICE):
+    return {"grad_scale": torch.tensor(scale, device=device), "found_inf": torch.tensor(found_inf, device=device)}
 
 
 def everything(tensors):
@@ -55,18 +55,18 @@ def test_200_steps_are_torchs_to_the_last_bit(backend, betas, decay):
     order, so C++ may be one unit of the last place off. With beta1 <= 0.5, which no one uses, the lerp of torch cancels there."""
     options = OPTIONS | {"betas": betas, "weight_decay": decay}
     sizes = SIZES if betas[0] > 0.5 else [size for size in SIZES if math.prod(size) % WHOLE == 0]
-    masters = random(0, sizes)
+    masters = random(0, sizes, "cpu")
     theirs, average = [m.clone() for m in masters], [m.clone() for m in masters]
     moments = [[torch.zeros_like(m) for m in masters] for _ in range(2)]
     tensors = kernels.AdamWTensors(masters, *moments, averages=[[m.clone() for m in masters]])
     torchs, taken = torch.optim.AdamW(theirs, fused=True, **options), 0
     for step in range(200):
-        gradients, found = random(1000 + step, sizes), float(step % 7 == 3)
+        gradients, found = random(1000 + step, sizes, "cpu"), float(step % 7 == 3)
         scale = 1.0 if step % 3 else 1.0 + step / 10
         given = [g.clone() for g in gradients]
         weights = (1 / (step + 2),) if step % 2 else ()
         with kernels.backend(backend):
-            kernels.adamw_step(tensors, given, step=taken + 1, **options, **scalars(scale, found), weights=weights)
+            kernels.adamw_step(tensors, given, step=taken + 1, **options, **scalars(scale, found, "cpu"), weights=weights)
         assert all(torch.equal(a, b) for a, b in zip(given, gradients, strict=True))
         if not found:
             taken += 1
@@ -88,7 +88,7 @@ def test_200_steps_are_torchs_to_the_last_bit(backend, betas, decay):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("averages", [0, 2])
-def test_one_step_is_the_references_within_roundings(backend, gradient, averages):
+def test_one_step_is_the_references_within_roundings(values, backend, gradient, averages):
     """From the same state. Each result is a sum of two terms, each of at most two roundings before the last: 3 half units of the
     larger of the terms. The update itself has five more, of a number of the size lr."""
     copy = None if gradient == torch.float32 else gradient
@@ -97,8 +97,8 @@ def test_one_step_is_the_references_within_roundings(backend, gradient, averages
     with kernels.backend(backend):
         kernels.adamw_step(ours, gradients, step=7, **OPTIONS, **scalars(2.5), weights=WEIGHTS[:averages])
     kernels.adamw_step_reference(
-        truth, gradients, step=7, **OPTIONS, grad_scale=torch.tensor(2.5, dtype=torch.float64), found_inf=torch.tensor(0.0),
-        weights=WEIGHTS[:averages],
+        truth, gradients, step=7, **OPTIONS, grad_scale=torch.tensor(2.5, dtype=torch.float64, device=DEVICE),
+        found_inf=torch.tensor(0.0, device=DEVICE), weights=WEIGHTS[:averages],
     )  # fmt: skip
     start, unit = make(copy, averages, dtype=torch.float64), torch.finfo(torch.float32).eps / 2
     for name in ("masters", "exp_avgs", "exp_avg_sqs"):
@@ -130,13 +130,13 @@ def test_nothing_is_written_where_a_gradient_is_not_finite(backend, found):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_is_written_outside_of_the_tensors(backend):
+def test_nothing_is_written_outside_of_the_tensors(values, backend):
     """Views of wider memory, some of them not aligned to 16 bytes, keep NaN around them; the others are as without it."""
     plain, band = make(torch.bfloat16, 1), 4096
     buffers = []
 
     def inside(t, shift):
-        buffer = torch.full((t.numel() + 2 * band,), torch.nan, dtype=t.dtype)
+        buffer = torch.full((t.numel() + 2 * band,), torch.nan, dtype=t.dtype, device=DEVICE)
         at = slice(band + shift, band + shift + t.numel())
         buffer[at] = t.flatten()
         buffers.append((buffer, at))
@@ -192,9 +192,9 @@ def test_the_same_bits_at_any_number_of_threads():
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            tensors = make(torch.bfloat16, 1)
+            tensors, gradients = make(torch.bfloat16, 1, device="cpu"), random(9, device="cpu")
             with kernels.backend("cpp"):
-                kernels.adamw_step(tensors, random(9), step=1, **OPTIONS, **scalars(), weights=(0.1,))
+                kernels.adamw_step(tensors, gradients, step=1, **OPTIONS, **scalars(device="cpu"), weights=(0.1,))
             found.append(everything(tensors))
     finally:
         torch.set_num_threads(before)
@@ -204,11 +204,11 @@ def test_the_same_bits_at_any_number_of_threads():
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_autograd_sees_that_the_weights_changed(backend):
     """As with torch's own: a backward through the weights of before a step is an error, not a wrong gradient."""
-    weight = torch.randn(4, 4, requires_grad=True)
-    tensors = kernels.AdamWTensors([weight.detach()], [torch.zeros(4, 4)], [torch.zeros(4, 4)])
-    loss = (torch.randn(4, 4, requires_grad=True) @ weight).sum()
+    weight, other = (torch.randn(4, 4, device=DEVICE, requires_grad=True) for _ in range(2))
+    tensors = kernels.AdamWTensors([weight.detach()], [torch.zeros_like(weight)], [torch.zeros_like(weight)])
+    loss = (other @ weight).sum()
     with kernels.backend(backend):
-        kernels.adamw_step(tensors, [torch.ones(4, 4)], step=1, **OPTIONS, **scalars())
+        kernels.adamw_step(tensors, [torch.ones_like(weight)], step=1, **OPTIONS, **scalars())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -239,7 +239,7 @@ def test_bad_input(monkeypatch, field, given, message):
     lists[field] = given
     gradients, weights = lists.pop("gradients"), lists.pop("weights")
     with pytest.raises(ValueError, match=message):
-        kernels.adamw_step(kernels.AdamWTensors(**lists), gradients, step=1, **OPTIONS, **scalars(), weights=weights)
+        kernels.adamw_step(kernels.AdamWTensors(**lists), gradients, step=1, **OPTIONS, **scalars(device="cpu"), weights=weights)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -276,7 +276,8 @@ def test_the_machine_code_spills_nothing_and_moves_128_bits(arch):
     and of addresses and numbers."""
     root = Path(__file__).parents[2]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (root / "benchmarks", root / "tests/support")))
+    paths = [root / "benchmarks", root / "tests/support", *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     done = subprocess.run([sys.executable, __file__, str(arch)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

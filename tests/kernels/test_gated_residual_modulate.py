@@ -124,10 +124,11 @@ def test_bias_of_other_dtypes_and_layouts(assert_close, between_nans, backend):
 def test_bias_is_added_in_fp32(backend, dtype):
     """r rounds once: with values that cancel, a sum that is rounded to bf16 first would lose most of the bias."""
     (x, _, gate, shift, scale), _ = inputs(2, 7, 64, dtype)
-    branch, bias = torch.full_like(x, -256.0), torch.full((64,), 257.0, dtype=torch.float32) + torch.arange(64) / 64
+    fractions = torch.arange(64, device=DEVICE) / 64
+    branch, bias = torch.full_like(x, -256.0), 257.0 + fractions
     with kernels.backend(backend):
         r, _ = kernels.gated_residual_modulate(torch.zeros_like(x), branch, torch.ones_like(gate), shift, scale, bias=bias)
-    assert torch.equal(r, (1 + torch.arange(64) / 64).to(dtype).expand_as(r))
+    assert torch.equal(r, (1 + fractions).to(dtype).expand_as(r))
 
 
 @pytest.mark.slow
