@@ -1,4 +1,4 @@
-"""Every fused op against its reference on this device, outputs and gradients, at the shapes of the presets.
+"""Every fused op against its reference on this device, outputs and gradients, at the shapes of the presets; and a step of AdamW.
 
     python benchmarks/parity.py [--batch 32] [--smallest]     # exit code 1: one differs by more than BOUND of the largest value
 
@@ -8,9 +8,33 @@
 import argparse
 import sys
 
+import torch
+
 from bench_kernels import BOUND, difference, fill
+from fastdit import kernels
 from kernel_cases import CASES
 from measure import DEVICE, DTYPE
+
+
+def adamw_difference() -> float:
+    """Largest difference of masters, moments, average and copies after a step from the reference's, as a share of the largest value;
+    sizes that leave a last block unfilled."""
+    sizes = ((3,), (384, 384), (8193,))
+    generator = torch.Generator().manual_seed(0)
+    make = lambda scale, dtype=torch.float32: [(scale * torch.randn(size, generator=generator)).to(DEVICE, dtype) for size in sizes]
+    # masters, first moments, second moments (not below 0), average, copies
+    start = [make(1), make(1e-2), [t.abs() for t in make(1e-4)], make(1), make(1, DTYPE)]
+    gradients, one, zero = make(1e-2, DTYPE), torch.ones((), device=DEVICE), torch.zeros((), device=DEVICE)
+    results = []
+    for backend in ("auto", "reference"):
+        *own, average, copies = [[t.clone() for t in tensors] for tensors in start]
+        with kernels.backend(backend):
+            kernels.adamw_step(
+                kernels.AdamWTensors(*own, copies, [average]), gradients, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+                step=3, grad_scale=2 * one, found_inf=zero, weights=(0.1,),
+            )  # fmt: skip
+        results.append([t.double() for tensors in (*own, average, copies) for t in tensors])
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True))
 
 
 def main(words: list[str] | None = None) -> int:
@@ -27,6 +51,9 @@ def main(words: list[str] | None = None) -> int:
             print(f"{op:24} {size:5} {found:.1e}", flush=True)
             if not found <= BOUND:  # or not a number
                 wrong.append(f"{op} {size}")
+    print(f"{'adamw_step':30} {(found := adamw_difference()):.1e}", flush=True)
+    if not found <= BOUND:
+        wrong.append("adamw_step")
     print(f"more than {BOUND:.1e}: {', '.join(wrong)}" if wrong else f"all within {BOUND:.1e} on {DEVICE}")
     return int(bool(wrong))
 

@@ -99,22 +99,23 @@ def by_block(model: DiT) -> list[Part]:
 class TrainingGraphs:
     """Takes the place of model.forward while the model trains: the same velocities and the same gradients, from recorded work.
 
-    The velocity and all gradients keep their memory: a step's are valid until the next one's. All batches must have the shapes of
-    the first.
+    The velocity is valid until the next step's, and gradients that are not in a parameter's .grad are until its forward pass. All
+    batches must have the shapes of the first.
     """
 
     def __init__(self, model: DiT, parts: list[Part]) -> None:
         self.model = model
         self.parts = parts
         self.plain = model.forward
-        self.inputs: list[Tensor] = []  # of the recorded work; empty until the first step
+        self.recorded = False
+        self.steps = 0  # forward passes replayed
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Velocity [B,C,h,w]; as DiT.forward. Raises ValueError when the shapes are not those of the first call."""
+        """Velocity [B,C,h,w]; as DiT.forward, with labels. Raises ValueError when the shapes are not those of the first call."""
         if not (self.model.training and torch.is_grad_enabled()):
             return self.plain(x, t, labels)
         given = x, t, labels
-        if not self.inputs:
+        if not self.recorded:
             self._record([tensor.clone() for tensor in given])
         if [tensor.shape for tensor in given] != [tensor.shape for tensor in self.inputs]:
             raise ValueError(
@@ -122,7 +123,9 @@ class TrainingGraphs:
             )
         for buffer, tensor in zip(self.inputs, given, strict=True):
             buffer.copy_(tensor)
+        self._keep_gradients()
         self.forward.replay()
+        self.steps += 1
         link: Tensor | None = None
         for i, part in enumerate(self.parts):
             link = _RunPart.apply(link, self, i, *part.parameters)
@@ -143,8 +146,14 @@ class TrainingGraphs:
             if pool is not None:  # what is recorded after it may use this part's memory
                 self._states[i] = self._incoming[i + 1] = None
         self.backward = backward[::-1]
-        # the gradients of the parameters come last
-        self.gradients = [r.results[-len(part.parameters) :] for r, part in zip(self.backward, self.parts, strict=True)]
+        self.recorded = True
+
+    def _keep_gradients(self) -> None:
+        """Copy what a micro-step before left in .grad out of the recorded memory, where activations lie before gradients do."""
+        for part, backward in zip(self.parts, self.backward, strict=True):
+            for p, gradient in zip(part.parameters, backward.results, strict=True):
+                if p.grad is not None and p.grad.data_ptr() == gradient.data_ptr():
+                    p.grad = p.grad.clone()
 
     def _step(self) -> None:
         """Forward and backward pass, not recorded."""
@@ -166,14 +175,14 @@ class TrainingGraphs:
         return [state[0].detach()]
 
     def _backward(self, i: int) -> list[Tensor | None]:
-        """The gradients of a part's inputs, which the part before takes, and of its parameters."""
+        """The gradients of a part's parameters; those of its inputs are kept for the part before."""
         given, made = self._states[i]
         pairs = [(m, grad) for m, grad in zip(made, self._incoming[i + 1], strict=True) if grad is not None]
         inputs = given if i else []
         wanted = [*inputs, *self.parts[i].parameters]
         found = list(torch.autograd.grad([m for m, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True))
         self._incoming[i] = found[: len(inputs)]
-        return found
+        return found[len(inputs) :]
 
 
 class _RunPart(torch.autograd.Function):
@@ -183,6 +192,7 @@ class _RunPart(torch.autograd.Function):
     def forward(ctx, link: Tensor | None, graphs: TrainingGraphs, i: int, *parameters: Tensor) -> Tensor:
         ctx.graphs = graphs
         ctx.i = i
+        ctx.step = graphs.steps
         last = i == len(graphs.parts) - 1
         return (graphs.out if last else graphs.token).detach()
 
@@ -190,15 +200,13 @@ class _RunPart(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         graphs, i = ctx.graphs, ctx.i
+        if ctx.step != graphs.steps:
+            raise RuntimeError("a recorded step's backward pass must come before the next forward pass, which replaces its memory")
         if i == len(graphs.parts) - 1:
             graphs.grad_out.copy_(grad)
-        pairs = list(zip(graphs.parts[i].parameters, graphs.gradients[i], strict=True))
-        for p, gradient in pairs:  # of a micro-step before, still in the memory that is written next
-            if p.grad is not None and p.grad.data_ptr() == gradient.data_ptr():
-                p.grad = p.grad.clone()
         graphs.backward[i].replay()
         # new tensors on the same memory: autograd takes them as .grad without a copy
-        return graphs.token if i else None, None, None, *(gradient.detach() for _, gradient in pairs)
+        return graphs.token if i else None, None, None, *(gradient.detach() for gradient in graphs.backward[i].results)
 
 
 def record_training(model: DiT, per_block: bool) -> None:

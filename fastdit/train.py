@@ -270,9 +270,10 @@ class Trainer:
         slowest = torch.tensor(list(seconds.values()), device=self.world.device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         seconds = {f"{phase}_s": round(s, 3) for phase, s in zip(seconds, slowest.tolist(), strict=True)}
-        norm = engine.gradient_norm(self.engine) if samples else None
+        norm = engine.gradient_norm(self.engine) if samples else math.nan
         self.log.write(
-            done, epoch=round(done / self.loader.order.steps_per_epoch, 4), loss=loss, lr=self.lr, grad_norm=norm,
+            done, epoch=round(done / self.loader.order.steps_per_epoch, 4), loss=loss, lr=self.lr,
+            grad_norm=norm if math.isfinite(norm) else None,  # the last step was skipped
             skipped=self.skipped, loss_by_t=by_t, **seconds,
             peak_memory_gb=round(telemetry.peak_memory(self.world.device) / 1e9, 3),
         )  # fmt: skip

@@ -223,6 +223,12 @@ def adamw_step(
     elif tensors.masters[0].dtype == torch.float64:
         raise ValueError(f"adamw_step: the {backend} kernels do not compute in float64: use kernels.backend('reference')")
     elif len(tensors.blocks):
+        for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):  # whose memory the kernels read as fp32
+            if scalar.numel() != 1 or scalar.dtype != torch.float32 or scalar.device != tensors.device:
+                raise ValueError(
+                    f"adamw_step: {name} is {scalar.dtype} {list(scalar.shape)} on {scalar.device}, but one torch.float32 on "
+                    f"{tensors.device} is needed"
+                )
         _run(backend, tensors, gradients, grad_scale, found_inf, weights, **hyperparameters)
     # what autograd kept of the weights is not what it was
     torch.autograd.graph.increment_version([*tensors.masters, *(tensors.copies or ())])

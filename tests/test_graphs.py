@@ -124,6 +124,46 @@ def test_accumulated_gradients_are_sums(per_block):
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), recorded.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("per_block", [False, True])
+def test_accumulated_gradients_outlive_the_next_forward_pass(monkeypatch, per_block):
+    """In a pool of CUDA graphs a gradient lies where activations have been: the next forward pass writes there."""
+    plain, recorded = make(), make()
+    record_training(recorded, per_block)
+    replay = graphs.Recorded.replay
+
+    def overwriting(self):
+        if self is recorded.forward.forward:
+            for part in recorded.forward.backward:
+                for gradient in part.results:
+                    gradient.fill_(torch.nan)
+        replay(self)
+
+    monkeypatch.setattr(graphs.Recorded, "replay", torch.no_grad()(overwriting))
+    for model in (plain, recorded):
+        for step in range(3):
+            model(*batch(model, step)).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), recorded.parameters(), strict=True))
+
+
+def test_a_backward_pass_after_another_forward_pass_is_refused():
+    model = make()
+    record_training(model, per_block=False)
+    first, _ = model(*batch(model, 0)), model(*batch(model, 1))
+    with pytest.raises(RuntimeError, match="must come before the next forward pass"):
+        first.sum().backward()
+
+
+def test_a_recording_that_fails_is_begun_again(monkeypatch):
+    model, plain = make(), make()
+    record_training(model, per_block=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs.TrainingGraphs, "_backward", lambda self, i: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(*batch(model, 0))
+    for wanted, found in zip(steps(plain), steps(model), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
 def test_what_does_not_train_runs_as_before_and_another_batch_is_refused():
     model = make()
     record_training(model, per_block=False)

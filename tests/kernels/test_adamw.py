@@ -243,6 +243,20 @@ def test_bad_input(monkeypatch, field, given, message):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize(
+    "given",
+    [torch.ones((), dtype=torch.float64), torch.tensor(True), torch.ones(2), torch.ones((), device="meta")],
+    ids=["fp64", "bool", "two", "meta"],
+)
+def test_scalars_are_one_fp32_each_on_the_device(backend, name, given):
+    tensors = kernels.AdamWTensors(*([torch.ones(4, device=DEVICE)] for _ in range(3)))
+    given = given if given.is_meta else given.to(DEVICE)
+    with kernels.backend(backend), pytest.raises(ValueError, match=f"{name} is {given.dtype}.* but one torch.float32 on"):
+        kernels.adamw_step(tensors, [torch.ones(4, device=DEVICE)], step=1, **OPTIONS, **{**scalars(), name: given})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_fp64_needs_the_reference(backend):
     tensors = make(dtype=torch.float64)
     with kernels.backend(backend), pytest.raises(ValueError, match="do not compute in float64"):
