@@ -17,8 +17,8 @@ from measure import DEVICE, DTYPE
 
 
 def adamw_difference() -> float:
-    """Largest difference of masters, moments, average and copies after a step from the reference's, as a share of the largest value;
-    sizes that leave a last block unfilled."""
+    """Largest difference of masters, moments, average and copies after a step from the reference's, as a share of the largest
+    value; sizes that leave a last block unfilled."""
     sizes = ((3,), (384, 384), (8193,))
     generator = torch.Generator().manual_seed(0)
     make = lambda scale, dtype=torch.float32: [(scale * torch.randn(size, generator=generator)).to(DEVICE, dtype) for size in sizes]
