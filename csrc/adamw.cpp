@@ -8,7 +8,7 @@ namespace fastdit::FASTDIT_ISA {
 
 namespace {
 
-constexpr int64_t BLOCK = 1024;  // as in kernels/adamw.py
+constexpr int64_t BLOCK = 1024, NUMBERS = 7;  // as in kernels/adamw.py
 
 INLINE Part fma(Part a, Part b, Part c) {
 #if defined(__AVX512F__)
@@ -101,7 +101,7 @@ void adamw_step(View blocks, View table, View changing, View gradient, View copy
       parallel(blocks.size[0], 16, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; unit++) {
           const int64_t parameter = units[2 * unit], first = units[2 * unit + 1] * BLOCK;
-          update<G, C>(addresses + parameter, P, first, numbers, (const G*)numbers[gradients + parameter], scale, averages, 7);
+          update<G, C>(addresses + parameter, P, first, numbers, (const G*)numbers[gradients + parameter], scale, averages, NUMBERS);
         }
       });
     });
