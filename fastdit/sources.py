@@ -101,6 +101,7 @@ def of_checkpoint(
         "guided_channels": "all", "labels": how, "seed": seed, "images": count, "classes": config.model.num_classes,
         "dtype": sampler.dtype, "autoencoder": config.data.autoencoder,
         "autoencoder_sha256": codec.sha256() if hasattr(codec, "sha256") else None,
+        "autoencoder_dtype": str(codec.vae.dtype).removeprefix("torch.") if hasattr(codec, "vae") else None,
     }  # fmt: skip
     shape = (config.data.image_size, config.data.image_size, codec.channels if config.data.autoencoder == "pixels" else 3)
     return of_model(sampler.model, codec, sampling, labels, seed, shape, about)
