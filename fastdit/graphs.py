@@ -148,6 +148,13 @@ class TrainingGraphs:
         self.backward = backward[::-1]
         self.recorded = True
 
+    def release(self) -> None:
+        """Give back the memory of the recorded work; the next step records it again."""
+        if self.recorded:
+            self._keep_gradients()
+        self.recorded = False
+        self.inputs = self.forward = self.backward = self.out = self.grad_out = self._states = self._incoming = None
+
     def _keep_gradients(self) -> None:
         """Copy what a micro-step before left in .grad out of the recorded memory, where activations lie before gradients do."""
         for part, backward in zip(self.parts, self.backward, strict=True):
@@ -207,6 +214,12 @@ class _RunPart(torch.autograd.Function):
         graphs.backward[i].replay()
         # new tensors on the same memory: autograd takes them as .grad without a copy
         return graphs.token if i else None, None, None, *(gradient.detach() for gradient in graphs.backward[i].results)
+
+
+def release_recorded(model: nn.Module) -> None:
+    """Where `model` trains by recorded work, give its memory back until the next step."""
+    if isinstance(model.forward, TrainingGraphs):
+        model.forward.release()
 
 
 def record_training(model: DiT, per_block: bool) -> None:

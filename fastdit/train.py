@@ -19,6 +19,7 @@ import torch.distributed as dist
 from fastdit import autoencoder, checkpoint, data, engine, flow, kernels, sample, telemetry, validate
 from fastdit.config import Config, InputError, Stopped, TrainConfig
 from fastdit.ema import ShardedEma, gather
+from fastdit.graphs import release_recorded
 from fastdit.model import DiT, native_bf16
 
 GRID_CLASSES, GRID_COLUMNS = 10, 8  # of the sample grids during training
@@ -318,6 +319,7 @@ class Trainer:
     def _averaged_model(self) -> DiT:
         """A copy of the model with the EMA weights, on CUDA in the run's precision, on a CPU fp32. All ranks must call it."""
         self._settle()
+        release_recorded(self.engine.module)  # what uses the copy needs memory as activations do
         model = DiT(self.config.model).to(self.world.device).requires_grad_(False).eval()
         model.load_state_dict(gather(self.ema, self.shapes, self.world))
         return model if self.world.device.type == "cpu" else model.to(sample.DTYPES[self.config.train.precision])

@@ -8,7 +8,7 @@ import torch
 import cuda_graphs
 from fastdit import engine, graphs
 from fastdit.config import InputError, from_dict, parse
-from fastdit.graphs import record_training
+from fastdit.graphs import record_training, release_recorded
 from fastdit.model import DiT
 from fastdit.train import train
 
@@ -151,6 +151,20 @@ def test_a_backward_pass_after_another_forward_pass_is_refused():
     first, _ = model(*batch(model, 0)), model(*batch(model, 1))
     with pytest.raises(RuntimeError, match="must come before the next forward pass"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("per_block", [False, True])
+def test_what_is_released_is_recorded_again(per_block):
+    """Between steps, and with gradients left in .grad."""
+    plain, recorded = make(), make()
+    record_training(recorded, per_block)
+    for model in (plain, recorded):
+        for step in range(3):
+            model(*batch(model, step)).sum().backward()
+            release_recorded(model)
+            release_recorded(model)
+    assert not recorded.forward.recorded
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), recorded.parameters(), strict=True))
 
 
 def test_a_recording_that_fails_is_begun_again(monkeypatch):

@@ -154,7 +154,8 @@ def test_the_averaged_model_has_the_runs_precision_on_a_gpu(monkeypatch):
     for name, dtype in (("cpu", torch.float32), ("meta", torch.bfloat16)):
         device = torch.device(name)
         monkeypatch.setattr(training, "gather", lambda *_, device=device: {k: p.to(device) for k, p in weights.items()})
-        trainer = SimpleNamespace(config=config, world=World(0, 1, device, None), ema=None, shapes=None, _settle=lambda: None)
+        trainer = SimpleNamespace(config=config, world=World(0, 1, device, None), ema=None, shapes=None)
+        trainer.engine, trainer._settle = SimpleNamespace(module=DiT(config.model)), lambda: None
         model = training.Trainer._averaged_model(trainer)
         assert {(p.dtype, p.device.type) for p in model.parameters()} == {(dtype, name)}
         assert model.time_embedding.frequencies.dtype == torch.float32
