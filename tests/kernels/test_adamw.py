@@ -273,7 +273,9 @@ def machine_code(arch):
     with codegen.Recorder(arch) as recorder, kernels.backend("triton"):
         tensors = kernels.AdamWTensors(*fields, make_all(torch.bfloat16), [make_all(torch.float32)])
         for step in (1, 2):  # of another gradient, which must compile nothing
-            kernels.adamw_step(tensors, make_all(torch.bfloat16), step=step, **OPTIONS, **scalars(), weights=(0.1 / step,))
+            kernels.adamw_step(
+                tensors, make_all(torch.bfloat16), step=step, **OPTIONS, **scalars(device="cpu"), weights=(0.1 / step,)
+            )
     first, second = recorder.take()
     found = codegen.machine_code(first.compiled.asm["cubin"])
     offsets = codegen.narrow_offsets(first.compiled.asm["ttgir"])
