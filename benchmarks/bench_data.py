@@ -26,7 +26,7 @@ from fastdit.data import prepare
 from fastdit.data.index import open_index
 from fastdit.data.latents import MANIFEST, LatentLoader
 from fastdit.data.loader import Decoder
-from fastdit.sample import DTYPES
+from fastdit.model import DTYPES
 from measure import DEVICE, PRECISION, THREADS, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 
 SUITE = "data"

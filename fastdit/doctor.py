@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastdit import attention, engine, kernels, plan, telemetry
 from fastdit.config import Config
 from fastdit.kernels import library
+from fastdit.model import DTYPES
 from fastdit.rates import attention_rate, copy_rate, hidden_share, link_rate, matmul_rate, seconds, synchronize
 from fastdit.train import Trainer, open_data
 
@@ -43,8 +44,7 @@ def info() -> str:
         "default ZeRO": f"stage {zero['stage']} {overlap} overlap, buckets of {zero['reduce_bucket_size']:,} elements",
     }  # fmt: skip
     if device.type == "cuda":
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        allowed = attention.fused_kernels(config.model, dtype, device, training=True)
+        allowed = attention.fused_kernels(config.model, DTYPES[config.train.precision], device, training=True)
         rows["attention"] = f"{' or '.join(allowed)}, as PyTorch chooses"
     lines = [f"{name:20} {value}" for name, value in rows.items()]
     return "\n".join([*lines, "", f"kernel backend on {device.type}:", *(f"  {op:26} {backend}" for op in kernels.OPS)])
@@ -126,7 +126,7 @@ def examine(config: Config) -> dict:
     backend = telemetry.check_backend(world.device)
     _, loader, codec = open_data(config, world)
     model, train, device = config.model, config.train, world.device
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    dtype = DTYPES[train.precision]
     shape = (train.batch_size * (model.input_size // model.patch_size) ** 2, model.width, 2 * model.hidden)  # SwiGLU's first
     measure = {
         "matmul": lambda: matmul_rate(shape, dtype, device),

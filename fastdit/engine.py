@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastdit import attention
 from fastdit.config import Config, InputError
 from fastdit.graphs import record_training
-from fastdit.model import native_bf16
+from fastdit.model import DTYPES, native_bf16
 from fastdit.optimizer import OneRankAdamW
 
 T = TypeVar("T")
@@ -139,7 +139,7 @@ def settle(config: Config, device: torch.device) -> Config:
             "train.compile=graphs or blocks, or torch 2.13"
         )
     train = dataclasses.replace(config.train, precision=precision(config.train.precision, device))
-    attention.check(config.model, {"bf16": torch.bfloat16, "fp32": torch.float32}[train.precision], device, training=True)
+    attention.check(config.model, DTYPES[train.precision], device, training=True)
     return dataclasses.replace(config, train=train)
 
 

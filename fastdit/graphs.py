@@ -139,7 +139,6 @@ class TrainingGraphs:
         if pool is not None:
             warm_up(self._step)
         self.forward = Recorded(self._forward, pool)
-        self.out = self.forward.results[0]
         backward = []
         for i in reversed(range(len(self.parts))):
             backward.append(Recorded(functools.partial(self._backward, i), pool))
@@ -153,7 +152,7 @@ class TrainingGraphs:
         if self.recorded:
             self._keep_gradients()
         self.recorded = False
-        self.inputs = self.forward = self.backward = self.out = self.grad_out = self._states = self._incoming = None
+        self.inputs = self.forward = self.backward = self.grad_out = self._states = self._incoming = None
 
     def _keep_gradients(self) -> None:
         """Copy what a micro-step before left in .grad out of the recorded memory, where activations lie before gradients do."""
@@ -201,7 +200,7 @@ class _RunPart(torch.autograd.Function):
         ctx.i = i
         ctx.step = graphs.steps
         last = i == len(graphs.parts) - 1
-        return (graphs.out if last else graphs.token).detach()
+        return (graphs.forward.results[0] if last else graphs.token).detach()
 
     @staticmethod
     @once_differentiable

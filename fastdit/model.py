@@ -16,6 +16,7 @@ from fastdit import kernels
 from fastdit.attention import attention
 from fastdit.config import ModelConfig
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the parameters, by what precision and --dtype call them
 ROPE_THETA = 10_000.0
 QK_EPS = torch.finfo(torch.float32).eps  # the base model's, 1.19e-7
 TIME_FEATURES = 256  # sinusoids of the timestep before its MLP, as in DiT

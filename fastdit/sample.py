@@ -17,12 +17,11 @@ from fastdit.data.classes import imagenet_names
 from fastdit.engine import World
 from fastdit.flow import Stream
 from fastdit.graphs import Recorded, graph_pool, warm_up
-from fastdit.model import QK_EPS, Block, DiT, native_bf16
+from fastdit.model import DTYPES, QK_EPS, Block, DiT, native_bf16
 from fastdit.telemetry import progress_bar
 
 BATCH = 100  # images a batch; twice that with guidance
 GRAPHS = 4  # CUDA graphs kept: with and without guidance, of a full and of the last batch
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Noise = Callable[[Tensor, int], Tensor]
 

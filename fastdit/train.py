@@ -20,7 +20,7 @@ from fastdit import autoencoder, checkpoint, data, engine, flow, kernels, sample
 from fastdit.config import Config, InputError, Stopped, TrainConfig
 from fastdit.ema import ShardedEma, gather
 from fastdit.graphs import release_recorded
-from fastdit.model import DiT, native_bf16
+from fastdit.model import DTYPES, DiT, native_bf16
 
 GRID_CLASSES, GRID_COLUMNS = 10, 8  # of the sample grids during training
 
@@ -55,7 +55,7 @@ def open_data(config: Config, world: engine.World) -> tuple:
     manifest = getattr(loader, "manifest", None)
     codec = engine.together(world, lambda: autoencoder.load(config.data, config.model, loader.channels, world.device, manifest))
     if world.device.type == "cuda":
-        codec = codec.for_encoding(sample.DTYPES[config.train.precision])
+        codec = codec.for_encoding(DTYPES[config.train.precision])
     return place, loader, codec
 
 
@@ -322,7 +322,7 @@ class Trainer:
         release_recorded(self.engine.module)  # what uses the copy needs memory as activations do
         model = DiT(self.config.model).to(self.world.device).requires_grad_(False).eval()
         model.load_state_dict(gather(self.ema, self.shapes, self.world))
-        return model if self.world.device.type == "cpu" else model.to(sample.DTYPES[self.config.train.precision])
+        return model if self.world.device.type == "cpu" else model.to(DTYPES[self.config.train.precision])
 
     def _draw(self, done: int) -> None:
         """Write a grid of EMA samples, from a copy of the model that lives as long as the drawing."""

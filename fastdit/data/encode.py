@@ -18,10 +18,10 @@ from fastdit.data.latents import MANIFEST
 from fastdit.data.loader import Decoder
 from fastdit.data.order import center_crops
 from fastdit.data.prepare import mending
+from fastdit.model import DTYPES
 from fastdit.telemetry import progress_bar, versions
 
 SHARD = 4096  # images: 128 MiB at 256 pixels
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def _begin(out: Path, settings: dict) -> None:
