@@ -4,7 +4,6 @@ import atexit
 import dataclasses
 import math
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,13 +45,6 @@ class Fragment(NamedTuple):
     master: Tensor
 
 
-def free_port() -> str:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 def start(device: str = "auto") -> World:
     """Join the processes that the launcher started (deepspeed, torchrun), or be the only one.
 
@@ -64,7 +56,7 @@ def start(device: str = "auto") -> World:
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
             raise InputError("srun started several tasks, but none has a rank: start them with torchrun or the deepspeed launcher")
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # 0: a free one
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if cuda:
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdit import checkpoint, engine
+from commands import free_port
+from fastdit import checkpoint
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -34,7 +35,7 @@ def run(command, expect=0):
 def deepspeed(ranks, out, *overrides, expect=0):
     launcher = Path(sys.executable).with_name("deepspeed")
     words = [*TINY, f"train.out={out}", "train.name=r", f"train.batch_size={8 // ranks}", *overrides]
-    options = ["--no_local_rank", "--master_port", engine.free_port(), "--num_gpus", ranks]
+    options = ["--no_local_rank", "--master_port", free_port(), "--num_gpus", ranks]
     return run([sys.executable, launcher, *options, "--module", "fastdit.cli", "train", *words], expect)
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastdit import checkpoint, engine
+from commands import free_port
+from fastdit import checkpoint
 
 WORKER = Path(__file__).parent / "support" / "fault_worker.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -146,7 +147,7 @@ def test_a_dead_rank_ends_the_job(tmp_path, launcher):
     else:
         words = [*TINY, f"train.out={tmp_path}", "train.batch_size=4", "train.total_steps=100000"]
         launcher = Path(sys.executable).with_name("deepspeed")
-        options = ["--no_local_rank", "--master_port", engine.free_port(), "--num_gpus", "2"]
+        options = ["--no_local_rank", "--master_port", free_port(), "--num_gpus", "2"]
         command = [launcher, *options, "--module", "fastdit.cli", "train"]
         process = subprocess.Popen(
             [sys.executable, *map(str, command), *words], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
