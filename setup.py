@@ -10,7 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 # Which one runs is chosen when it runs: what is built on one machine runs on another.
@@ -86,9 +86,9 @@ setup(
     description="Train and sample flow-matching diffusion transformers on ImageNet at the speed of the hardware",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["fastdit", "fastdit.data", "fastdit.kernels"],
+    packages=[*find_packages(include=["fastdit", "fastdit.*"]), "fastdit.kernels"],
     package_dir={"fastdit.kernels": "kernels"},
-    package_data={"fastdit": ["digits.safetensors"], "fastdit.data": ["imagenet_classes.txt"]},
+    package_data={"fastdit.evaluation": ["digit_classifier.safetensors"], "fastdit.data": ["imagenet_classes.txt"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
     install_requires=[

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from fastdit import checkpoint, engine
+from fastdit import checkpoint
 from fastdit.config import Config, ModelConfig, TrainConfig
-from fastdit.ema import ShardedEma
 from fastdit.model import DiT
+from fastdit.training import engine
+from fastdit.training.ema import ShardedEma
 from measure import DEVICE, Group, Result, Worker, quantiles, speedup, start, take_turns
 
 SUITE = "checkpoint"

@@ -20,13 +20,14 @@ from torch import Tensor
 
 import eager_reference
 import images
-from fastdit import autoencoder, engine
+from fastdit import autoencoder
 from fastdit.config import Config, DataConfig, ModelConfig, TrainConfig
 from fastdit.data import prepare
 from fastdit.data.index import open_index
 from fastdit.data.latents import MANIFEST, LatentLoader
 from fastdit.data.loader import Decoder
 from fastdit.model import DTYPES
+from fastdit.training import engine
 from measure import DEVICE, PRECISION, THREADS, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 
 SUITE = "data"

@@ -20,13 +20,14 @@ import eager_reference
 import images
 from bench_train_step import CASES, LR, PARITY, WEIGHT_DECAY, difference, matmul_of
 from eager_reference import comparable, eager_model
-from fastdit import engine, flow, kernels
+from fastdit import flow, kernels
 from fastdit.config import Config, DataConfig, TrainConfig
 from fastdit.data.encode import encode
 from fastdit.data.index import open_index
 from fastdit.data.order import Order
 from fastdit.model import DiT
-from fastdit.train import Trainer, open_data
+from fastdit.training import engine
+from fastdit.training.loop import Trainer, open_data
 from limits import flops_per_image, shares
 from measure import DEVICE, PRECISION, THREADS, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from eager_reference import rotate_interleaved
 from fastdit import kernels
-from fastdit.rates import COPY
+from fastdit.planning.machine_rates import COPY
 from kernel_cases import CASES, TOKENS
 from limits import MOVED
 from measure import (

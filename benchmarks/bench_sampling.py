@@ -20,9 +20,11 @@ from torch import Tensor
 
 from bench_train_step import CASES, matmul_of
 from eager_reference import EagerDiT, comparable, euler, fastdit_model
-from fastdit import autoencoder, sample
+from fastdit import autoencoder
 from fastdit.config import SampleConfig
-from fastdit.rates import matmul_rate
+from fastdit.planning.machine_rates import matmul_rate
+from fastdit.sampling import sampler
+from fastdit.sampling.sampler import DTYPES, fast_velocity
 from measure import DEVICE, PRECISION, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 
 SUITE = "sampling"
@@ -69,16 +71,16 @@ def eager_sampler(decoded: bool) -> Callable[[int], Tensor]:
 
 def fastdit_sampler(precision: str, decoded: bool) -> Callable[[int], Tensor]:
     """batch -> latents, or with decoded images, by `fastdit sample`'s functions."""
-    model = fastdit_model(EagerDiT(comparable(*SHAPE))).to(DEVICE, sample.DTYPES[precision]).eval().requires_grad_(False)
+    model = fastdit_model(EagerDiT(comparable(*SHAPE))).to(DEVICE, DTYPES[precision]).eval().requires_grad_(False)
     config = SampleConfig(steps=STEPS, solver="euler", guidance=GUIDANCE)
     codec = autoencoder.KL("SD-VAE", 256, DEVICE, vae_of_size()) if decoded else None
     if codec:  # as sample.Sampler does
-        codec.for_decoding(sample.DTYPES[precision if DEVICE.type == "cuda" else "fp32"])
-    run_velocity = sample.fast_velocity(model, DEVICE)
+        codec.for_decoding(DTYPES[precision if DEVICE.type == "cuda" else "fp32"])
+    run_velocity = fast_velocity(model, DEVICE)
 
     def run(batch: int) -> Tensor:
         ids, draw = torch.arange(batch, device=DEVICE), lambda ids, steps: noise(batch)[None]
-        [(_, x)] = sample.latents(model, config, classes(batch), ids, draw, NULL, run=run_velocity)
+        [(_, x)] = sampler.latents(model, config, classes(batch), ids, draw, NULL, run=run_velocity)
         return codec.decode(x) if decoded else x
 
     return run
@@ -144,7 +146,7 @@ def measure(batch: int, decoded: bool, names: tuple[str, ...], turns: int, say: 
     workers, errors = start({name: make(name) for name in names}, say)
     calls = {name: lambda _, w=w: w(batch) for name, w in workers.items()}
     shape = matmul_of("S/2")
-    rates = {f"limits {p}": lambda _, p=p: matmul_rate(shape, sample.DTYPES[p], DEVICE) for p in {"fp32", PRECISION}}
+    rates = {f"limits {p}": lambda _, p=p: matmul_rate(shape, DTYPES[p], DEVICE) for p in {"fp32", PRECISION}}
     found, failed = take_turns(rates | calls, turns + 1, say)  # the first is cold
     errors |= failed
     peaks = {name: w.peak_memory() for name, w in workers.items() if name not in errors}

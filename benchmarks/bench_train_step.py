@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from eager_reference import EagerDiT, comparable, fastdit_model, train_step
-from fastdit import engine, flow, kernels
+from fastdit import flow, kernels
 from fastdit.config import Config, TrainConfig
 from fastdit.model import DiT
+from fastdit.training import engine
 from limits import flops_per_image, shares
 from measure import (
     DEVICE,

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.base_checkpoint import MODULATION, convert
 from fastdit.config import ModelConfig
+from fastdit.convert.base import MODULATION, convert
 from fastdit.model import DiT
 
 

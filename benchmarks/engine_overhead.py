@@ -14,7 +14,7 @@ from pathlib import Path
 
 import record
 from bench_train_step import CASES
-from fastdit import telemetry
+from fastdit.training import telemetry
 from measure import PRECISION, THREADS, Worker, take_turns
 
 

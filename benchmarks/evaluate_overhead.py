@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import record
-from fastdit import telemetry
+from fastdit.training import telemetry
 
 
 def cpu_seconds(words: list[str], threads: int) -> float:

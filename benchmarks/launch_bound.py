@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import record
-from fastdit import plan
 from fastdit.config import PRESETS, InputError
+from fastdit.planning import plan
 from measure import DEVICE, PRECISION, Worker, busy_seconds, gpu_events, peak_memory, reason, synchronize
 from train_steps import PROVIDERS, config_of, step_of
 

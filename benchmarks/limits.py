@@ -6,7 +6,7 @@ B batch, T tokens, H width, F SwiGLU hidden.
 from torch import nn
 
 from fastdit.model import DiT
-from fastdit.rates import copy_rate, matmul_rate
+from fastdit.planning.machine_rates import copy_rate, matmul_rate
 from measure import DEVICE, DTYPE
 
 # Elements that each op must read or write, forward and backward, per element of its result's [B,T,H] (swiglu: [B,T,F]; flow: the

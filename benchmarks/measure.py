@@ -19,9 +19,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from fastdit import rates
 from fastdit.cli import ALLOCATOR
-from fastdit.engine import precision
+from fastdit.planning import machine_rates
+from fastdit.training.engine import precision
 
 T = TypeVar("T")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,7 +82,7 @@ def reason(error: BaseException) -> str:
 
 
 def synchronize() -> None:
-    rates.synchronize(DEVICE)
+    machine_rates.synchronize(DEVICE)
 
 
 def gpu_events(call: Callable[[], object]) -> list:
@@ -194,4 +194,4 @@ def take_turns(
 
 def seconds(call: Callable[[], object], calls: int) -> float:
     """Of one call, the mean of some after one that is not counted."""
-    return rates.seconds(call, DEVICE, calls)
+    return machine_rates.seconds(call, DEVICE, calls)

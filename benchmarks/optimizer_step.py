@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import record
-from fastdit import telemetry
 from fastdit.config import parse
-from fastdit.ema import ShardedEma
-from fastdit.engine import Fragment
 from fastdit.model import DiT
-from fastdit.optimizer import OneRankAdamW
+from fastdit.training import telemetry
+from fastdit.training.ema import ShardedEma
+from fastdit.training.engine import Fragment
+from fastdit.training.optimizer import OneRankAdamW
 from measure import DEVICE, THREADS, quantiles, synchronize
 
 OPTIONS = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)

@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 
 import record
-from fastdit import engine, flow, plan, telemetry
+from fastdit import flow
 from fastdit.config import Config, parse
-from fastdit.ema import ShardedEma
 from fastdit.model import DiT
+from fastdit.planning import plan
+from fastdit.training import engine, telemetry
+from fastdit.training.ema import ShardedEma
 from measure import DEVICE, THREADS, Result, Worker
 
 STEPS = 4  # the second is the first with AdamW's moments and the EMA

@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 
 import record
-from fastdit import evaluate, features, metrics, sources
 from fastdit.checkpoint import folder_name, replacing
 from fastdit.data.builtin import mnist5k
-from fastdit.telemetry import progress_bar
+from fastdit.evaluation import command as evaluate_command
+from fastdit.evaluation import features, image_sets, metrics
+from fastdit.training.telemetry import progress_bar
 
 SAMPLER = {"steps": 10, "solver": "heun", "guidance": 0.0}
 BLURS = (0.5, 1.0, 1.5)  # pixels, standard deviation
@@ -28,21 +29,21 @@ NOISES = (8, 16, 32)  # of 255, standard deviation
 RESULTS = Path(__file__).parent / "results"
 
 
-def samples(run: Path, step: int, weights: str, count: int, seed: int = 0) -> sources.Source:
+def samples(run: Path, step: int, weights: str, count: int, seed: int = 0) -> image_sets.Source:
     """Samples of a checkpoint: drawn, or read where an earlier call kept them."""
     path = run / "quality" / f"{step}_{weights}_{count}_{seed}.npz"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         checkpoint = run / "checkpoints" / folder_name(step)
-        source = sources.of_checkpoint(checkpoint, count, "balanced", SAMPLER, seed, weights, "fp32", torch.device("cpu"))
-        world, parts = evaluate.world_of_this_process(), []
+        source = image_sets.of_checkpoint(checkpoint, count, "balanced", SAMPLER, seed, weights, "fp32", torch.device("cpu"))
+        world, parts = evaluate_command.world_of_this_process(), []
         with progress_bar(count, description=f"step {step}, {weights}", unit="image") as bar:
             for _, images in source.batches(world):
                 parts.append(images)
                 bar.update(len(images))
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, arr_0=np.concatenate(parts), arr_1=source.labels)
-    return sources.of_npz(path)
+    return image_sets.of_npz(path)
 
 
 def blurred(images: np.ndarray, amount: float) -> np.ndarray:
@@ -87,22 +88,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.csv", help="the plot lies beside it")
     options = parser.parse_args()
     steps = [int(step) for step in options.steps.split(",")]
-    world = evaluate.world_of_this_process()
+    world = evaluate_command.world_of_this_process()
     network = features.load("digits", world.device)
     network.probe((32, 32, 1))
-    summary = lambda source: evaluate.measure(source, network, evaluate.KEPT, world, "features")
-    reference = summary(sources.of_array(*mnist5k("train"), {}))
+    summary = lambda source: evaluate_command.measure(source, network, evaluate_command.KEPT, world, "features")
+    reference = summary(image_sets.of_array(*mnist5k("train"), {}))
     rows = []
 
     def note(
-        source: sources.Source, step: int, weights: str, change: str = "none", amount: float = 0, seed: int = 0
+        source: image_sets.Source, step: int, weights: str, change: str = "none", amount: float = 0, seed: int = 0
     ) -> None:  # fmt: skip
         found = metrics.compare(summary(source), reference, world.device)
         row = {"step": step, "weights": weights, "change": change, "amount": amount, "seed": seed, "images": source.count}
         rows.append(row | {key: float(f"{found[key]:.5g}") for key in ("fid", "kid", "precision", "recall", "accuracy")})
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
 
-    note(sources.of_array(*mnist5k("val"), {}), 0, "real")
+    note(image_sets.of_array(*mnist5k("val"), {}), 0, "real")
     for step in steps:
         for weights in ("ema", "raw"):
             note(samples(options.run, step, weights, options.samples), step, weights)
@@ -113,7 +114,7 @@ def main() -> None:
     images = np.concatenate([images for _, images in last.batches(world)])
     for change, spoil, amounts in (("blur", blurred, BLURS), ("noise", noisy, NOISES)):
         for amount in amounts:
-            note(sources.of_array(spoil(images, amount), last.labels, {}), steps[-1], "ema", change, amount)
+            note(image_sets.of_array(spoil(images, amount), last.labels, {}), steps[-1], "ema", change, amount)
     record.write(options.out, rows)
     plot(rows, options.out.with_suffix(".png"))
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from eager_reference import EagerDiT, comparable, train_step
-from fastdit import engine, graphs
+from fastdit import graphs
 from fastdit.config import PRESETS, Config, parse
-from fastdit.host import BLOCK_GRAPHS
+from fastdit.planning.host import BLOCK_GRAPHS
+from fastdit.training import engine
 from measure import DEVICE, PRECISION
 
 IMAGES = 1 << 20  # that the made-up data set says it has
@@ -63,7 +64,7 @@ def config_of(preset: str, compiled: str, batch: int, out: str, *more: str) -> C
 
 def trainer_step(preset: str, provider: str, batch: int, *more: str) -> Callable[[], None]:
     """Trainer.step under DeepSpeed, with everything that training does in a step but reading data. more: settings."""
-    from fastdit.train import Trainer  # here: gpu.py, which asks for PROVIDERS, needs torch and triton only
+    from fastdit.training.loop import Trainer  # here: gpu.py, which asks for PROVIDERS, needs torch and triton only
 
     folder = tempfile.TemporaryDirectory()
     config = config_of(preset, PROVIDERS[provider], batch, folder.name, *more)

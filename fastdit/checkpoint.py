@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdit.config import Config, InputError, ModelConfig, from_dict, load_json
-from fastdit.ema import ShardedEma
-from fastdit.engine import MOMENTS, T, World, continue_from, control_group, moments, steps_taken, together
 from fastdit.model import DiT
+from fastdit.training.ema import ShardedEma
+from fastdit.training.engine import MOMENTS, T, World, continue_from, control_group, moments, steps_taken, together
 
 MANIFEST = "manifest.json"
 FORMAT = 3

@@ -70,7 +70,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         print(config.to_yaml(), end="")
         return
-    from fastdit.train import train
+    from fastdit.training.loop import train
 
     run = train(config)
     if os.environ.get("RANK", "0") == "0":
@@ -85,7 +85,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         arguments.params = arguments.load_dir / arguments.load_def_file if arguments.load_def_file else arguments.params
     if file is None:
         raise InputError("fastdit sample needs --checkpoint PATH, or the base command's --loadDir and --loadFile")
-    from fastdit.draw import Request, run
+    from fastdit.sampling.command import Request, run
 
     keys = ("steps", "solver", "guidance", "guidance_low", "guidance_high", "time_shift")
     settings = {key: given[key] for key in keys if given[key] is not None}
@@ -94,7 +94,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _request(arguments: argparse.Namespace):
-    from fastdit.evaluate import Request
+    from fastdit.evaluation.command import Request
 
     keys = ("source", "features", "feature_sha256", "spatial", "reference", "split", "image_size", "samples", "labels", "seed",
             "weights", "dtype")  # fmt: skip
@@ -108,7 +108,7 @@ def _request(arguments: argparse.Namespace):
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from fastdit.evaluate import evaluate, table
+    from fastdit.evaluation.command import evaluate, table
 
     path = lambda text: Path(text) if text else None
     request = _request(arguments)
@@ -124,7 +124,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from fastdit.sweep import parse_axes, sweep, table
+    from fastdit.evaluation.sweep import parse_axes, sweep, table
 
     out = Path(arguments.out)
     rows = sweep(_request(arguments), parse_axes(arguments.axes), out)
@@ -142,20 +142,20 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _import_base(arguments: argparse.Namespace) -> None:
-    from fastdit.base_checkpoint import import_run
+    from fastdit.convert.base import import_run
 
     parameters = Path(arguments.params) if arguments.params else None
     print(f"checkpoint: {import_run(Path(arguments.pickle), parameters, Path(arguments.out))}")
 
 
 def _info(_: argparse.Namespace) -> None:
-    from fastdit import doctor
+    from fastdit.planning import doctor
 
     print(doctor.info())
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from fastdit import plan
+    from fastdit.planning import plan
 
     path, words = _file_and_overrides(arguments)
     preset = arguments.preset or (None if path else "XL/2")
@@ -169,7 +169,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> None:
     config = parse(*_file_and_overrides(arguments))
-    from fastdit import doctor
+    from fastdit.planning import doctor
 
     found = doctor.examine(config)
     if os.environ.get("RANK", "0") == "0":

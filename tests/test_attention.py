@@ -12,9 +12,10 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit import attention as module
-from fastdit import cli, engine, kernels
+from fastdit import cli, kernels
 from fastdit.attention import attention
 from fastdit.config import Config, InputError
+from fastdit.training import engine
 
 
 def projected(B, T, N, D, dtype=torch.float32, device="cpu"):

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 import base_files
-from fastdit import autoencoder, base_checkpoint, checkpoint, cli, kernels
+from fastdit import autoencoder, checkpoint, cli, kernels
 from fastdit.config import InputError
+from fastdit.convert.base import PUBLISHED_VAE, convert, load
 from fastdit.model import DiT
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -35,7 +36,7 @@ class Case:
             table[120:136, 120:136] = centre
             self.base["pos_enc.pos_embed"] = table.view(1, 256 * 256, -1)
             torch.save(self.base, self.pickle)
-        self.config, weights, self.vae = base_checkpoint.load(self.pickle, self.json)
+        self.config, weights, self.vae = load(self.pickle, self.json)
         self.model = DiT(self.config)
         self.model.load_state_dict(weights)
         self.expected = e = torch.load(folder / "expected.pt", weights_only=True)
@@ -64,7 +65,7 @@ def test_gradients_of_every_parameter(case):
     got = {name: p.grad for name, p in model.named_parameters()}
     # The conversion only permutes and joins all but the patch embedding and the class table, so it carries gradients too. Those
     # two follow by the chain rule: patches = E·conv(x) + E·positions, and the null row is no parameter of the base model.
-    converted = base_checkpoint.convert({**base, **wanted}, case.config)
+    converted = convert({**base, **wanted}, case.config)
     special = {"patch_embedding.weight", "patch_embedding.bias", "positions", "class_embedding.table.weight"}
     for name in got.keys() - special:
         torch.testing.assert_close(got[name], converted[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -108,7 +109,7 @@ def test_import_and_sample_from_the_command_line(case, tmp_path, capsys):
     model, config, state = checkpoint.load_model(run, "ema", torch.device("cpu"))
     e = case.expected
     assert (model(case.x_t, e["t"], case.labels) - e["v"]).abs().max() < 1e-5
-    assert config.data.autoencoder == base_checkpoint.PUBLISHED_VAE and state["step"] == 10
+    assert config.data.autoencoder == PUBLISHED_VAE and state["step"] == 10
     assert config.train.precision == "fp32"
     words = ["--class", "3", "--steps", "2", "--solver", "euler"]
     for source, out in ((run, "a.npz"), (case.pickle, "b.npz")):
@@ -131,7 +132,7 @@ class Code:
 def test_bad_files_are_one_sentence(case, tmp_path, capsys):
     def complains(*words, file=case.pickle, parameters=case.json):
         with pytest.raises(InputError) as error:
-            base_checkpoint.load(file, parameters)
+            load(file, parameters)
         assert all(word in str(error.value) for word in words), error.value
 
     complains("none.pkl", "No such file", file=tmp_path / "none.pkl")

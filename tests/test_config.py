@@ -5,8 +5,9 @@ import json
 import pytest
 import yaml
 
-from fastdit import config, samplers
+from fastdit import config
 from fastdit.config import PRESETS, InputError, from_dict, load_json, parse
+from fastdit.sampling import solvers
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_wrong_override_is_one_sentence(override, words):
         ("train", "schedule", ["constant", "cosine"]),
         ("train", "wandb", ["disabled", "offline", "online"]),
         ("train", "name", ["007", "1.10", "on", "2026-11-23"]),
-        ("sample", "solver", list(samplers.SOLVERS)),
+        ("sample", "solver", list(solvers.SOLVERS)),
     ],
 )
 def test_every_choice_can_be_given(tmp_path, section, key, values):

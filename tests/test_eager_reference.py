@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eager_reference import EagerDiT, comparable, eager_model, euler, fastdit_model
-from fastdit import samplers
+from fastdit.sampling import solvers
 
 
 @pytest.mark.parametrize("class_width", [48, None])
@@ -21,9 +21,9 @@ def test_same_function_and_samples(class_width):
     gradients = [torch.autograd.grad((v * weight).sum(), x)[0] for v in (ours, theirs)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-5 * gradients[0].abs().max().item())
     labels = labels.clamp(max=999)
-    velocity = samplers.guided(model, labels, null=1000, guidance=3.0)
+    velocity = solvers.guided(model, labels, null=1000, guidance=3.0)
     with torch.no_grad():
-        *_, latent = samplers.euler(velocity, x, 3)
+        *_, latent = solvers.euler(velocity, x, 3)
     torch.testing.assert_close(latent, euler(eager, x.detach(), labels, 3, 3.0), rtol=0, atol=1e-4)
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from fastdit.ema import ShardedEma
-from fastdit.engine import Fragment
+from fastdit.training.ema import ShardedEma
+from fastdit.training.engine import Fragment
 
 
 def test_ema_is_the_plain_recurrence_with_its_ramp():

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from fastdit import engine
 from fastdit.config import Config, InputError, parse
+from fastdit.training import engine
 
 
 @pytest.mark.parametrize(

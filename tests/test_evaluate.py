@@ -14,11 +14,14 @@ from torch import nn
 
 import autoencoders
 import photographs
-from fastdit import autoencoder, cli, features, metrics, sample, sources, validate
+from fastdit import autoencoder, cli
 from fastdit.config import InputError, parse
 from fastdit.data.builtin import mnist5k
-from fastdit.engine import World
-from fastdit.train import train
+from fastdit.evaluation import features, image_sets, metrics
+from fastdit.sampling import sampler
+from fastdit.training.engine import World
+from fastdit.training.loop import train
+from fastdit.training.validation import _held_out
 
 TINY = [
     "model.preset=test/4", "train.batch_size=8", "train.warmup_steps=1", "train.lr=1e-3", "train.log_steps=2",
@@ -93,7 +96,7 @@ def test_a_checkpoint_and_its_npz_give_the_same(trained, reference, tmp_path, mo
     from_file = run(npz, reference, tmp_path / "b.json")
     assert numbers(from_file) == pytest.approx(numbers(streamed), rel=1e-9)
     assert {"fid", "kid", "inception_score", "precision", "recall", "accuracy", "accuracy_by_class"} == set(streamed["metrics"])
-    monkeypatch.setattr(sample, "BATCH", 13)
+    monkeypatch.setattr(sampler, "BATCH", 13)
     other_batches = run(trained, reference, tmp_path / "c.json", *fp32, "--seed", "7")
     assert other_batches["metrics"]["fid"] == pytest.approx(streamed["metrics"]["fid"], rel=1e-3)
     another = run(trained, reference, tmp_path / "d.json", *fp32, "--seed", "8")
@@ -108,7 +111,7 @@ def test_the_result_says_what_it_is_of_and_its_command_repeats_it(trained, refer
     assert of["weights"] == "raw" and of["step"] == 4 and of["labels"] == "random" and of["images"] == 30 and of["seed"] == 0
     assert of["sampler"]["guidance"] == 0.5 and of["sampler"]["solver"] == "euler" and of["sampler"]["steps"] == 2
     assert of["guidance_scale"] == 1.5 and len(of["sha256"]) == len(result["features"]["sha256"]) == 64
-    assert result["reference"]["sha256"] == sources.checkpoint.sha256(reference) and result["reference"]["images"] == 500
+    assert result["reference"]["sha256"] == image_sets.checkpoint.sha256(reference) and result["reference"]["images"] == 500
     assert result["features"]["tf32"] is False and result["versions"]["torch"] == torch.__version__
     assert any("30 samples for features of width 128" in warning for warning in result["warnings"])
     command = result["command"].split()
@@ -121,7 +124,7 @@ def test_the_result_says_what_it_is_of_and_its_command_repeats_it(trained, refer
 def test_dtype_is_the_runs_where_it_is_fast(trained, reference, tmp_path, monkeypatch, capsys, native):
     """As `fastdit sample` chooses; the result and the command that repeats it name it."""
     config = json.loads(next(trained.glob("checkpoints/step_*4/config.json")).read_text())
-    monkeypatch.setattr(sample, "native_bf16", lambda device: native)
+    monkeypatch.setattr(sampler, "native_bf16", lambda device: native)
     result = run(trained, reference, tmp_path / "a.json", "--samples", "20")
     dtype = config["train"]["precision"] if native else "fp32"
     assert result["samples"]["dtype"] == dtype and f"--dtype {dtype}" in result["command"]
@@ -220,12 +223,12 @@ def test_the_network_runs_in_fp32_on_batches_of_one_shape(monkeypatch):
 
 
 def test_labels():
-    balanced = sources.evaluation_labels("balanced", 40, 10, 0)
+    balanced = image_sets.evaluation_labels("balanced", 40, 10, 0)
     assert balanced.bincount().tolist() == [4] * 10
-    drawn = sources.evaluation_labels("random", 4000, 10, 0)
-    assert torch.equal(drawn[:100], sources.evaluation_labels("random", 100, 10, 0)) and drawn.max() == 9
+    drawn = image_sets.evaluation_labels("random", 4000, 10, 0)
+    assert torch.equal(drawn[:100], image_sets.evaluation_labels("random", 100, 10, 0)) and drawn.max() == 9
     assert ((drawn.bincount() - 400).abs() < 5 * 400**0.5).all() and len(set(drawn.bincount().tolist())) > 1
-    assert not torch.equal(drawn, sources.evaluation_labels("random", 4000, 10, 1))
+    assert not torch.equal(drawn, image_sets.evaluation_labels("random", 4000, 10, 1))
 
 
 def small_folder(path):
@@ -337,17 +340,17 @@ def test_held_out_images_of_an_index_and_of_its_latents(tmp_path, capsys):
     config = parse(None, settings)
     cpu = torch.device("cpu")
     codec = autoencoder.load(config.data, config.model, 3, cpu)
-    ids, x0, labels = validate._held_out(config, index, codec, World(0, 1, cpu, None))
+    ids, x0, labels = _held_out(config, index, codec, World(0, 1, cpu, None))
     assert ids.tolist() == list(range(8)) and x0.shape == (8, 4, 16, 16)
     of_latents = parse(None, [*settings, f"validate.source={latents}"])
     for rank in range(2):
-        mine, cached, cached_labels = validate._held_out(of_latents, index, codec, World(rank, 2, cpu, None))
+        mine, cached, cached_labels = _held_out(of_latents, index, codec, World(rank, 2, cpu, None))
         assert torch.allclose(cached, x0[mine], atol=5e-3) and torch.equal(cached_labels, labels[mine])
         assert mine.tolist() == list(range(rank, 8, 2))
     with pytest.raises(InputError, match=r"set validate\.source to those of"):
-        validate._held_out(config, latents, codec, World(0, 1, cpu, None))
+        _held_out(config, latents, codec, World(0, 1, cpu, None))
     with pytest.raises(InputError, match="another autoencoder"):
-        validate._held_out(of_latents, index, autoencoder.Pixels(4, 16), World(0, 1, cpu, None))
+        _held_out(of_latents, index, autoencoder.Pixels(4, 16), World(0, 1, cpu, None))
     reference = ["--reference", str(index), "--image-size", "32", "--save-reference", str(tmp_path / "ref.npz")]
     torch.jit.script(Inception()).save(str(tmp_path / "net.pt"))
     assert cli.main(["evaluate", "--features", str(tmp_path / "net.pt"), *reference]) == 0

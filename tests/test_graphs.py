@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import cuda_graphs
-from fastdit import engine, graphs
+from fastdit import graphs
 from fastdit.config import InputError, from_dict, parse
 from fastdit.graphs import record_training, release_recorded
 from fastdit.model import DiT
-from fastdit.train import train
+from fastdit.training import engine
+from fastdit.training.loop import train
 
 TINY = [
     "model.preset=test/4", "train.batch_size=8", "train.lr=1e-3", "train.warmup_steps=1", "train.log_steps=2", "train.save_steps=2",

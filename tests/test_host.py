@@ -6,7 +6,8 @@ import pytest
 
 import cuda_host
 import record
-from fastdit import cli, host, plan
+from fastdit import cli
+from fastdit.planning import host, plan
 
 CSV = Path(__file__).parent.parent / "benchmarks" / "results" / "cuda_host.csv"
 TABLE = {

@@ -20,11 +20,11 @@ import autoencoders
 import photographs
 from fastdit import autoencoder, checkpoint, cli, data, kernels
 from fastdit.config import InputError, from_dict
-from fastdit.data import builtin, encode, prepare, transfer
+from fastdit.data import builtin, encode, prefetch, prepare
 from fastdit.data.index import open_index
 from fastdit.data.latents import LatentLoader, read_manifest
 from fastdit.data.loader import ImageLoader
-from fastdit.engine import World
+from fastdit.training.engine import World
 
 SIZE = 32
 CPU = torch.device("cpu")
@@ -251,7 +251,7 @@ class LateCopier:
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_buffer_is_not_written_while_its_copy_runs(waits):
     """With a copier that is late; the same test fails when the ring does not wait."""
-    ring = transfer.Ring(lambda position, slot: slot.fill_(position), (1000,), torch.float32, CPU)
+    ring = prefetch.Ring(lambda position, slot: slot.fill_(position), (1000,), torch.float32, CPU)
     late = LateCopier()
     ring.copy = late if waits else lambda slot: (late(slot)[0], lambda: None)
     batches = [ring.next(position) for position in [*range(10), *range(5, 8)]]

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HOT = ["train.py", "engine.py", "optimizer.py", "flow.py", "samplers.py", "ema.py", "model.py", "attention.py", "autoencoder.py"]
-HOT += [f"data/{name}.py" for name in ("builtin", "order", "loader", "latents", "transfer")]
+HOT = ["flow.py", "model.py", "attention.py", "autoencoder.py", "sampling/solvers.py"]
+HOT += [f"training/{name}.py" for name in ("loop", "engine", "optimizer", "ema")]
+HOT += [f"data/{name}.py" for name in ("builtin", "order", "loader", "latents", "prefetch")]
 FILES = [ROOT / "fastdit" / name for name in HOT] + sorted((ROOT / "kernels").glob("*.py"))
 
 METHODS = {"item", "cpu", "tolist", "numpy", "cuda", "synchronize"}  # read or move device data on the host's time
@@ -17,9 +18,9 @@ NARROW = "tl.program_id without .to(tl.int64)"
 
 # (file, function): what it may do, and why
 ALLOWED = {
-    ("train.py", "_write_log_line"): {"tolist", "float", "torch.tensor"},  # once in log_steps
-    ("train.py", "_save"): {"item"},  # once in save_steps
-    ("train.py", "_train"): {"print"},  # a finished run says so and ends
+    ("loop.py", "_write_log_line"): {"tolist", "float", "torch.tensor"},  # once in log_steps
+    ("loop.py", "_save"): {"item"},  # once in save_steps
+    ("loop.py", "_train"): {"print"},  # a finished run says so and ends
     ("optimizer.py", "__init__"): {"numpy"},  # the host's view of what a step copies to the host
     ("optimizer.py", "settle"): {"item", "synchronize"},  # that view, once the event of the last step has passed
     ("adamw.py", "_upload_addresses"): {"torch.tensor"},  # once, before the first step
@@ -27,7 +28,7 @@ ALLOWED = {
     ("engine.py", "initialize"): {"cpu"},  # once, before the first step
     ("engine.py", "gradient_norm"): {"float"},  # once in log_steps
     ("engine.py", "steps_taken"): {"item"},  # once in save_steps
-    ("samplers.py", "dopri5"): {"item"},  # it reads its error at every step anyway
+    ("solvers.py", "dopri5"): {"item"},  # it reads its error at every step anyway
     ("autoencoder.py", "sha256"): {"cpu", "numpy"},  # once, before the first step
     ("order.py", "random_crops"): {"numpy"},  # on the host, in the threads that read ahead
     ("loader.py", "_cut"): {"numpy"},

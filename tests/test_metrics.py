@@ -11,9 +11,9 @@ import pytest
 import scipy.linalg
 import torch
 
-from fastdit import metrics
 from fastdit.config import InputError
-from fastdit.engine import World
+from fastdit.evaluation import metrics
+from fastdit.training.engine import World
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 SUPPORT = Path(__file__).parent / "support"

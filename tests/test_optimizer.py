@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import hot_loop
-from fastdit.ema import ShardedEma
-from fastdit.engine import Fragment
-from fastdit.optimizer import OneRankAdamW
+from fastdit.training.ema import ShardedEma
+from fastdit.training.engine import Fragment
+from fastdit.training.optimizer import OneRankAdamW
 
 SHAPES = [(16, 7), (48,), (4, 2, 16), (16,)]  # whole vectors: the rest is in test_adamw.py
 OPTIONS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdit import cli, engine, flow, kernels, plan
-from fastdit.ema import ShardedEma
+from fastdit import cli, flow, kernels
 from fastdit.model import DiT
+from fastdit.planning import plan
+from fastdit.training import engine
+from fastdit.training.ema import ShardedEma
 
 XL_1 = ["model.patch_size=1", "model.input_size=16", "model.in_channels=32"]  # LightningDiT-XL/1 on 16x16x32 latents
 

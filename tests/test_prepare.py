@@ -19,10 +19,11 @@ import pytest
 from PIL import Image
 
 import photographs
-from fastdit import cli, sample
+from fastdit import cli
 from fastdit.config import InputError
-from fastdit.data import classes, prepare
+from fastdit.data import imagenet, prepare
 from fastdit.data.index import FILE, open_index
+from fastdit.sampling import sampler
 
 
 @pytest.fixture(scope="module")
@@ -234,30 +235,30 @@ def test_md5_sums(archives, tmp_path, capsys, monkeypatch):
 
 
 def test_other_counts_than_imagenets_are_said(archives, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(classes, "are_imagenet", lambda _: True)
+    monkeypatch.setattr(imagenet, "are_imagenet", lambda _: True)
     prepare.prepare([archives[0]], tmp_path / "index")
     assert "1,281,167 images, not 35" in capsys.readouterr().err
 
 
 def test_shipped_names_are_those_of_imagenet():
-    names = classes.imagenet_names()
+    names = imagenet.imagenet_names()
     assert len(names) == 1000 and names[0].startswith("tench") and names[207] == "golden retriever"
-    wnids = [classes.FIRST, *(f"n02{i:06d}" for i in range(998)), classes.LAST]
-    assert classes.are_imagenet(wnids) and not classes.are_imagenet(wnids[:-1])
+    wnids = [imagenet.FIRST, *(f"n02{i:06d}" for i in range(998)), imagenet.LAST]
+    assert imagenet.are_imagenet(wnids) and not imagenet.are_imagenet(wnids[:-1])
 
 
 def test_class_names_are_accepted():
-    names = classes.imagenet_names()
-    assert sample.parse_classes("golden retriever, Otter,0,tinca tinca", 1000, names) == [207, 360, 0, 0]
+    names = imagenet.imagenet_names()
+    assert sampler.parse_classes("golden retriever, Otter,0,tinca tinca", 1000, names) == [207, 360, 0, 0]
     for text, message in [
         ("crane", r"names classes 134 and 517: give the id"),
         ("golden retreiver", r"did you mean 'golden retriever'"),
         ("1000", r"out of range"),
     ]:
         with pytest.raises(InputError, match=message):
-            sample.parse_classes(text, 1000, names)
+            sampler.parse_classes(text, 1000, names)
     with pytest.raises(InputError, match=r"must be 'all' or class ids"):
-        sample.parse_classes("otter", 10)
+        sampler.parse_classes("otter", 10)
 
 
 @pytest.mark.parametrize("quality", [50, 95])

@@ -15,11 +15,26 @@ from PIL import Image
 
 import autoencoders
 import cuda_graphs
-from fastdit import autoencoder, checkpoint, cli, draw, kernels, sample, sources
+from fastdit import autoencoder, checkpoint, cli, kernels
 from fastdit.config import from_dict
-from fastdit.engine import World
+from fastdit.evaluation import image_sets
 from fastdit.flow import Stream
 from fastdit.model import DiT, native_bf16
+from fastdit.sampling import command as sample_command
+from fastdit.sampling import sampler
+from fastdit.sampling.sampler import (
+    Graphs,
+    PackedBlock,
+    Sampler,
+    attention,
+    fast_velocity,
+    grid,
+    latent_shape,
+    one_generator_noise,
+    per_sample_noise,
+    to_images,
+)
+from fastdit.training.engine import World
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -60,23 +75,23 @@ def latents(run, tmp_path, *more):
 
 
 def test_default_noise_is_one_generators_in_order():
-    draw_noise = sample.one_generator_noise(7, (4, 8, 8))
+    draw_noise = one_generator_noise(7, (4, 8, 8))
     got = torch.cat([draw_noise(torch.arange(n), 0)[0] for n in (2, 3)])
     assert torch.equal(got, torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(7)))
-    start, *later = sample.one_generator_noise(7, (4, 8, 8))(torch.arange(2), 2)
+    start, *later = one_generator_noise(7, (4, 8, 8))(torch.arange(2), 2)
     generator = torch.Generator().manual_seed(7)
     for x in (start, *later):  # what the base command draws before each step
         assert torch.equal(x, torch.randn(2, 4, 8, 8, generator=generator))
 
 
 def test_noise_per_sample_is_named_by_seed_sample_and_step():
-    draw_noise, shape = sample.per_sample_noise(7, (1, 8, 8)), (1, 8, 8)
+    draw_noise, shape = per_sample_noise(7, (1, 8, 8)), (1, 8, 8)
     whole, alone = draw_noise(torch.arange(8), 3), draw_noise(torch.tensor([5]), 3)
     assert torch.equal(whole[:, 5], alone[:, 0])
     assert torch.equal(whole[0], kernels.counter_normal(7, Stream.SAMPLE, torch.arange(8), shape))
     flat = whole.flatten(2).flatten(0, 1)
     assert (torch.corrcoef(flat).fill_diagonal_(0).abs() < 0.6).all()  # 64 numbers each: 5 standard deviations
-    assert not torch.equal(whole, sample.per_sample_noise(8, shape)(torch.arange(8), 3))
+    assert not torch.equal(whole, per_sample_noise(8, shape)(torch.arange(8), 3))
 
 
 @pytest.mark.parametrize("solver", ["euler", "sde"])
@@ -95,13 +110,13 @@ def test_precision_is_the_runs_where_it_is_fast(tmp_path, capsys, monkeypatch, p
     """bf16 differs by some roundings of 2^-9, which 3 guided steps of such random models make 0.8 to 2.2 % of the latents (ten
     seeds; most with this one)."""
     run = make_run(tmp_path / "run", train={"precision": precision})
-    assert sample.Sampler(run).dtype == "fp32"  # imported, as it was sampled
+    assert Sampler(run).dtype == "fp32"  # imported, as it was sampled
     model, config, _ = checkpoint.load_model(run, "ema", CPU)
     monkeypatch.setattr(checkpoint, "load_model", lambda *_: (copy.deepcopy(model), config, {"step": 3}))
-    monkeypatch.setattr(sample, "native_bf16", lambda _: True)
-    assert sample.Sampler(run).dtype == precision
-    monkeypatch.setattr(sample, "native_bf16", lambda _: False)
-    assert sample.Sampler(run).dtype == "fp32"
+    monkeypatch.setattr(sampler, "native_bf16", lambda _: True)
+    assert Sampler(run).dtype == precision
+    monkeypatch.setattr(sampler, "native_bf16", lambda _: False)
+    assert Sampler(run).dtype == "fp32"
     exact, rough = (latents(run, tmp_path, "--class", "3,7", "--dtype", dtype) for dtype in ("fp32", "bf16"))
     assert 0 < np.abs(exact - rough).max() < 0.03 * np.abs(exact).max()
     assert "bf16 on" in capsys.readouterr().out
@@ -109,8 +124,8 @@ def test_precision_is_the_runs_where_it_is_fast(tmp_path, capsys, monkeypatch, p
 
 def test_a_sampler_asks_for_attention_in_its_precision_first(run, monkeypatch):
     asked = []
-    monkeypatch.setattr(sample.attention, "check", lambda *of, training: asked.append((*of, training)))
-    config = sample.Sampler(run, dtype="bf16").config
+    monkeypatch.setattr(attention, "check", lambda *of, training: asked.append((*of, training)))
+    config = Sampler(run, dtype="bf16").config
     assert asked == [(config.model, torch.bfloat16, CPU, False)]
 
 
@@ -125,14 +140,14 @@ def test_packed_blocks_sample_as_the_model_does(monkeypatch):
         torch.manual_seed(0)
         model = DiT(config.model).to(dtype).eval().requires_grad_(False)
         monkeypatch.setattr(kernels, "dit_block_is_fast", lambda device: fast)
-        assert sample.fast_velocity(model, CPU) is None
-        assert isinstance(model.blocks[0], sample.PackedBlock) == (fast and dtype == torch.bfloat16)
+        assert fast_velocity(model, CPU) is None
+        assert isinstance(model.blocks[0], PackedBlock) == (fast and dtype == torch.bfloat16)
         if fast and dtype == torch.bfloat16:
-            assert sample.fast_velocity(model, CPU) is None  # again: nothing to do
+            assert fast_velocity(model, CPU) is None  # again: nothing to do
             with pytest.raises(RuntimeError, match="load it again"):
                 model.state_dict()
-        draw, ids = sample.per_sample_noise(3, sample.latent_shape(model)), torch.arange(3)
-        return next(sample.latents(model, config.sample, torch.tensor([1, 5, 1]), ids, draw, config.model.num_classes))[1]
+        draw, ids = per_sample_noise(3, latent_shape(model)), torch.arange(3)
+        return next(sampler.latents(model, config.sample, torch.tensor([1, 5, 1]), ids, draw, config.model.num_classes))[1]
 
     truth, plain, packed = final(torch.float32, True), final(torch.bfloat16, False), final(torch.bfloat16, True)
     error, plain_error = ((x - truth).abs().max().item() for x in (packed, plain))
@@ -150,7 +165,7 @@ def test_graphs_are_one_a_batch_size_in_one_pool(monkeypatch):
     """Six batch sizes, guided and not, each with few classes and then with many: what the model gives, few graphs kept."""
     captures = cuda_graphs.install(monkeypatch)
     model, _ = random_model()
-    graphs = sample.fast_velocity(model, torch.device("cuda"))
+    graphs = fast_velocity(model, torch.device("cuda"))
     assert all(block._compiled_call_impl is None for block in model.blocks)
     for batch in (1, 2, 3, 4, 5, 6):
         for rows in (batch, 2 * batch):
@@ -172,11 +187,11 @@ def test_every_way_to_samples_is_the_fast_one(monkeypatch):
     """Evaluation, validation and the grids of training: by graphs where there are any, one for all batches of a size."""
     model, config = random_model()
     codec, labels = autoencoder.Pixels(1, 32), torch.arange(7)
-    source = lambda: sources.of_model(model, codec, config, labels, 0, (32, 32, 1), {})
+    source = lambda: image_sets.of_model(model, codec, config, labels, 0, (32, 32, 1), {})
     drawn = lambda: np.concatenate([images for _, images in source().batches(World(0, 1, CPU, None))])
     plain, captures = drawn(), cuda_graphs.install(monkeypatch)
-    monkeypatch.setattr(sample, "fast_velocity", lambda model, device: sample.Graphs(model))
-    monkeypatch.setattr(sample, "BATCH", 3)
+    monkeypatch.setattr(sampler, "fast_velocity", lambda model, device: Graphs(model))
+    monkeypatch.setattr(sampler, "BATCH", 3)
     assert np.abs(drawn().astype(int) - plain).max() <= 1
     assert len(captures) == 2  # batches of 3, 3 and 1, guided
 
@@ -216,9 +231,9 @@ def test_every_kind_of_file(latent_run, tmp_path, capsys):
     pngs = sorted((tmp_path / "images").iterdir())
     assert [p.name for p in pngs] == [f"{i:06d}_class_{c}.png" for i, c in enumerate((3, 3, 7, 7))]
     assert all(np.array_equal(np.asarray(Image.open(p)), image) for p, image in zip(pngs, images, strict=True))
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "g.png")), np.asarray(sample.grid(images, 2)))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "g.png")), np.asarray(grid(images, 2)))
     x = torch.from_numpy(np.load(tmp_path / "l.npz")["latents"])
-    decoded = sample.to_images(sample.Sampler(latent_run).codec, x)
+    decoded = to_images(Sampler(latent_run).codec, x)
     assert np.abs(decoded.astype(int) - images).max() <= 1  # another batch
     animation = Image.open(tmp_path / "g.gif")
     assert (animation.n_frames, animation.size) == (4, (2 * 34 + 2, 34 + 2))  # the start and three steps
@@ -226,20 +241,20 @@ def test_every_kind_of_file(latent_run, tmp_path, capsys):
     animation = Image.open(tmp_path / "g.webp")
     animation.seek(3)  # WebP is lossless: the last frame is what was drawn
     last = np.asarray(animation.convert("RGB")).astype(int)
-    assert np.abs(last - np.asarray(sample.grid(images[[3, 0]], 2))).max() <= 1
+    assert np.abs(last - np.asarray(grid(images[[3, 0]], 2))).max() <= 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["g.gif", "g.png", "g.webp", "images", "l.npz", "s.npz"]
 
 
 def test_intermediate_latents_are_decoded_for_animations_alone(latent_run, tmp_path, monkeypatch):
     decoded = []
-    original = sample.to_images
-    monkeypatch.setattr(draw, "to_images", lambda codec, x: decoded.append(len(x)) or original(codec, x))
+    original = to_images
+    monkeypatch.setattr(sample_command, "to_images", lambda codec, x: decoded.append(len(x)) or original(codec, x))
     assert cli.main(words(latent_run, "--class", "1", "--per-class", "3", "--out", tmp_path / "g.png")) == 0
     assert decoded == [3]
 
 
 def test_npz_is_what_numpy_writes(run, tmp_path):
-    sampler = sample.Sampler(run)
+    sampler = Sampler(run)
     images = sampler.images("3,7", count=5, seed=2, steps=3, solver="euler")
     assert cli.main(words(run, "--class", "3,7", "--per-class", "5", "--seed", "2", "--npz", tmp_path / "s.npz")) == 0
     np.savez(tmp_path / "t.npz", arr_0=images, arr_1=np.array([3] * 5 + [7] * 5))
@@ -253,7 +268,7 @@ def test_npz_goes_on_where_it_was_interrupted(run, tmp_path, capsys, monkeypatch
     """Stochastic, so that batches that are there already have used up noise of the one generator."""
     more = ["--class", "all", "--per-class", "2", "--at-once", "3", "--solver", "euler_stochastic", "--npz"]
     assert cli.main(words(run, *more, tmp_path / "a.npz")) == 0
-    original, written = draw.Parts.write, []
+    original, written = sample_command.Parts.write, []
 
     def interrupted(self, k, images):
         if len(written) == 3:
@@ -261,12 +276,12 @@ def test_npz_goes_on_where_it_was_interrupted(run, tmp_path, capsys, monkeypatch
         written.append(k)
         original(self, k, images)
 
-    monkeypatch.setattr(draw.Parts, "write", interrupted)
+    monkeypatch.setattr(sample_command.Parts, "write", interrupted)
     assert cli.main(words(run, *more, tmp_path / "b.npz")) == 130
     assert not (tmp_path / "b.npz").exists()
     assert cli.main(words(run, *more, tmp_path / "b.npz", "--seed", "1")) == 2
     assert "was begun with seed=0, this command has 1" in capsys.readouterr().err
-    monkeypatch.setattr(draw.Parts, "write", lambda self, k, images: written.append(k) or original(self, k, images))
+    monkeypatch.setattr(sample_command.Parts, "write", lambda self, k, images: written.append(k) or original(self, k, images))
     assert cli.main(words(run, *more, tmp_path / "b.npz")) == 0
     assert written == list(range(7))
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdit import config, samplers
+from fastdit import config
 from fastdit.config import ModelConfig
 from fastdit.model import DiT
+from fastdit.sampling import solvers
 
 MEAN, STD = 0.7, 0.4
 
@@ -24,7 +25,7 @@ def gaussian_velocity(x, t, at):
 
 def error(solver, steps, **options):
     z = torch.randn(64, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    *_, x = samplers.SOLVERS[solver](gaussian_velocity, z, steps, **options)
+    *_, x = solvers.SOLVERS[solver](gaussian_velocity, z, steps, **options)
     return (x - (MEAN + STD * z)).abs().max().item()  # the flow keeps quantiles: z goes to MEAN + STD·z
 
 
@@ -39,9 +40,9 @@ def test_order_of_convergence(solver, order, steps, shift):
 
 def test_multistep_at_10_is_closer_than_euler_at_20():
     z = torch.randn(64, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    *_, answer = samplers.heun(gaussian_velocity, z, 1000)
+    *_, answer = solvers.heun(gaussian_velocity, z, 1000)
     distance = lambda points: (list(points)[-1] - answer).abs().max()
-    ten, twenty = distance(samplers.dpm_solver(gaussian_velocity, z, 10)), distance(samplers.euler(gaussian_velocity, z, 20))
+    ten, twenty = distance(solvers.dpm_solver(gaussian_velocity, z, 10)), distance(solvers.euler(gaussian_velocity, z, 20))
     assert ten < twenty / 2
 
 
@@ -56,7 +57,7 @@ def moments(solver, steps):
     units = torch.eye(1 + steps, dtype=torch.float64)
     inputs = torch.cat((torch.zeros(1, 1 + steps, dtype=torch.float64), units)).view(-1, 1 + steps, 1, 1)
     start, noise = inputs[:, :1], inputs[:, 1:].transpose(0, 1).unsqueeze(2)
-    *_, x = samplers.SOLVERS[solver](gaussian_velocity, start, steps, noise=noise)
+    *_, x = solvers.SOLVERS[solver](gaussian_velocity, start, steps, noise=noise)
     mean, rest = x.flatten()[0], x.flatten()[1:] - x.flatten()[0]
     return mean.item(), rest.square().sum().item()
 
@@ -86,14 +87,12 @@ def test_multistep_is_diffusers_dpm_solver(monkeypatch):
     times = theirs.sigmas.tolist()
     x = y = torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     ours, theirs_at = [], []
-    original = samplers.timesteps
+    original = solvers.timesteps
     try:
-        samplers.timesteps = lambda *_: [
-            samplers.Step(torch.tensor(s), torch.tensor(e), s, e) for s, e in itertools.pairwise(times)
-        ]
-        ours = list(samplers.dpm_solver(gaussian_velocity, x, steps))
+        solvers.timesteps = lambda *_: [solvers.Step(torch.tensor(s), torch.tensor(e), s, e) for s, e in itertools.pairwise(times)]
+        ours = list(solvers.dpm_solver(gaussian_velocity, x, steps))
     finally:
-        samplers.timesteps = original
+        solvers.timesteps = original
     for i, t in enumerate(theirs.timesteps):
         y = theirs.step(gaussian_velocity(y, None, times[i]), t, y).prev_sample
         theirs_at.append(y)
@@ -109,7 +108,7 @@ def test_number_of_model_calls_and_yields(solver, calls):
         return x
 
     noise = torch.zeros(5, 2, 1, 2, 2)
-    points = list(samplers.SOLVERS[solver](velocity, torch.ones(2, 1, 2, 2), 5, noise=noise))
+    points = list(solvers.SOLVERS[solver](velocity, torch.ones(2, 1, 2, 2), 5, noise=noise))
     assert len(points) == 5
     assert len(seen) == 5 * calls
     assert seen[0] == (1, 1)
@@ -120,13 +119,13 @@ def test_last_noise_of_the_sde_does_not_stay():
     def end(last):
         noise = torch.zeros(4, 1, 1, 1, 1)
         noise[-1] = last
-        return list(samplers.sde(gaussian_velocity, torch.ones(1, 1, 1, 1), 4, noise=noise))[-1]
+        return list(solvers.sde(gaussian_velocity, torch.ones(1, 1, 1, 1), 4, noise=noise))[-1]
 
     assert torch.equal(end(0.0), end(5.0))
 
 
 def test_timesteps_are_linspace_to_the_last_bit():
-    steps = samplers.timesteps(7)
+    steps = solvers.timesteps(7)
     times = torch.linspace(1, 1 / 7, 7)
     assert torch.equal(torch.stack([s.t for s in steps]), times)
     assert torch.equal(torch.stack([s.t_next for s in steps]), times - 1 / 7)
@@ -134,7 +133,7 @@ def test_timesteps_are_linspace_to_the_last_bit():
 
 
 def test_shift_spends_steps_near_noise():
-    steps = samplers.timesteps(4, 3.0)
+    steps = solvers.timesteps(4, 3.0)
     assert [s.at for s in steps] == pytest.approx([1, 0.9, 0.75, 0.5])
     assert [s.t.item() for s in steps] == pytest.approx([s.at for s in steps])
     assert all(a.to == b.at for a, b in itertools.pairwise(steps)) and steps[-1].to == 0
@@ -156,7 +155,7 @@ class Stub:
 
 def test_guidance_is_on_all_channels_and_in_one_batch():
     model = Stub()
-    v = samplers.guided(model, torch.tensor([1, 2]), 5, 3.0)(torch.zeros(2, 4, 2, 2), torch.tensor(0.25), 0.25)
+    v = solvers.guided(model, torch.tensor([1, 2]), 5, 3.0)(torch.zeros(2, 4, 2, 2), torch.tensor(0.25), 0.25)
     assert model.calls == [[1, 2, 5, 5]]
     expected = torch.tensor([(1 + 3) * (1 + 0.25) - 3 * (5 + 0.25), (1 + 3) * (2 + 0.25) - 3 * (5 + 0.25)])
     torch.testing.assert_close(v, expected.view(2, 1, 1, 1).expand(2, 4, 2, 2))
@@ -165,7 +164,7 @@ def test_guidance_is_on_all_channels_and_in_one_batch():
 def test_guidance_holds_where_dopri5_steps_past_the_end():
     """It interpolates back to t = 0: without guidance there the velocity would jump, and the step size shrink to nothing."""
     model = Stub()
-    velocity = samplers.guided(model, torch.tensor([1, 2]), 5, 1.0, (0.0, 0.5))
+    velocity = solvers.guided(model, torch.tensor([1, 2]), 5, 1.0, (0.0, 0.5))
     for at in (0.1, 0.0, -0.05):
         velocity(torch.zeros(2, 1, 2, 2), torch.tensor(at), at)
     assert model.calls == [[1, 2, 5, 5]] * 3
@@ -173,14 +172,14 @@ def test_guidance_holds_where_dopri5_steps_past_the_end():
 
 @pytest.mark.parametrize(("steps", "low"), [(5, 0.2), (10, 0.1), (20, 0.35)])
 def test_a_step_at_the_intervals_end_is_guided(steps, low):
-    assert low in [step.at for step in samplers.timesteps(steps)]
+    assert low in [step.at for step in solvers.timesteps(steps)]
 
 
 def test_no_null_half_without_guidance_or_outside_of_its_interval():
     model = Stub()
     x = torch.zeros(2, 1, 2, 2)
-    samplers.guided(model, torch.tensor([1, 2]), 5, 0.0)(x, torch.tensor(1.0), 1.0)
-    velocity = samplers.guided(model, torch.tensor([1, 2]), 5, 1.0, (0.25, 0.5))
+    solvers.guided(model, torch.tensor([1, 2]), 5, 0.0)(x, torch.tensor(1.0), 1.0)
+    velocity = solvers.guided(model, torch.tensor([1, 2]), 5, 1.0, (0.25, 0.5))
     for at in (0.75, 0.5, 0.25, 0.125):
         velocity(x, torch.tensor(at), at)
     assert model.calls == [[1, 2], [1, 2], [1, 2, 5, 5], [1, 2, 5, 5], [1, 2]]
@@ -225,7 +224,7 @@ HOST_SCALARS = ("aten.scalar_tensor", "aten._local_scalar_dense", "aten.lift_fre
 def test_velocity_calls_are_alike_and_make_no_host_scalars(embedding):
     """What a CUDA graph of one call needs: steps 2 and 7 issue the same operations on the same kinds of tensors."""
     model, logs = small_model(time_embedding=embedding), []
-    velocity = samplers.guided(model, torch.tensor([3, 7]), 10, 2.0)
+    velocity = solvers.guided(model, torch.tensor([3, 7]), 10, 2.0)
     x = torch.randn(2, 1, 32, 32)
 
     def logged(x, t, at):
@@ -235,7 +234,7 @@ def test_velocity_calls_are_alike_and_make_no_host_scalars(embedding):
         logs.append(log.lines)
         return v
 
-    list(samplers.euler(logged, x, 8))
+    list(solvers.euler(logged, x, 8))
     assert logs[1] == logs[6] and len(logs[1]) > 20
     names = [name for name, _ in logs[6]]
     assert not [name for name in names if name.startswith(HOST_SCALARS)]
@@ -246,11 +245,11 @@ def test_velocity_calls_are_alike_and_make_no_host_scalars(embedding):
 def test_every_step_issues_the_same_operations(solver):
     noise, marks = torch.randn(8, 2, 1, 4, 4), []
     with DispatchLog() as log:
-        for _ in samplers.SOLVERS[solver](lambda x, t, at: x * t, torch.randn(2, 1, 4, 4), 8, noise=noise):
+        for _ in solvers.SOLVERS[solver](lambda x, t, at: x * t, torch.randn(2, 1, 4, 4), 8, noise=noise):
             marks.append(len(log.lines))
     assert log.lines[marks[0] : marks[1]] == log.lines[marks[5] : marks[6]] == log.lines[marks[6] : marks[7]]
     assert not [name for name, _ in log.lines[marks[0] :] if name.startswith(HOST_SCALARS)]
 
 
 def test_config_names_the_solvers():
-    assert set(config.SOLVERS) == set(samplers.SOLVERS)
+    assert set(config.SOLVERS) == set(solvers.SOLVERS)

@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from fastdit import telemetry
 from fastdit.config import parse
-from fastdit.engine import World
+from fastdit.training import telemetry
+from fastdit.training.engine import World
 
 
 def test_versions_name_the_build_of_torch(monkeypatch):

@@ -18,13 +18,13 @@ from PIL import Image
 
 import autoencoders
 import hot_loop
-from fastdit import autoencoder, checkpoint, cli, flow, telemetry
-from fastdit import train as training
+from fastdit import autoencoder, checkpoint, cli, flow
 from fastdit.config import FlowConfig, InputError, parse
 from fastdit.data.order import Order
-from fastdit.engine import World
 from fastdit.model import DiT
-from fastdit.train import train
+from fastdit.training import loop, telemetry
+from fastdit.training.engine import World
+from fastdit.training.loop import train
 
 TINY = [
     "model.preset=test/4", "train.precision=bf16", "train.batch_size=4", "train.warmup_steps=1", "train.lr=1e-3",
@@ -153,10 +153,10 @@ def test_the_averaged_model_has_the_runs_precision_on_a_gpu(monkeypatch):
     weights = {name: p.detach() for name, p in DiT(config.model).named_parameters()}
     for name, dtype in (("cpu", torch.float32), ("meta", torch.bfloat16)):
         device = torch.device(name)
-        monkeypatch.setattr(training, "gather", lambda *_, device=device: {k: p.to(device) for k, p in weights.items()})
+        monkeypatch.setattr(loop, "gather", lambda *_, device=device: {k: p.to(device) for k, p in weights.items()})
         trainer = SimpleNamespace(config=config, world=World(0, 1, device, None), ema=None, shapes=None)
         trainer.engine, trainer._settle = SimpleNamespace(module=DiT(config.model)), lambda: None
-        model = training.Trainer._averaged_model(trainer)
+        model = loop.Trainer._averaged_model(trainer)
         assert {(p.dtype, p.device.type) for p in model.parameters()} == {(dtype, name)}
         assert model.time_embedding.frequencies.dtype == torch.float32
 
@@ -165,9 +165,9 @@ def test_the_averaged_model_has_the_runs_precision_on_a_gpu(monkeypatch):
 def test_the_encoder_is_set_up_for_training_on_a_gpu(monkeypatch, device, expected):
     found = []
     codec = SimpleNamespace(for_encoding=lambda dtype: found.append(dtype))
-    monkeypatch.setattr(training.data, "load", lambda *_: SimpleNamespace(channels=3))
-    monkeypatch.setattr(training.autoencoder, "load", lambda *_: codec)
-    training.open_data(parse(None, TINY), World(0, 1, torch.device(device), None))
+    monkeypatch.setattr(loop.data, "load", lambda *_: SimpleNamespace(channels=3))
+    monkeypatch.setattr(loop.autoencoder, "load", lambda *_: codec)
+    loop.open_data(parse(None, TINY), World(0, 1, torch.device(device), None))
     assert found == expected
 
 

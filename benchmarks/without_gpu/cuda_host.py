@@ -5,7 +5,7 @@
 A row for each preset and provider of train_steps.py, each measured in a process of its own. host_ms and host_min_ms: median and
 minimum of 7 steps after 3; cpu_ms: the median of their processor time, which other processes disturb less. On the CPU that the row
 names, without the driver's own 2 to 5 us a launch. Per step: launches (of torch and
-cuBLAS), triton_launches, graph_launches, syncs, copies, fills. Last, the table HOST of fastdit/host.py.
+cuBLAS), triton_launches, graph_launches, syncs, copies, fills. Last, the table HOST of fastdit/planning/host.py.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def fit(rows: list[dict[str, str]], provider: str, column: str) -> tuple[float, 
 
 
 def plan_table(rows: list[dict[str, str]]) -> dict[str, tuple[float, ...]]:
-    """fastdit.host.HOST as the rows have it: provider -> ms and launches per block, and outside of the blocks."""
+    """fastdit.planning.host.HOST as the rows have it: provider -> ms and launches per block, and outside of the blocks."""
     table = {}
     launches = ("launches", "triton_launches", "graph_launches")
     rows = [r if r.get("error") else {**r, "all": str(sum(float(r[name]) for name in launches))} for r in rows]

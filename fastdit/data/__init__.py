@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fastdit.config import Config, InputError
 from fastdit.data import builtin
-from fastdit.engine import World
+from fastdit.training.engine import World
 
 
 def locate(config: Config) -> Path | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdit import autoencoder, engine
+from fastdit import autoencoder
 from fastdit.checkpoint import sha256, write_atomically
 from fastdit.config import InputError
 from fastdit.data.index import Index, open_index, save_array
@@ -19,7 +19,8 @@ from fastdit.data.loader import Decoder
 from fastdit.data.order import center_crops
 from fastdit.data.prepare import mending
 from fastdit.model import DTYPES
-from fastdit.telemetry import progress_bar, versions
+from fastdit.training import engine
+from fastdit.training.telemetry import progress_bar, versions
 
 SHARD = 4096  # images: 128 MiB at 256 pixels
 

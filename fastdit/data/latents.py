@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fastdit.config import Config, InputError
 from fastdit.data.order import Order, check_classes
-from fastdit.data.transfer import Ring
-from fastdit.engine import World
-from fastdit.telemetry import progress_bar
+from fastdit.data.prefetch import Ring
+from fastdit.training.engine import World
+from fastdit.training.telemetry import progress_bar
 
 MANIFEST = "manifest.json"
 RESIDENT_SHARE = 0.1  # of the free memory, at most, when data.resident=auto

@@ -19,7 +19,7 @@ from fastdit.config import Config, InputError
 from fastdit.data.index import Index
 from fastdit.data.order import Order, center_crops, check_classes
 from fastdit.data.prepare import BadImage, decode
-from fastdit.engine import World
+from fastdit.training.engine import World
 
 AHEAD = 4  # batches whose bytes are read ahead, each in a thread of its own
 

@@ -28,9 +28,9 @@ from PIL import Image
 
 from fastdit.checkpoint import write_atomically
 from fastdit.config import InputError
-from fastdit.data import classes as imagenet
+from fastdit.data import imagenet
 from fastdit.data.index import FILE, FORMAT, Source, is_index, record, save_array
-from fastdit.telemetry import progress_bar
+from fastdit.training.telemetry import progress_bar
 
 PART = 4096  # images
 SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff"}

@@ -13,7 +13,7 @@ import sys
 import torch
 
 from fastdit import checkpoint, cli, flow
-from fastdit.train import Trainer
+from fastdit.training.loop import Trainer
 
 fault, victim, losses_file = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 rank = int(os.environ.get("RANK", 0))

@@ -8,11 +8,12 @@ import sys
 import torch
 
 import hot_loop
-from fastdit import engine, flow
+from fastdit import flow
 from fastdit.config import from_dict
 from fastdit.data import builtin
-from fastdit.ema import ShardedEma, gather
 from fastdit.model import DiT
+from fastdit.training import engine
+from fastdit.training.ema import ShardedEma, gather
 
 STEPS = 5
 # host reads in engine.step: of OneRankAdamW, else of deepspeed 0.19.8, by ZeRO stage and precision

@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdit.engine import Fragment, World
-from fastdit.optimizer import OneRankAdamW
+from fastdit.training.engine import Fragment, World
+from fastdit.training.optimizer import OneRankAdamW
 
 
 class ShardedEma:

@@ -11,14 +11,16 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from fastdit import attention, autoencoder, base_checkpoint, checkpoint, kernels, samplers
+from fastdit import attention, autoencoder, checkpoint, kernels
 from fastdit.config import InputError, SampleConfig, nearest
-from fastdit.data.classes import imagenet_names
-from fastdit.engine import World
+from fastdit.convert import base
+from fastdit.data.imagenet import imagenet_names
 from fastdit.flow import Stream
 from fastdit.graphs import Recorded, graph_pool, warm_up
 from fastdit.model import DTYPES, QK_EPS, Block, DiT, native_bf16
-from fastdit.telemetry import progress_bar
+from fastdit.sampling import solvers
+from fastdit.training.engine import World
+from fastdit.training.telemetry import progress_bar
 
 BATCH = 100  # images a batch; twice that with guidance
 GRAPHS = 4  # CUDA graphs kept: with and without guidance, of a full and of the last batch
@@ -93,14 +95,14 @@ def latents(
     ids int64 [n] name the samples. The noise of every batch is drawn, but those that `skip` names are not computed. `watch` is
     given (k, 0, start) and (k, i, x after step i). run: as of samplers.guided.
     """
-    solver = samplers.SOLVERS[config.solver]
-    steps_with_noise = config.steps if config.solver in samplers.STOCHASTIC else 0
+    solver = solvers.SOLVERS[config.solver]
+    steps_with_noise = config.steps if config.solver in solvers.STOCHASTIC else 0
     interval = (config.guidance_low, config.guidance_high)
     for k, (batch_labels, batch_ids) in enumerate(zip(labels.split(at_once), ids.split(at_once), strict=True)):
         drawn = noise(batch_ids, steps_with_noise)
         if skip(k):
             continue
-        velocity = samplers.guided(model, batch_labels, null, config.guidance, interval, run)
+        velocity = solvers.guided(model, batch_labels, null, config.guidance, interval, run)
         x = drawn[0]
         watch(k, 0, x)
         for i, point in enumerate(solver(velocity, x, config.steps, config.time_shift, drawn[1:]), 1):
@@ -314,7 +316,7 @@ class Sampler:
         self.device = device if isinstance(device, torch.device) else choose_device(device)
         self.vae = None
         if path.suffix == ".pkl":
-            self.config, tensors, step, self.vae = base_checkpoint.load_run(path, parameters)
+            self.config, tensors, step, self.vae = base.load_run(path, parameters)
             model, state = DiT(self.config.model), {"step": step}
             model.load_state_dict(tensors)
         else:

@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastdit import checkpoint, kernels, sample
+from fastdit import checkpoint, kernels
 from fastdit.config import InputError, SampleConfig
 from fastdit.data.builtin import mnist5k
 from fastdit.data.index import is_index, open_index
 from fastdit.data.order import center_crops
-from fastdit.engine import World
+from fastdit.evaluation.metrics import BAD_NPZ
 from fastdit.flow import Stream
-from fastdit.metrics import BAD_NPZ
+from fastdit.sampling.sampler import Sampler, stream
+from fastdit.training.engine import World
 
 BATCH = 100  # images read at a time
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -78,7 +79,7 @@ def of_model(
         if len(ids) == 0:
             return
         mine = labels[ids].to(device), ids.to(device)
-        for images in sample.stream(model, codec, config, *mine, seed, model.config.num_classes):
+        for images in stream(model, codec, config, *mine, seed, model.config.num_classes):
             yield ids[first : first + len(images)].numpy(), images
             first += len(images)
 
@@ -89,7 +90,7 @@ def of_checkpoint(
     path: Path, count: int, how: str, overrides: dict, seed: int, weights: str, dtype: str, device: torch.device
 ) -> Source:
     """`of_model` of a checkpoint. overrides: of SampleConfig; dtype: as of sample.Sampler. Raises InputError."""
-    sampler = sample.Sampler(path, weights, device, dtype)
+    sampler = Sampler(path, weights, device, dtype)
     config, codec, sampling = sampler.config, sampler.codec, sampler.settings(**overrides)
     labels = evaluation_labels(how, count, config.model.num_classes, seed)
     folder = path if path.suffix == ".safetensors" else checkpoint.find(path)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdit import host, kernels
+from fastdit import kernels
 from fastdit.config import Config, InputError, ModelConfig, nearest, parse
-from fastdit.engine import deepspeed_config
 from fastdit.model import Attention, DiT, Mlp
+from fastdit.planning import host
+from fastdit.training.engine import deepspeed_config
 
 IMAGENET_IMAGES = 1_281_167  # of the training set
 IMAGENET_LATENTS = ["model.in_channels=4", "model.num_classes=1000"]  # of 256-pixel images: 4x32x32

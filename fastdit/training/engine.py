@@ -18,7 +18,7 @@ from fastdit import attention
 from fastdit.config import Config, InputError
 from fastdit.graphs import record_training
 from fastdit.model import DTYPES, native_bf16
-from fastdit.optimizer import OneRankAdamW
+from fastdit.training.optimizer import OneRankAdamW
 
 T = TypeVar("T")
 COMPILED = {"none": "eager", "graphs": "CUDA graphs", "blocks": "compiled blocks", "model": "compiled model"}

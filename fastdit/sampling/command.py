@@ -11,12 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdit import checkpoint, engine
+from fastdit import checkpoint
 from fastdit.config import InputError, SampleConfig
-from fastdit.engine import World
 from fastdit.model import native_bf16
-from fastdit.npz import Parts
-from fastdit.sample import (
+from fastdit.sampling.npz import Parts
+from fastdit.sampling.sampler import (
     BATCH,
     Sampler,
     check_writable,
@@ -27,7 +26,9 @@ from fastdit.sample import (
     save_picture,
     to_images,
 )
-from fastdit.telemetry import device_name, progress_bar
+from fastdit.training import engine
+from fastdit.training.engine import World
+from fastdit.training.telemetry import device_name, progress_bar
 
 SHOWN = 10  # images a class in the grid, at most
 FEW_CLASSES = 100  # up to here, all classes are drawn where none is named

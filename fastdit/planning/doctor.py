@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdit import attention, engine, kernels, plan, telemetry
+from fastdit import attention, kernels
 from fastdit.config import Config
 from fastdit.kernels import library
 from fastdit.model import DTYPES
-from fastdit.rates import attention_rate, copy_rate, hidden_share, link_rate, matmul_rate, seconds, synchronize
-from fastdit.train import Trainer, open_data
+from fastdit.planning import plan
+from fastdit.planning.machine_rates import attention_rate, copy_rate, hidden_share, link_rate, matmul_rate, seconds, synchronize
+from fastdit.training import engine, telemetry
+from fastdit.training.loop import Trainer, open_data
 
 WARM, STEPS, PROFILED = 2, 6, 2  # training steps
 READ = 20  # batches, after a first one

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastdit.checkpoint import replacing
 from fastdit.config import InputError
-from fastdit.engine import World
-from fastdit.telemetry import progress_bar
+from fastdit.training.engine import World
+from fastdit.training.telemetry import progress_bar
 
 NEIGHBOUR = 3  # whose distance is a sample's radius, arXiv:1904.06991
 SPLIT = 5000  # samples of which one Inception score is taken; the mean over the splits is reported

@@ -1,7 +1,7 @@
 """`fastdit evaluate`: FID and its kin of samples against a reference, with every choice behind the numbers written beside them.
 
 Samples go from the sampler straight into the metrics. Known evaluators differ; this one follows the ADM evaluator where they do
-(fastdit/metrics.py), and its feature network is the file that is given.
+(fastdit/evaluation/metrics.py), and its feature network is the file that is given.
 """
 
 import json
@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fastdit import engine, features, metrics, sources, telemetry
 from fastdit.checkpoint import MANIFEST, sha256, write_atomically
 from fastdit.config import InputError
-from fastdit.engine import World
-from fastdit.sample import check_writable
+from fastdit.evaluation import features, image_sets, metrics
+from fastdit.sampling.sampler import check_writable
+from fastdit.training import engine, telemetry
+from fastdit.training.engine import World
 
 KEPT, REFERENCE_KEPT = 50_000, 10_000  # features kept for KID, precision and recall: ADM's counts
 SAMPLES = 50_000  # as papers do; of digits DIGITS
@@ -72,23 +73,23 @@ def is_checkpoint(path: Path) -> bool:
     return path.suffix == ".safetensors" or (path / MANIFEST).exists() or (path / "checkpoints").is_dir()
 
 
-def open_source(request: Request, device: torch.device) -> tuple[sources.Source, Request]:
+def open_source(request: Request, device: torch.device) -> tuple[image_sets.Source, Request]:
     """The images of a request, and the request with every choice that was left open made. Raises InputError."""
     path = Path(request.source)
     if not is_checkpoint(path):
-        return sources.open_images(request.source, request.image_size, request.split, device), replace(request, samples=None)
+        return image_sets.open_images(request.source, request.image_size, request.split, device), replace(request, samples=None)
     count = request.samples or (DIGITS if request.features == "digits" else SAMPLES)
     if not 0 <= request.seed < 2**63:
         raise InputError(f"--seed {request.seed} must be at least 0 and below 2^63")
     if count < 2:
         raise InputError(f"--samples {count} must be at least 2")
-    source = sources.of_checkpoint(
+    source = image_sets.of_checkpoint(
         path, count, request.labels, request.sampler, request.seed, request.weights, request.dtype, device
     )
     return source, replace(request, samples=count, sampler=source.about["sampler"], dtype=source.about["dtype"])
 
 
-def measure(source: sources.Source, network: features.FeatureNetwork, keep: int, world: World, what: str) -> metrics.Summary:
+def measure(source: image_sets.Source, network: features.FeatureNetwork, keep: int, world: World, what: str) -> metrics.Summary:
     """The statistics of a source's images, by all ranks: complete on rank 0. Raises InputError."""
     if source.count < 2:
         raise InputError(f"{source.about.get('path')} holds {source.count} image: statistics need at least 2")
@@ -131,13 +132,13 @@ def open_reference(request: Request, network: features.FeatureNetwork, world: Wo
     found = together(world, lambda: metrics.load(path)) if path.is_file() else None
     about = {"features": network.about(), "path": request.reference}
     if found is None:
-        source = together(world, lambda: sources.open_images(request.reference, request.image_size, request.split, world.device))
+        source = together(world, lambda: image_sets.open_images(request.reference, request.image_size, request.split, world.device))
         together(world, lambda: network.probe(source.shape))
         found = measure(source, network, REFERENCE_KEPT, world, "reference")
         return replace(found, about={**found.about, **about})
     together(world, lambda: _check_fits(found, path, network))
-    if found.features is None and sources.has_images(path):  # ADM's: 10,000 images beside the statistics of all
-        source = together(world, lambda: sources.of_npz(path))
+    if found.features is None and image_sets.has_images(path):  # ADM's: 10,000 images beside the statistics of all
+        source = together(world, lambda: image_sets.of_npz(path))
         together(world, lambda: network.probe(source.shape))
         found = replace(found, features=measure(source, network, REFERENCE_KEPT, world, "reference").features)
     return replace(found, about={"kind": "statistics", **found.about, **about, "sha256": sha256(path)})
@@ -153,7 +154,7 @@ def too_few(count: int | None, width: int, of: str) -> list[str]:
     ]
 
 
-def say_dtype(source: sources.Source, world: World) -> None:
+def say_dtype(source: image_sets.Source, world: World) -> None:
     """Print on rank 0 what a checkpoint's samples are computed in."""
     if world.rank == 0 and "dtype" in source.about:
         print(f"model: {source.about['dtype']} on {telemetry.device_name(world.device)}", flush=True)

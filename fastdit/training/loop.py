@@ -16,11 +16,14 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from fastdit import autoencoder, checkpoint, data, engine, flow, kernels, sample, telemetry, validate
+from fastdit import autoencoder, checkpoint, data, flow, kernels
 from fastdit.config import Config, InputError, Stopped, TrainConfig
-from fastdit.ema import ShardedEma, gather
 from fastdit.graphs import release_recorded
 from fastdit.model import DTYPES, DiT, native_bf16
+from fastdit.sampling import sampler
+from fastdit.training import engine, telemetry
+from fastdit.training.ema import ShardedEma, gather
+from fastdit.training.validation import Validation
 
 GRID_CLASSES, GRID_COLUMNS = 10, 8  # of the sample grids during training
 
@@ -101,7 +104,7 @@ def _train(config: Config) -> Path:
     engine.together(world, lambda: telemetry.check_wandb(config))
     place, loader, codec = open_data(config, world)
     run = Path(config.train.out) / config.train.name
-    validation = validate.Validation(config, place, codec, run, world) if config.validate.steps else None
+    validation = Validation(config, place, codec, run, world) if config.validate.steps else None
     lock = engine.together(world, lambda: _lock_run_folder(run) if world.rank == 0 else None)
     Trainer(config, world, loader, codec, run, resume_from, state, validation).loop()
     if world.rank == 0:
@@ -116,7 +119,7 @@ class Trainer:
 
     def __init__(
         self, config: Config, world: engine.World, loader, codec, run: Path, resume_from: Path | None, state: dict,
-        validation: validate.Validation | None = None,
+        validation: Validation | None = None,
     ) -> None:  # fmt: skip
         """state: of `resume_from`, the checkpoint to continue from, or a fresh one."""
         self.config, self.world, self.loader, self.codec, self.run = config, world, loader, codec, run
@@ -331,8 +334,8 @@ class Trainer:
         classes = config.model.num_classes
         rows = torch.linspace(0, classes - 1, min(classes, GRID_CLASSES)).round().long()
         labels = rows.repeat_interleave(GRID_COLUMNS).to(world.device)
-        images = sample.generate_on_all_ranks(model, self.codec, config.sample, labels, config.train.seed, classes, world)
+        images = sampler.generate_on_all_ranks(model, self.codec, config.sample, labels, config.train.seed, classes, world)
         if world.rank == 0:
             path = self.run / "samples" / f"{checkpoint.folder_name(done)}.png"
-            sample.save_picture(sample.grid(images, GRID_COLUMNS), path)
+            sampler.save_picture(sampler.grid(images, GRID_COLUMNS), path)
             self.log.picture(done, path)

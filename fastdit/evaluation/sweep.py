@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
-from fastdit import evaluate, features, metrics, sample, sources
 from fastdit.checkpoint import write_atomically
 from fastdit.config import InputError, SampleConfig, nearest
-from fastdit.engine import World
+from fastdit.evaluation import command as evaluate_command
+from fastdit.evaluation import features, image_sets, metrics
+from fastdit.sampling import sampler
+from fastdit.training.engine import World
 
 SHOWN = 10  # samples of each setting in the picture
 METRICS = ("fid", "kid", "inception_score", "precision", "recall", "accuracy")
@@ -49,7 +51,7 @@ def parse_axes(words: list[str]) -> dict[str, list]:
     return axes
 
 
-def _watched(source: sources.Source, shown: dict[int, np.ndarray]) -> sources.Source:
+def _watched(source: image_sets.Source, shown: dict[int, np.ndarray]) -> image_sets.Source:
     """The same source, which keeps evenly spread samples in `shown` on their way."""
     wanted = set(np.linspace(0, source.count - 1, min(SHOWN, source.count)).round().astype(int).tolist())
 
@@ -98,7 +100,7 @@ def table(rows: list[Row]) -> str:
 
 def picture(rows: list[Row]) -> Image.Image:
     """A row of images a setting, its values and distance on the left, the best on green."""
-    grids = [sample.grid(row.images, len(row.images)).convert("RGB") for row in rows]
+    grids = [sampler.grid(row.images, len(row.images)).convert("RGB") for row in rows]
     font = ImageFont.load_default(max(11, min(20, grids[0].height // 4)))
     setting = lambda row: "  ".join(f"{key} {value}" for key, value in row.setting.items())
     texts = [f"{setting(row)}\ndistance {row.found['fid']:.4g}" for row in rows]
@@ -116,14 +118,14 @@ def picture(rows: list[Row]) -> Image.Image:
     return sheet
 
 
-def sweep(request: evaluate.Request, axes: dict[str, list], out: Path) -> list[Row]:
+def sweep(request: evaluate_command.Request, axes: dict[str, list], out: Path) -> list[Row]:
     """Evaluate request.source under every combination of the axes. After each, on rank 0, the CSV `out` and the PNG beside it are
     written again. All ranks must call it. Raises InputError."""
-    world = evaluate.world_of_this_process()
-    evaluate.together(world, lambda: sample.check_writable(out))
-    if not evaluate.is_checkpoint(Path(request.source)):
+    world = evaluate_command.world_of_this_process()
+    evaluate_command.together(world, lambda: sampler.check_writable(out))
+    if not evaluate_command.is_checkpoint(Path(request.source)):
         raise InputError(f"{request.source} is no checkpoint: a sweep draws its samples anew under each setting")
-    network = evaluate.together(
+    network = evaluate_command.together(
         world, lambda: features.load(request.features, world.device, request.feature_sha256, request.spatial)
     )
     reference, rows = None, []
@@ -136,25 +138,25 @@ def sweep(request: evaluate.Request, axes: dict[str, list], out: Path) -> list[R
         for setting in settings
     ]  # fmt: skip
     for each in asked:  # all bad values now, not after an hour
-        evaluate.together(world, lambda each=each: evaluate.open_source(each, world.device))
+        evaluate_command.together(world, lambda each=each: evaluate_command.open_source(each, world.device))
     for setting, each in zip(settings, asked, strict=True):
-        source, _ = evaluate.together(world, lambda each=each: evaluate.open_source(each, world.device))
-        evaluate.together(world, lambda source=source: network.probe(source.shape))
+        source, _ = evaluate_command.together(world, lambda each=each: evaluate_command.open_source(each, world.device))
+        evaluate_command.together(world, lambda source=source: network.probe(source.shape))
         if reference is None:
-            evaluate.say_dtype(source, world)
-            reference = evaluate.open_reference(request, network, world)
-            evaluate.together(world, lambda source=source: network.probe(source.shape))
+            evaluate_command.say_dtype(source, world)
+            reference = evaluate_command.open_reference(request, network, world)
+            evaluate_command.together(world, lambda source=source: network.probe(source.shape))
             if world.rank == 0:
-                evaluate.warn(evaluate.too_few(source.count, network.widths[0], "samples"))
+                evaluate_command.warn(evaluate_command.too_few(source.count, network.widths[0], "samples"))
         shown: dict[int, np.ndarray] = {}
         name = f"{len(rows) + 1}/{len(settings)} " + " ".join(f"{key}={value}" for key, value in setting.items())
-        samples = evaluate.measure(_watched(source, shown), network, evaluate.KEPT, world, name)
+        samples = evaluate_command.measure(_watched(source, shown), network, evaluate_command.KEPT, world, name)
         images = _gathered(shown, world)
         found = metrics.compare(samples, reference, world.device) if world.rank == 0 else {"fid": 0.0}
         rows.append(Row(setting, found, images))
         if world.rank == 0:
             write_atomically(out, as_csv(rows))
-            sample.save_picture(picture(rows), out.with_suffix(".png"))
+            sampler.save_picture(picture(rows), out.with_suffix(".png"))
         del source, samples
         if world.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from fastdit.config import Config
-from fastdit.engine import World, compiles
+from fastdit.training.engine import World, compiles
 
 
 class Host(NamedTuple):

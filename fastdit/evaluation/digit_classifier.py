@@ -1,6 +1,7 @@
 """The small classifier of the built-in digits: does a generated digit look like the class that was asked for?
 
-Its weights lie beside this file, so that every machine judges by the same network; `python -m fastdit.digits` trains them again.
+Its weights lie beside this file, so that every machine judges by the same network;
+`python -m fastdit.evaluation.digit_classifier` trains them again.
 """
 
 import itertools
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fastdit.checkpoint import replacing
 from fastdit.data.builtin import mnist5k
 
-WEIGHTS = Path(__file__).with_name("digits.safetensors")
+WEIGHTS = Path(__file__).with_name("digit_classifier.safetensors")
 WIDTH = 128  # of the features
 
 

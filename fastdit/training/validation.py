@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdit import evaluate, features, kernels, metrics, sources
+from fastdit import kernels
 from fastdit.autoencoder import KL
 from fastdit.checkpoint import replacing
 from fastdit.config import Config, InputError
@@ -22,9 +22,11 @@ from fastdit.data.builtin import mnist5k
 from fastdit.data.index import is_index
 from fastdit.data.latents import is_latent_set, read_manifest
 from fastdit.data.order import check_classes
-from fastdit.engine import World, together
+from fastdit.evaluation import command as evaluate_command
+from fastdit.evaluation import features, image_sets, metrics
 from fastdit.flow import Stream
-from fastdit.telemetry import Log
+from fastdit.training.engine import World, together
+from fastdit.training.telemetry import Log
 
 TIMESTEPS = tuple((k + 0.5) / 8 for k in range(8))
 SEED = 0  # of the noise, whatever the run's
@@ -58,9 +60,9 @@ def _images(config: Config, place: Path | None, world: World) -> tuple[np.ndarra
     if place is None:
         images, labels = mnist5k("val")
         rows = _chosen(len(images), config.validate.images)
-        held = sources.of_array(images[rows], labels[rows], {})
+        held = image_sets.of_array(images[rows], labels[rows], {})
     else:
-        held = sources.of_index(place, config.data.image_size, "val", world.device, config.validate.images)
+        held = image_sets.of_index(place, config.data.image_size, "val", world.device, config.validate.images)
     parts = [(np.empty(0, np.int64), np.empty((0, *held.shape), np.uint8)), *held.batches(world)]
     ids, images = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return ids, images, held.labels[ids]
@@ -114,10 +116,10 @@ class Validation:
         channels = self.codec.channels if self.config.data.autoencoder == "pixels" else 3
         self.network = together(self.world, lambda: features.load(settings.features, self.world.device))
         self.shape = (self.config.data.image_size, self.config.data.image_size, channels)
-        request = evaluate.Request(settings.features, reference, image_size=self.config.data.image_size)
-        self.labels_drawn = sources.evaluation_labels("balanced", settings.samples, self.config.model.num_classes, SEED)
+        request = evaluate_command.Request(settings.features, reference, image_size=self.config.data.image_size)
+        self.labels_drawn = image_sets.evaluation_labels("balanced", settings.samples, self.config.model.num_classes, SEED)
         together(self.world, lambda: self.network.probe(self.shape))
-        self.reference = evaluate.open_reference(request, self.network, self.world)
+        self.reference = evaluate_command.open_reference(request, self.network, self.world)
 
     @torch.no_grad()
     def losses(self, model: nn.Module) -> list[float]:
@@ -137,8 +139,8 @@ class Validation:
     def _distances(self, model: nn.Module) -> dict:
         """FID and its kin of samples of the model, on rank 0."""
         config = self.config
-        source = sources.of_model(model, self.codec, config.sample, self.labels_drawn, SEED, self.shape, {})
-        samples = evaluate.measure(source, self.network, evaluate.KEPT, self.world, "FID")
+        source = image_sets.of_model(model, self.codec, config.sample, self.labels_drawn, SEED, self.shape, {})
+        samples = evaluate_command.measure(source, self.network, evaluate_command.KEPT, self.world, "FID")
         found = metrics.compare(samples, self.reference, self.world.device) if self.world.rank == 0 else {}
         return {key: value for key, value in found.items() if not isinstance(value, list)}
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdit import kernels, plan
+from fastdit import kernels
 from fastdit.checkpoint import flush, replacing, write_atomically
 from fastdit.config import Config, InputError
-from fastdit.engine import World
+from fastdit.planning import plan
+from fastdit.training.engine import World
 
 TIME_BINS = 8
 PHASES = ("data_wait", "forward_backward", "optimizer", "ema")

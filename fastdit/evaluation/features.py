@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit import digits
 from fastdit.checkpoint import sha256
 from fastdit.config import InputError
-from fastdit.metrics import Outputs
+from fastdit.evaluation import digit_classifier
+from fastdit.evaluation.metrics import Outputs
 
 BATCH = 100  # images of every call of the network
 SPATIAL = 7  # channels of a spatial feature map that sFID sees, as ADM's evaluator
@@ -78,7 +78,7 @@ class FeatureNetwork:
 
 
 def _digits(device: torch.device) -> FeatureNetwork:
-    net = digits.load().to(device)
+    net = digit_classifier.load().to(device)
 
     def compute(images: Tensor) -> Outputs:
         if images.shape[1:] != (1, 32, 32):
@@ -86,7 +86,7 @@ def _digits(device: torch.device) -> FeatureNetwork:
         features, logits = net(images)
         return Outputs(features, logits.softmax(1))
 
-    network = FeatureNetwork(compute, digits.WEIGHTS, "digits", device)
+    network = FeatureNetwork(compute, digit_classifier.WEIGHTS, "digits", device)
     network.knows_classes = True
     return network
 
@@ -141,7 +141,7 @@ def _torchscript(path: Path, spatial: str | None, device: torch.device) -> Featu
 def load(source: str, device: torch.device, wanted_sha256: str | None = None, spatial: str | None = None) -> FeatureNetwork:
     """source: "digits" or a TorchScript file; spatial: its submodule whose first SPATIAL channels sFID takes (unverified: not run
     on the real file). Raises InputError when the file is not there or its SHA-256 is not the one wanted."""
-    path = digits.WEIGHTS if source == "digits" else Path(source)
+    path = digit_classifier.WEIGHTS if source == "digits" else Path(source)
     if not path.is_file():
         raise InputError(f"--features {source} is neither 'digits' nor a file: give the path of inception-2015-12-05.pt, say")
     found = sha256(path)

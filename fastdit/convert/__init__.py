@@ -1,0 +1,1 @@
+"""Checkpoints of other projects, converted to this model's layout."""

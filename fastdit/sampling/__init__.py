@@ -1,0 +1,1 @@
+"""Sampling: solvers, the Sampler from weights to images, and `fastdit sample`."""
