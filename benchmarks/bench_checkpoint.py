@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from fastdit import checkpoint
+from fastdit import checkpoint, distributed
 from fastdit.config import Config, ModelConfig, TrainConfig
 from fastdit.model import DiT
 from fastdit.training import engine
 from fastdit.training.ema import ShardedEma
+from fastdit.training.saver import Saver, check
 from measure import DEVICE, Group, Result, Worker, quantiles, speedup, start, take_turns
 
 SUITE = "checkpoint"
@@ -39,7 +40,7 @@ def state_of(case: str) -> tuple:
     model = ModelConfig(
         preset=case, width=width, depth=depth, heads=heads, hidden=hidden, in_channels=4, input_size=32, patch_size=2
     )
-    world = engine.start(DEVICE.type)
+    world = distributed.start(DEVICE.type)
     config = engine.settle(Config(model=model, train=TrainConfig(batch_size=1)), world.device)
     dit = engine.initialize(DiT(model), config, world)
     x, t, labels = torch.zeros(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
@@ -51,14 +52,14 @@ def state_of(case: str) -> tuple:
 def fastdit(folder: Path, case: str) -> Callable[[], dict]:
     dit, ema, config, world = state_of(case)
     sums, state = torch.zeros(1), {"step": 1, "summed_steps": 0, "wandb_id": None, "class_names": None}
-    saver = checkpoint.Saver(folder / "run/checkpoints", config, world)
+    saver = Saver(folder / "run/checkpoints", config, world)
     shapes = {name: p.shape for name, p in dit.module.named_parameters()}
 
     def load() -> None:
         found = checkpoint.find(folder / "run")
-        saved = checkpoint.check(found, config, world)
+        saved = check(found, config, world)
         dit.module.load_state_dict(checkpoint.Shards(found, saved["ranks"]).whole("raw", shapes))
-        checkpoint.load(found, dit, ema, saved, sums, config, world)
+        saver.load(found, dit, ema, saved, sums, config, world)
 
     def run() -> dict[str, float]:
         os.sync()  # what the other one left to be written

@@ -20,14 +20,13 @@ from torch import Tensor
 
 import eager_reference
 import images
-from fastdit import autoencoder
+from fastdit import autoencoder, distributed
 from fastdit.config import Config, DataConfig, ModelConfig, TrainConfig
 from fastdit.data import prepare
 from fastdit.data.index import open_index
 from fastdit.data.latents import MANIFEST, LatentLoader
 from fastdit.data.loader import Decoder
-from fastdit.model import DTYPES
-from fastdit.training import engine
+from fastdit.device import DTYPES
 from measure import DEVICE, PRECISION, THREADS, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 
 SUITE = "data"
@@ -134,7 +133,7 @@ def latents(folder: Path, resident: str) -> Callable[[int], tuple]:
         model=ModelConfig(preset="base/2", num_classes=1000, in_channels=4, input_size=32), train=TrainConfig(batch_size=BATCH),
         data=DataConfig(source=str(folder), image_size=256, resident=resident, flip=True),
     )  # fmt: skip
-    loader, step = LatentLoader(folder, config, engine.World(0, 1, DEVICE, None)), 0
+    loader, step = LatentLoader(folder, config, distributed.World(0, 1, DEVICE, None)), 0
 
     def run(batches: int) -> tuple[float, float]:
         nonlocal step

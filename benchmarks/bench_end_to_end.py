@@ -20,7 +20,7 @@ import eager_reference
 import images
 from bench_train_step import CASES, LR, PARITY, WEIGHT_DECAY, difference, matmul_of
 from eager_reference import comparable, eager_model
-from fastdit import flow, kernels
+from fastdit import distributed, flow, kernels
 from fastdit.config import Config, DataConfig, TrainConfig
 from fastdit.data.encode import encode
 from fastdit.data.index import open_index
@@ -56,7 +56,7 @@ def eager(folder: Path, batch: int, steps: int) -> Callable[[int], float]:
     config = settings(folder, folder / "images.index", batch, steps)
     index, seed = open_index(Path(config.data.source)), config.train.seed
     rows = index.rows("train")
-    order = Order(len(rows), config, engine.World(0, 1, DEVICE, None))
+    order = Order(len(rows), config, distributed.World(0, 1, DEVICE, None))
     torch.manual_seed(seed)  # the weights that Trainer starts from
     model = eager_model(DiT(config.model)).to(DEVICE)
     vae = AutoencoderKL.from_pretrained(config.data.autoencoder).requires_grad_(False).eval().to(DEVICE)
@@ -79,7 +79,7 @@ def eager(folder: Path, batch: int, steps: int) -> Callable[[int], float]:
 
 def fastdit(folder: Path, source: str, batch: int, steps: int) -> Callable[[int], torch.Tensor]:
     """step -> loss, by the loop of `fastdit train`."""
-    world = engine.start(DEVICE.type)
+    world = distributed.start(DEVICE.type)
     config = engine.settle(settings(folder, folder / source, batch, steps), world.device)
     _, loader, codec = open_data(config, world)
     run = folder / "runs" / source

@@ -22,9 +22,10 @@ from bench_train_step import CASES, matmul_of
 from eager_reference import EagerDiT, comparable, euler, fastdit_model
 from fastdit import autoencoder
 from fastdit.config import SampleConfig
+from fastdit.device import DTYPES
 from fastdit.planning.machine_rates import matmul_rate
 from fastdit.sampling import sampler
-from fastdit.sampling.sampler import DTYPES, fast_velocity
+from fastdit.sampling.fast import fast_velocity
 from measure import DEVICE, PRECISION, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 
 SUITE = "sampling"

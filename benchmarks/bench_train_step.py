@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from eager_reference import EagerDiT, comparable, fastdit_model, train_step
-from fastdit import flow, kernels
+from fastdit import distributed, flow, kernels
 from fastdit.config import Config, TrainConfig
 from fastdit.model import DiT
 from fastdit.training import engine
@@ -149,7 +149,7 @@ def engine_step(shape: tuple, size: int, compiled: str = "auto") -> Step:
         schedule="constant",
         warmup_steps=0,
     )
-    world = engine.start(DEVICE.type)
+    world = distributed.start(DEVICE.type)
     config = engine.settle(Config(model=comparable(*shape), train=train), world.device)
     model = engine.initialize(fastdit_model(EagerDiT(config.model)), config, world)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import record
 from bench_train_step import CASES
-from fastdit.training import telemetry
+from fastdit import progress
 from measure import PRECISION, THREADS, Worker, take_turns
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     workers = {name: Worker("bench_train_step:provider", name, shape, size) for name in ("+adamw", "engine")}
     for worker in workers.values():
         worker(0, 3)
-    with telemetry.progress_bar(options.pairs, description="pairs", unit="pair") as bar:
+    with progress.progress_bar(options.pairs, description="pairs", unit="pair") as bar:
 
         def turn(name: str, pair: int) -> tuple[float, float]:
             step = 3 + 2 * pair

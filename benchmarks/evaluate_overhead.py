@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import record
-from fastdit.training import telemetry
+from fastdit import progress
 
 
 def cpu_seconds(words: list[str], threads: int) -> float:
@@ -50,7 +50,7 @@ def main() -> None:
                          "--samples", str(10 * options.per_class), "--out", in_folder("streamed.json")],
         }  # fmt: skip
         seconds: dict[str, list[float]] = {name: [] for name in commands}
-        with telemetry.progress_bar(options.pairs, description="pairs", unit="pair") as bar:
+        with progress.progress_bar(options.pairs, description="pairs", unit="pair") as bar:
             for pair in range(options.pairs):
                 for name in list(commands)[:: -1 if pair % 2 else 1]:
                     seconds[name].append(cpu_seconds(commands[name], options.threads))

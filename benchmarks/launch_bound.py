@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import record
+from fastdit import flops
 from fastdit.config import PRESETS, InputError
-from fastdit.planning import plan
 from measure import DEVICE, PRECISION, Worker, busy_seconds, gpu_events, peak_memory, reason, synchronize
 from train_steps import PROVIDERS, config_of, step_of
 
@@ -53,7 +53,7 @@ def measure(preset: str, provider: str, batch: int) -> tuple[dict[str, str], lis
     wall = (time.perf_counter() - start) / STEPS
     events = gpu_events(lambda: [step() for _ in range(PROFILED)])
     busy, kernels = busy_seconds(events) / PROFILED, sum(e.count for e in events) / PROFILED
-    counted = plan.walk(config_of(preset, "none", batch, "").model, 1, torch.bfloat16, "none")
+    counted = flops.walk(config_of(preset, "none", batch, "").model, 1, torch.bfloat16, "none")
     rate = batch * (counted.forward + counted.backward) / wall
     values = {
         "step_ms": f"{wall * 1e3:.3f}", "busy_ms": f"{busy * 1e3:.3f}", "gpu_busy": f"{busy / wall:.3f}",

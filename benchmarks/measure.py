@@ -19,9 +19,10 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from fastdit import device
 from fastdit.cli import ALLOCATOR
+from fastdit.device import precision
 from fastdit.planning import machine_rates
-from fastdit.training.engine import precision
 
 T = TypeVar("T")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,7 +83,7 @@ def reason(error: BaseException) -> str:
 
 
 def synchronize() -> None:
-    machine_rates.synchronize(DEVICE)
+    device.synchronize(DEVICE)
 
 
 def gpu_events(call: Callable[[], object]) -> list:

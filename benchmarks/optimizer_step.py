@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import record
+from fastdit import progress
 from fastdit.config import parse
 from fastdit.model import DiT
-from fastdit.training import telemetry
 from fastdit.training.ema import ShardedEma
 from fastdit.training.engine import Fragment
 from fastdit.training.optimizer import OneRankAdamW
@@ -95,7 +95,7 @@ def main() -> None:
         gradients = [torch.randn_like(p).mul_(1e-3).to(dtype) for p in initial]
         given = {name: [g.clone() for g in gradients] for name in steps}  # torch's AdamW scales them in place
         samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-        with telemetry.progress_bar(options.rounds + 2, description=precision, unit="round") as bar:
+        with progress.progress_bar(options.rounds + 2, description=precision, unit="round") as bar:
             for turn in range(options.rounds + 2):  # two that are not counted
                 for name, step in steps.items() if turn % 2 else reversed(steps.items()):
                     synchronize()

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 import record
-from fastdit import flow
+from fastdit import distributed, flow, progress
 from fastdit.config import Config, parse
 from fastdit.model import DiT
-from fastdit.planning import plan
-from fastdit.training import engine, telemetry
+from fastdit.planning import memory, plan
+from fastdit.training import engine
 from fastdit.training.ema import ShardedEma
 from measure import DEVICE, THREADS, Result, Worker
 
@@ -40,7 +40,7 @@ def settings(words: list[str]) -> Config:
     return parse(None, [*plan.IMAGENET_LATENTS, "train.precision=fp32", *words])
 
 
-def run_steps(config: Config, world: engine.World) -> None:
+def run_steps(config: Config, world: distributed.World) -> None:
     """Build all that a run holds and take STEPS steps, on noise."""
     model, size = DiT(config.model), config.model.input_size
     running = engine.initialize(model, config, world)
@@ -62,7 +62,7 @@ def resident(key: str) -> int:
 
 def measured() -> Callable[[list[str]], int]:
     """In a worker: the words of a case -> bytes."""
-    world = engine.start("cpu")
+    world = distributed.start("cpu")
     run_steps(settings(WARM), world)
 
     def measure(words: list[str]) -> int:
@@ -82,10 +82,10 @@ def main() -> None:
     if DEVICE.type == "cuda":
         parser.error("this compares resident memory of a CPU run: hide the GPU with CUDA_VISIBLE_DEVICES=")
     rows = []
-    with telemetry.progress_bar(2 * len(CASES), description="runs", unit="run") as bar:
+    with progress.progress_bar(2 * len(CASES), description="runs", unit="run") as bar:
         for case, words in CASES.items():
             config = settings(words)
-            predicted = plan.memory(config, 1).peak
+            predicted = memory.memory(config, 1).peak
             for allocator, variables in (("returned", RETURNED), ("kept", {})):
                 os.environ.update(variables)
                 worker = Worker("plan_memory:measured", allocator=allocator == "kept")

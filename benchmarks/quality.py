@@ -17,11 +17,13 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 
 import record
-from fastdit.checkpoint import folder_name, replacing
+from fastdit import distributed
+from fastdit.checkpoint import folder_name
 from fastdit.data.builtin import mnist5k
 from fastdit.evaluation import command as evaluate_command
 from fastdit.evaluation import features, image_sets, metrics
-from fastdit.training.telemetry import progress_bar
+from fastdit.files import replacing
+from fastdit.progress import progress_bar
 
 SAMPLER = {"steps": 10, "solver": "heun", "guidance": 0.0}
 BLURS = (0.5, 1.0, 1.5)  # pixels, standard deviation
@@ -36,7 +38,7 @@ def samples(run: Path, step: int, weights: str, count: int, seed: int = 0) -> im
         path.parent.mkdir(exist_ok=True)
         checkpoint = run / "checkpoints" / folder_name(step)
         source = image_sets.of_checkpoint(checkpoint, count, "balanced", SAMPLER, seed, weights, "fp32", torch.device("cpu"))
-        world, parts = evaluate_command.world_of_this_process(), []
+        world, parts = distributed.world_of_this_process(), []
         with progress_bar(count, description=f"step {step}, {weights}", unit="image") as bar:
             for _, images in source.batches(world):
                 parts.append(images)
@@ -88,7 +90,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.csv", help="the plot lies beside it")
     options = parser.parse_args()
     steps = [int(step) for step in options.steps.split(",")]
-    world = evaluate_command.world_of_this_process()
+    world = distributed.world_of_this_process()
     network = features.load("digits", world.device)
     network.probe((32, 32, 1))
     summary = lambda source: evaluate_command.measure(source, network, evaluate_command.KEPT, world, "features")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eager_reference import EagerDiT, comparable, train_step
-from fastdit import graphs
+from fastdit import distributed, graphs
 from fastdit.config import PRESETS, Config, parse
 from fastdit.planning.host import BLOCK_GRAPHS
 from fastdit.training import engine
@@ -33,7 +33,7 @@ class Moments:
     class_names = None
     needs_noise = True
 
-    def __init__(self, config: Config, world: engine.World) -> None:
+    def __init__(self, config: Config, world: distributed.World) -> None:
         from fastdit.data.order import Order
 
         self.channels, self.size = config.model.in_channels, config.model.input_size
@@ -69,7 +69,7 @@ def trainer_step(preset: str, provider: str, batch: int, *more: str) -> Callable
     folder = tempfile.TemporaryDirectory()
     config = config_of(preset, PROVIDERS[provider], batch, folder.name, *more)
     record = lambda model, per_block: graphs.record_training(model, per_block or provider == BLOCK_GRAPHS)
-    world = engine.start(DEVICE.type)
+    world = distributed.start(DEVICE.type)
     config = engine.settle(config, world.device)
     run = Path(folder.name) / "steps"
     run.mkdir()

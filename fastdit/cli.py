@@ -155,14 +155,14 @@ def _info(_: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from fastdit.planning import plan
+    from fastdit.planning import cards, plan
 
     path, words = _file_and_overrides(arguments)
     preset = arguments.preset or (None if path else "XL/2")
     named = {"model.preset": preset, "train.batch_size": arguments.batch_size, "zero.stage": arguments.stage}
     named["train.checkpoint"] = arguments.checkpoint
     config = plan.settings(path, [*words, *(f"{key}={value}" for key, value in named.items() if value is not None)])
-    card = plan.find_card(arguments.gpu)
+    card = cards.find_card(arguments.gpu)
     made = plan.make(config, card, arguments.gpus, arguments.epochs, arguments.images, arguments.price_per_gpu_hour)
     print(json.dumps(made, indent=1) if arguments.json else plan.describe(made))
 

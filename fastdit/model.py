@@ -16,7 +16,6 @@ from fastdit import kernels
 from fastdit.attention import attention
 from fastdit.config import ModelConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the parameters, by what precision and --dtype call them
 ROPE_THETA = 10_000.0
 QK_EPS = torch.finfo(torch.float32).eps  # the base model's, 1.19e-7
 TIME_FEATURES = 256  # sinusoids of the timestep before its MLP, as in DiT
@@ -128,15 +127,6 @@ class Attention(nn.Module):
             q_weight = k_weight = None
         q, k, v = kernels.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, self.heads, QK_EPS)
         return self.out(attention(q, k, v, self.kind))
-
-
-@functools.cache
-def native_bf16(device: torch.device) -> bool:
-    """Whether bf16 matmuls are fast on `device`: NVIDIA GPUs since Ampere, CPUs that oneDNN has kernels for (AVX-512 and newer).
-    Elsewhere PyTorch's fallback runs: on two AVX2 cores 1.8 GFLOP/s, where fp32 reaches 137."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # Saves the inputs alone and runs the function again in the backward pass, up to the last tensor that this needs.

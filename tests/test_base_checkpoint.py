@@ -18,6 +18,7 @@ from fastdit import autoencoder, checkpoint, cli, kernels
 from fastdit.config import InputError
 from fastdit.convert.base import PUBLISHED_VAE, convert, load
 from fastdit.model import DiT
+from fastdit.training import saver
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["base_rope", "base_absolute_legacy"]
@@ -121,7 +122,7 @@ def test_import_and_sample_from_the_command_line(case, tmp_path, capsys):
     with pytest.raises(InputError, match="holds no raw weights"):
         checkpoint.load_model(run, "raw", torch.device("cpu"))
     with pytest.raises(InputError, match="can be sampled from, not continued"):
-        checkpoint.check(checkpoint.find(run), config, None)
+        saver.check(checkpoint.find(run), config, None)
 
 
 class Code:

@@ -7,7 +7,7 @@ import torch
 from fastdit import data
 from fastdit.config import InputError, from_dict
 from fastdit.data import builtin
-from fastdit.training.engine import World
+from fastdit.distributed import World
 
 
 def world(rank=0, size=1):

@@ -5,7 +5,9 @@ import os
 import pytest
 import torch
 
+from fastdit import distributed
 from fastdit.config import Config, InputError, parse
+from fastdit.device import precision
 from fastdit.training import engine
 
 
@@ -23,13 +25,13 @@ def test_zero_is_in_use_where_there_is_something_to_shard(words, ranks, sharded)
 
 @pytest.mark.parametrize(("native", "auto"), [(True, "bf16"), (False, "fp32")])
 def test_precision_auto_is_bf16_where_matmuls_are_native(monkeypatch, native, auto):
-    monkeypatch.setattr(engine, "native_bf16", lambda device: native)
+    monkeypatch.setattr("fastdit.device.native_bf16", lambda device: native)
     cpu = torch.device("cpu")
     asked = []
     monkeypatch.setattr(engine.attention, "check", lambda *of, training: asked.append((*of, training)))
     assert engine.settle(Config(), cpu).train.precision == auto
     assert asked == [(Config().model, {"bf16": torch.bfloat16, "fp32": torch.float32}[auto], cpu, True)]
-    assert [engine.precision(wanted, cpu) for wanted in ("bf16", "fp32")] == ["bf16", "fp32"]
+    assert [precision(wanted, cpu) for wanted in ("bf16", "fp32")] == ["bf16", "fp32"]
 
 
 def test_deterministic_sets_what_cuda_needs_and_puts_it_back(monkeypatch):
@@ -54,14 +56,14 @@ def test_weight_gradients_are_summed_in_fp32_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    monkeypatch.setattr(engine, "control_group", lambda: None)
+    monkeypatch.setattr(distributed, "control_group", lambda: None)
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction
     try:
         matmul.allow_bf16_reduced_precision_reduction = True
-        assert engine.start("cuda").device == torch.device("cuda", 0)
+        assert distributed.start("cuda").device == torch.device("cuda", 0)
         assert not matmul.allow_bf16_reduced_precision_reduction
     finally:
         matmul.allow_bf16_reduced_precision_reduction = before
@@ -72,4 +74,4 @@ def test_an_old_deepspeed_is_refused(monkeypatch):
 
     monkeypatch.setattr(deepspeed, "__version__", "0.18.9")
     with pytest.raises(InputError, match=r"deepspeed 0\.18\.9 is installed.* pip install 'deepspeed>=0\.19\.8'"):
-        engine.start("cpu")
+        engine.import_deepspeed(torch.device("cpu"))

@@ -17,9 +17,9 @@ import photographs
 from fastdit import autoencoder, cli
 from fastdit.config import InputError, parse
 from fastdit.data.builtin import mnist5k
+from fastdit.distributed import World
 from fastdit.evaluation import features, image_sets, metrics
 from fastdit.sampling import sampler
-from fastdit.training.engine import World
 from fastdit.training.loop import train
 from fastdit.training.validation import _held_out
 

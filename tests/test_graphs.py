@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cuda_graphs
-from fastdit import graphs
+from fastdit import distributed, graphs
 from fastdit.config import InputError, from_dict, parse
 from fastdit.graphs import record_training, release_recorded
 from fastdit.model import DiT
@@ -194,7 +194,7 @@ def test_what_does_not_train_runs_as_before_and_another_batch_is_refused():
 
 @pytest.mark.parametrize(("device", "stage", "wanted"), [("cuda", 2, "graphs"), ("cuda", 3, "none"), ("cpu", 2, "none")])
 def test_auto_is_graphs_where_they_can_be(device, stage, wanted):
-    world = engine.World(0, 1, torch.device(device), None)
+    world = distributed.World(0, 1, torch.device(device), None)
     assert engine.compiles(parse(None, [f"zero.stage={stage}"]), world) == wanted
     assert engine.compiles(parse(None, ["train.compile=blocks"]), world) == "blocks"
 

@@ -18,13 +18,13 @@ import torch
 
 import autoencoders
 import photographs
-from fastdit import autoencoder, checkpoint, cli, data, kernels
+from fastdit import autoencoder, checkpoint, cli, data, files, kernels
 from fastdit.config import InputError, from_dict
 from fastdit.data import builtin, encode, prefetch, prepare
 from fastdit.data.index import open_index
 from fastdit.data.latents import LatentLoader, read_manifest
 from fastdit.data.loader import ImageLoader
-from fastdit.training.engine import World
+from fastdit.distributed import World
 
 SIZE = 32
 CPU = torch.device("cpu")
@@ -119,7 +119,7 @@ def test_manifest_says_what_it_was_made_of(index, vae, latents):
     manifest = read_manifest(latents)
     assert manifest["autoencoder_sha256"] == autoencoder.KL(vae, SIZE, CPU).sha256() and manifest["scaling_factor"] == 0.5
     assert manifest["images"] == 35 and manifest["classes"] == open_index(index).classes and manifest["dtype"] == "fp32"
-    assert manifest["files"]["moments_00004.npy"]["sha256"] == checkpoint.sha256(latents / "moments_00004.npy")
+    assert manifest["files"]["moments_00004.npy"]["sha256"] == files.sha256(latents / "moments_00004.npy")
     assert len(manifest["files"]) == 10
 
 

@@ -16,8 +16,8 @@ from fastdit.data import prepare
 from fastdit.data.index import open_index
 from fastdit.data.loader import ImageLoader
 from fastdit.data.order import AREA, RATIO, Order, center_crops
+from fastdit.distributed import World
 from fastdit.flow import Stream
-from fastdit.training.engine import World
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import scipy.linalg
 import torch
 
 from fastdit.config import InputError
+from fastdit.distributed import World
 from fastdit.evaluation import metrics
-from fastdit.training.engine import World
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 SUPPORT = Path(__file__).parent / "support"

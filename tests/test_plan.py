@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdit import cli, flow, kernels
+from fastdit import cli, distributed, flops, flow, kernels
 from fastdit.model import DiT
-from fastdit.planning import plan
+from fastdit.planning import cards, memory, plan
 from fastdit.training import engine
 from fastdit.training.ema import ShardedEma
 
@@ -24,7 +24,7 @@ XL_1 = ["model.patch_size=1", "model.input_size=16", "model.in_channels=32"]  # 
 def test_flops_are_those_that_torch_counts(words):
     """With attention by matmuls, which torch counts on a CPU; its fused kernel there it does not."""
     config = plan.settings(None, [*words, "train.precision=fp32", "model.attention=matmul"]).model
-    counted, batch = plan.walk(config, 2, torch.float32, "none"), 2
+    counted, batch = flops.walk(config, 2, torch.float32, "none"), 2
     model = DiT(config)
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size)
     with FlopCounterMode(display=False) as forward:
@@ -38,7 +38,7 @@ def test_flops_are_those_that_torch_counts(words):
 
 def test_published_flops_and_parameters():
     """DiT-XL/2: 675 M parameters (arXiv:2212.09748, table 1), 0.710 TFLOP an image forward and backward."""
-    counted = plan.walk(plan.settings(None, ["model.preset=XL/2"]).model, 1, torch.bfloat16, "none")
+    counted = flops.walk(plan.settings(None, ["model.preset=XL/2"]).model, 1, torch.bfloat16, "none")
     assert (counted.forward + counted.backward) / 1e12 == pytest.approx(0.710, rel=0.02)
     assert counted.parameters / 1e6 == pytest.approx(675, rel=0.01)
 
@@ -51,8 +51,8 @@ def test_published_rates_are_within_the_range(card, gpus, words, images_per_s):
     """The MFU that each anchor implies, rate times FLOPs over the datasheet, lies in the predicted range; the slow end, which is
     the geometric mean of both trainers' slowness, within 25 % of it."""
     config = plan.settings(None, ["model.preset=XL/2", "train.batch_size=32", *words])
-    made = plan.make(config, plan.CARDS[card], gpus, 80, plan.IMAGENET_IMAGES, None)
-    implied = images_per_s / gpus * made["flops_per_image"]["total"] / plan.CARDS[card].bf16
+    made = plan.make(config, cards.CARDS[card], gpus, 80, plan.IMAGENET_IMAGES, None)
+    implied = images_per_s / gpus * made["flops_per_image"]["total"] / cards.CARDS[card].bf16
     print(f"{card}: implied MFU {implied:.3f}, predicted {made['mfu']['slow']:.3f} to {made['mfu']['fast']:.3f}")
     assert implied == pytest.approx(made["mfu"]["slow"], rel=0.25)
     assert implied < made["mfu"]["fast"]
@@ -70,8 +70,8 @@ def test_memory_is_what_the_tensors_of_a_real_step_take(words):
     """The tensors of three steps under the engine, on a CPU with one rank, by the counter that plan uses on the meta device."""
     shape = ["model.preset=S/2", "model.depth=4", "model.heads=4", "model.input_size=16"]
     config = plan.settings(None, [*shape, "train.precision=fp32", *words])
-    world, train = engine.start("cpu"), config.train
-    with plan.Live([]) as live:
+    world, train = distributed.start("cpu"), config.train
+    with flops.Live([]) as live:
         model = DiT(config.model)
         running = engine.initialize(model, config, world)
         ema = ShardedEma(engine.fragments(running, world), train.ema_decay)
@@ -82,7 +82,7 @@ def test_memory_is_what_the_tensors_of_a_real_step_take(words):
                 running.backward(flow.losses(running, config.flow, config.model.num_classes, x0, labels, 0, ids).mean())
                 running.step()
             ema.update()
-    predicted = plan.memory(config, 1).peak
+    predicted = memory.memory(config, 1).peak
     print(f"{live.peak / 1e6:.1f} MB, predicted {predicted / 1e6:.1f}")
     fused = kernels.backend_in_use(world.device) != "reference"  # references keep more for the backward
     assert live.peak == pytest.approx(predicted, rel=0.1 if fused else 0.2)
@@ -90,7 +90,7 @@ def test_memory_is_what_the_tensors_of_a_real_step_take(words):
 
 def test_memory_falls_with_the_stage_and_with_recomputing():
     config = plan.settings(None, ["model.preset=L/2", "train.batch_size=16"])
-    made = plan.make(config, plan.CARDS["h100"], 8, 1, 1000, 2.0)
+    made = plan.make(config, cards.CARDS["h100"], 8, 1, 1000, 2.0)
     peaks = [values["peak"] for values in made["memory"]["stages"].values()]
     assert peaks[0] > peaks[1]
     largest = made["memory"]["largest_batch"]
@@ -101,14 +101,14 @@ def test_memory_falls_with_the_stage_and_with_recomputing():
 def test_one_gpu_holds_gradients_through_the_forward_only_to_add_them_up():
     """AdamW uses them up in each step: between steps only sums of several micro-steps are there, 4 bytes a parameter."""
     words = ["model.preset=S/2", "train.precision=fp32", "train.batch_size=64"]
-    one, two = (plan.memory(plan.settings(None, [*words, f"train.accumulation={n}"]), 1, plan.CARDS["h100"]) for n in (1, 2))
-    parameters = plan.walk(plan.settings(None, words).model, 1, torch.float32, "none").parameters
+    one, two = (memory.memory(plan.settings(None, [*words, f"train.accumulation={n}"]), 1, cards.CARDS["h100"]) for n in (1, 2))
+    parameters = flops.walk(plan.settings(None, words).model, 1, torch.float32, "none").parameters
     assert two.peak - one.peak == 4 * parameters
 
 
 def test_one_gpu_has_one_row_and_what_does_not_fit_is_said():
     made = lambda gpus, batch: plan.make(
-        plan.settings(None, ["model.preset=XL/2", f"train.batch_size={batch}"]), plan.CARDS["rtx4090"], gpus, 80, 1000, None
+        plan.settings(None, ["model.preset=XL/2", f"train.batch_size={batch}"]), cards.CARDS["rtx4090"], gpus, 80, 1000, None
     )
     assert list(made(1, 8)["memory"]["stages"]) == [0] and list(made(8, 8)["memory"]["stages"]) == [1, 2, 3]
     largest = made(1, 8)["memory"]["largest_batch"]["none"]
@@ -117,14 +117,14 @@ def test_one_gpu_has_one_row_and_what_does_not_fit_is_said():
     assert not over["memory"]["fits"]
     line = next(line for line in plan.describe(over).splitlines() if line.startswith("does not fit: "))
     assert f"at most {largest} do" in line and f"{over['memory']['largest_batch']['full']} with full" in line
-    tight = plan.CARDS["rtx4090"]._replace(memory=10e9)  # less than the weights' states
+    tight = cards.CARDS["rtx4090"]._replace(memory=10e9)  # less than the weights' states
     config = plan.settings(None, ["model.preset=XL/2"])
     assert "not one does: use more GPUs" in plan.describe(plan.make(config, tight, 1, 80, 1000, None))
 
 
 def test_small_models_are_told_in_megabytes():
     config = plan.settings(None, ["model.preset=nano/4"])
-    text = plan.describe(plan.make(config, plan.CARDS["h100"], 1, 80, 1000, None))
+    text = plan.describe(plan.make(config, cards.CARDS["h100"], 1, 80, 1000, None))
     assert "4.2 MB" in text and " 0.0 GB" not in text
 
 
@@ -140,10 +140,10 @@ def test_a_reader_that_has_gone_gets_no_traceback(form):
 
 
 def test_a_devices_card_is_found_by_its_whole_name():
-    assert plan.card_of("NVIDIA A100-SXM4-80GB") == plan.CARDS["a100"] and plan.card_of("NVIDIA H200") == plan.CARDS["h200"]
+    assert cards.card_of("NVIDIA A100-SXM4-80GB") == cards.CARDS["a100"] and cards.card_of("NVIDIA H200") == cards.CARDS["h200"]
     slower = ("NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
-    assert not any(map(plan.card_of, (*slower, "AMD EPYC, 2 threads", "")))
-    assert len({card.device for card in plan.CARDS.values()}) == len(plan.CARDS)
+    assert not any(map(cards.card_of, (*slower, "AMD EPYC, 2 threads", "")))
+    assert len({card.device for card in cards.CARDS.values()}) == len(cards.CARDS)
 
 
 def test_command_and_bad_input(capsys):

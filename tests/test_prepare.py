@@ -22,8 +22,9 @@ import photographs
 from fastdit import cli
 from fastdit.config import InputError
 from fastdit.data import imagenet, prepare
+from fastdit.data.archives import jpeg_size, scan_tar
 from fastdit.data.index import FILE, open_index
-from fastdit.sampling import sampler
+from fastdit.sampling import class_names
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_folders_and_tars_give_the_same_images(index, tmp_path):
 def test_many_parts_give_the_index_of_one(archives, tmp_path, monkeypatch):
     train, *_ = archives
     whole = prepare.prepare([train], tmp_path / "a")
-    monkeypatch.setattr(prepare, "PART", 2)
+    monkeypatch.setattr("fastdit.data.archives.PART", 2)
     assert contents(prepare.prepare([train], tmp_path / "b")) == contents(whole)
 
 
@@ -123,9 +124,9 @@ def test_long_names(tmp_path):
 SLOWLY = """
 import sys, time, scipy.io
 from pathlib import Path
-from fastdit.data import prepare
-measure, prepare.PART = prepare.measure, 2
-prepare.measure = lambda data: (time.sleep(0.04), measure(data))[1]
+from fastdit.data import archives, prepare
+measure, archives.PART = archives.measure, 2
+archives.measure = lambda data: (time.sleep(0.04), measure(data))[1]
 print("begun", flush=True)
 prepare.prepare([Path(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
 """
@@ -164,7 +165,7 @@ def test_a_full_disk_keeps_what_was_done(archives, index, tmp_path, capsys, monk
     monkeypatch.setattr(Path, "write_text", full)
     complains(capsys, words, "No space left on device", "kept")
     monkeypatch.undo()
-    scan, scanned = prepare.scan_tar, []
+    scan, scanned = scan_tar, []
     monkeypatch.setattr(prepare, "scan_tar", lambda *a: (scanned.append(a), scan(*a))[1])
     assert cli.main([str(word) for word in words]) == 0
     assert len(scanned) == 6 - 3  # three of five classes and of the validation archive were there
@@ -227,10 +228,10 @@ def test_md5_sums(archives, tmp_path, capsys, monkeypatch):
     train, val, devkit = archives
     words = ["prepare", train, "--val", val, "--devkit", devkit, "--verify", "--out", tmp_path / "index"]
     sums = {role: hashlib.md5(p.read_bytes()).hexdigest() for role, p in zip(("train", "val", "devkit"), archives, strict=True)}
-    monkeypatch.setattr(prepare, "IMAGENET_MD5", {**sums, "val": "0" * 32})
+    monkeypatch.setattr(imagenet, "MD5", {**sums, "val": "0" * 32})
     complains(capsys, words, str(val), sums["val"], "0" * 32, "fetch it again")
     assert not (tmp_path / "index").exists()
-    monkeypatch.setattr(prepare, "IMAGENET_MD5", sums)
+    monkeypatch.setattr(imagenet, "MD5", sums)
     assert cli.main([str(word) for word in words]) == 0
 
 
@@ -249,21 +250,21 @@ def test_shipped_names_are_those_of_imagenet():
 
 def test_class_names_are_accepted():
     names = imagenet.imagenet_names()
-    assert sampler.parse_classes("golden retriever, Otter,0,tinca tinca", 1000, names) == [207, 360, 0, 0]
+    assert class_names.parse_classes("golden retriever, Otter,0,tinca tinca", 1000, names) == [207, 360, 0, 0]
     for text, message in [
         ("crane", r"names classes 134 and 517: give the id"),
         ("golden retreiver", r"did you mean 'golden retriever'"),
         ("1000", r"out of range"),
     ]:
         with pytest.raises(InputError, match=message):
-            sampler.parse_classes(text, 1000, names)
+            class_names.parse_classes(text, 1000, names)
     with pytest.raises(InputError, match=r"must be 'all' or class ids"):
-        sampler.parse_classes("otter", 10)
+        class_names.parse_classes("otter", 10)
 
 
 @pytest.mark.parametrize("quality", [50, 95])
 def test_sizes_from_headers_are_pillows(quality):
     for image in photographs.crops(8):
         data = photographs.encoded(image, quality=quality, exif=b"Exif\0\0" + bytes(300))
-        assert prepare.jpeg_size(data) == (image.height, image.width)
-    assert prepare.jpeg_size(b"\xff\xd8\xff") is None and prepare.jpeg_size(b"\x89PNG") is None
+        assert jpeg_size(data) == (image.height, image.width)
+    assert jpeg_size(b"\xff\xd8\xff") is None and jpeg_size(b"\x89PNG") is None

@@ -17,24 +17,16 @@ import autoencoders
 import cuda_graphs
 from fastdit import autoencoder, checkpoint, cli, kernels
 from fastdit.config import from_dict
+from fastdit.device import native_bf16
+from fastdit.distributed import World
 from fastdit.evaluation import image_sets
 from fastdit.flow import Stream
-from fastdit.model import DiT, native_bf16
+from fastdit.model import DiT
 from fastdit.sampling import command as sample_command
 from fastdit.sampling import sampler
-from fastdit.sampling.sampler import (
-    Graphs,
-    PackedBlock,
-    Sampler,
-    attention,
-    fast_velocity,
-    grid,
-    latent_shape,
-    one_generator_noise,
-    per_sample_noise,
-    to_images,
-)
-from fastdit.training.engine import World
+from fastdit.sampling.fast import Graphs, PackedBlock, fast_velocity
+from fastdit.sampling.pictures import grid
+from fastdit.sampling.sampler import Sampler, attention, latent_shape, one_generator_noise, per_sample_noise, to_images
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from fastdit.config import parse
+from fastdit.device import versions
+from fastdit.distributed import World
 from fastdit.training import telemetry
-from fastdit.training.engine import World
 
 
 def test_versions_name_the_build_of_torch(monkeypatch):
     """PyPI's CUDA builds are 2.14.1 in their metadata and 2.14.1+cu130 in torch.__version__."""
     monkeypatch.setattr(torch, "__version__", "2.14.1+cu130")
-    assert telemetry.versions()["torch"] == "2.14.1+cu130"
+    assert versions()["torch"] == "2.14.1+cu130"
 
 
 def test_loss_sums_by_bins_of_t():

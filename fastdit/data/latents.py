@@ -18,8 +18,9 @@ from torch import Tensor
 from fastdit.config import Config, InputError
 from fastdit.data.order import Order, check_classes
 from fastdit.data.prefetch import Ring
-from fastdit.training.engine import World
-from fastdit.training.telemetry import progress_bar
+from fastdit.device import free_memory
+from fastdit.distributed import World
+from fastdit.progress import progress_bar
 
 MANIFEST = "manifest.json"
 RESIDENT_SHARE = 0.1  # of the free memory, at most, when data.resident=auto
@@ -38,12 +39,6 @@ def read_manifest(folder: Path) -> dict:
         if not os.path.exists(folder / name) or (folder / name).stat().st_size != file["bytes"]:
             raise InputError(f"latent set {folder} is damaged: {name} is not there whole; delete it and run `fastdit encode` again")
     return manifest
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class LatentLoader:
@@ -69,7 +64,7 @@ class LatentLoader:
         self.channels = 3
         self.labels = torch.from_numpy(labels.astype(np.int64)).to(self.device)
         size = sum(shard.nbytes for shard in self.shards)
-        free, wanted = _free_memory(self.device), config.data.resident
+        free, wanted = free_memory(self.device), config.data.resident
         if wanted == "true" and size > free:
             raise InputError(
                 f"data.resident=true, but the latents take {size / 2**30:.1f} GiB and {free / 2**30:.1f} are free: use auto or "

@@ -16,10 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdit.config import Config, InputError
+from fastdit.data.archives import BadImage, decode
 from fastdit.data.index import Index
 from fastdit.data.order import Order, center_crops, check_classes
-from fastdit.data.prepare import BadImage, decode
-from fastdit.training.engine import World
+from fastdit.distributed import World
 
 AHEAD = 4  # batches whose bytes are read ahead, each in a thread of its own
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastdit import kernels
 from fastdit.config import Config, InputError
+from fastdit.distributed import World
 from fastdit.flow import Stream
-from fastdit.training.engine import World
 
 # of torchvision's RandomResizedCrop: the crop's share of the area, its ratio width/height, tries
 AREA, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10

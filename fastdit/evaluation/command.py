@@ -5,7 +5,6 @@ Samples go from the sampler straight into the metrics. Known evaluators differ; 
 """
 
 import json
-import os
 import shlex
 import sys
 import time
@@ -15,12 +14,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fastdit.checkpoint import MANIFEST, sha256, write_atomically
+from fastdit import progress
+from fastdit.checkpoint import MANIFEST
 from fastdit.config import InputError
+from fastdit.device import device_name, versions
+from fastdit.distributed import World, world_of_this_process
 from fastdit.evaluation import features, image_sets, metrics
-from fastdit.sampling.sampler import check_writable
-from fastdit.training import engine, telemetry
-from fastdit.training.engine import World
+from fastdit.files import check_writable, sha256, write_atomically
 
 KEPT, REFERENCE_KEPT = 50_000, 10_000  # features kept for KID, precision and recall: ADM's counts
 SAMPLES = 50_000  # as papers do; of digits DIGITS
@@ -57,18 +57,6 @@ class Request:
         return shlex.join([*words, *more])
 
 
-def world_of_this_process() -> World:
-    """The launcher's ranks. A process alone needs no process group, and not the seconds that importing DeepSpeed takes."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        return engine.start()
-    return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
-
-
-def together(world: World, work):
-    """engine.together, for one process without a process group too."""
-    return work() if world.size == 1 else engine.together(world, work)
-
-
 def is_checkpoint(path: Path) -> bool:
     return path.suffix == ".safetensors" or (path / MANIFEST).exists() or (path / "checkpoints").is_dir()
 
@@ -97,7 +85,7 @@ def measure(source: image_sets.Source, network: features.FeatureNetwork, keep: i
     labels = torch.from_numpy(source.labels) if network.knows_classes and source.labels is not None else None
     if labels is not None and not (labels.min() >= 0 and labels.max() < network.widths[1]):
         raise InputError(f"{source.about.get('path')} has labels up to {labels.max()}: {network.name} knows {network.widths[1]}")
-    with telemetry.progress_bar(source.count, description=what, unit="image", disable=world.rank > 0) as bar:
+    with progress.progress_bar(source.count, description=what, unit="image", disable=world.rank > 0) as bar:
 
         def work() -> None:
             for ids, images in source.batches(world):
@@ -106,7 +94,7 @@ def measure(source: image_sets.Source, network: features.FeatureNetwork, keep: i
                     statistics.update(part, outputs, None if labels is None else labels[part])
                 bar.update(min(len(ids) * world.size, source.count - bar.n))
 
-        together(world, work)
+        world.together(work)
     return replace(statistics.summary(world), about={**source.about, "size": list(source.shape)})
 
 
@@ -129,17 +117,17 @@ def _check_fits(found: metrics.Summary, path: Path, network: features.FeatureNet
 def open_reference(request: Request, network: features.FeatureNetwork, world: World) -> metrics.Summary:
     """The statistics of a request's reference, read from an .npz of statistics or taken of images. Raises InputError."""
     path = Path(request.reference)
-    found = together(world, lambda: metrics.load(path)) if path.is_file() else None
+    found = world.together(lambda: metrics.load(path)) if path.is_file() else None
     about = {"features": network.about(), "path": request.reference}
     if found is None:
-        source = together(world, lambda: image_sets.open_images(request.reference, request.image_size, request.split, world.device))
-        together(world, lambda: network.probe(source.shape))
+        source = world.together(lambda: image_sets.open_images(request.reference, request.image_size, request.split, world.device))
+        world.together(lambda: network.probe(source.shape))
         found = measure(source, network, REFERENCE_KEPT, world, "reference")
         return replace(found, about={**found.about, **about})
-    together(world, lambda: _check_fits(found, path, network))
+    world.together(lambda: _check_fits(found, path, network))
     if found.features is None and image_sets.has_images(path):  # ADM's: 10,000 images beside the statistics of all
-        source = together(world, lambda: image_sets.of_npz(path))
-        together(world, lambda: network.probe(source.shape))
+        source = world.together(lambda: image_sets.of_npz(path))
+        world.together(lambda: network.probe(source.shape))
         found = replace(found, features=measure(source, network, REFERENCE_KEPT, world, "reference").features)
     return replace(found, about={"kind": "statistics", **found.about, **about, "sha256": sha256(path)})
 
@@ -157,7 +145,7 @@ def too_few(count: int | None, width: int, of: str) -> list[str]:
 def say_dtype(source: image_sets.Source, world: World) -> None:
     """Print on rank 0 what a checkpoint's samples are computed in."""
     if world.rank == 0 and "dtype" in source.about:
-        print(f"model: {source.about['dtype']} on {telemetry.device_name(world.device)}", flush=True)
+        print(f"model: {source.about['dtype']} on {device_name(world.device)}", flush=True)
 
 
 def warn(warnings: list[str]) -> None:
@@ -172,13 +160,13 @@ def evaluate(request: Request, out: Path | None = None, save_reference: Path | N
     world = world_of_this_process()
     for path in (out, save_reference):
         if path is not None:
-            together(world, lambda path=path: check_writable(path))
-    network = together(world, lambda: features.load(request.features, world.device, request.feature_sha256, request.spatial))
+            world.together(lambda path=path: check_writable(path))
+    network = world.together(lambda: features.load(request.features, world.device, request.feature_sha256, request.spatial))
     source = None
     if request.source is not None:
-        source, request = together(world, lambda: open_source(request, world.device))
+        source, request = world.together(lambda: open_source(request, world.device))
         say_dtype(source, world)
-        together(world, lambda: network.probe(source.shape))
+        world.together(lambda: network.probe(source.shape))
     elif Path(request.reference).is_file() and metrics.load(Path(request.reference)) is not None:
         raise InputError(f"--reference {request.reference} holds statistics already: give a source to evaluate")
     reference = open_reference(request, network, world)
@@ -187,7 +175,7 @@ def evaluate(request: Request, out: Path | None = None, save_reference: Path | N
         metrics.save(reference, save_reference)
     result: dict = {"reference": reference.about}
     if source is not None:
-        together(world, lambda: network.probe(source.shape))
+        world.together(lambda: network.probe(source.shape))
         warnings += too_few(source.count, network.widths[0], "samples")
         samples = measure(source, network, KEPT, world, "evaluate")
         if world.rank == 0:
@@ -196,7 +184,7 @@ def evaluate(request: Request, out: Path | None = None, save_reference: Path | N
         result |= {
             "features": network.about(), "sfid": "unverified: not run on the real Inception file" if request.spatial else None,
             "evaluator": "ADM's definitions: unbiased covariance, fp64; KID over all pairs; third neighbours", "warnings": warnings,
-            "ranks": world.size, "device": telemetry.device_name(world.device), "versions": telemetry.versions(),
+            "ranks": world.size, "device": device_name(world.device), "versions": versions(),
             "seconds": round(time.perf_counter() - began, 1), "command": request.command(),
         }  # fmt: skip
         warn(warnings)

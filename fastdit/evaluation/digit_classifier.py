@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastdit.checkpoint import replacing
 from fastdit.data.builtin import mnist5k
+from fastdit.files import replacing
 
 WEIGHTS = Path(__file__).with_name("digit_classifier.safetensors")
 WIDTH = 128  # of the features

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit.checkpoint import sha256
 from fastdit.config import InputError
 from fastdit.evaluation import digit_classifier
 from fastdit.evaluation.metrics import Outputs
+from fastdit.files import sha256
 
 BATCH = 100  # images of every call of the network
 SPATIAL = 7  # channels of a spatial feature map that sFID sees, as ADM's evaluator

@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastdit import checkpoint, kernels
+from fastdit import checkpoint, files, kernels
 from fastdit.config import InputError, SampleConfig
 from fastdit.data.builtin import mnist5k
 from fastdit.data.index import is_index, open_index
 from fastdit.data.order import center_crops
+from fastdit.distributed import World
 from fastdit.evaluation.metrics import BAD_NPZ
 from fastdit.flow import Stream
 from fastdit.sampling.sampler import Sampler, stream
-from fastdit.training.engine import World
 
 BATCH = 100  # images read at a time
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -97,7 +97,7 @@ def of_checkpoint(
     decay = config.train.ema_decay if weights == "ema" else float(weights[4:]) if weights.startswith("ema_") else None
     about = {
         "kind": "checkpoint", "path": str(folder), "step": sampler.step,
-        "sha256": checkpoint.sha256(folder if folder.is_file() else folder / checkpoint.MANIFEST),
+        "sha256": files.sha256(folder if folder.is_file() else folder / checkpoint.MANIFEST),
         "weights": weights, "ema_decay": decay, "sampler": asdict(sampling), "guidance_scale": 1 + sampling.guidance,
         "guided_channels": "all", "labels": how, "seed": seed, "images": count, "classes": config.model.num_classes,
         "dtype": sampler.dtype, "autoencoder": config.data.autoencoder,
@@ -151,7 +151,7 @@ def of_npz(path: Path) -> Source:
         except BAD_NPZ as error:
             raise corrupt(error) from error
 
-    about = {"kind": "npz", "path": str(path), "sha256": checkpoint.sha256(path), "images": shape[0]}
+    about = {"kind": "npz", "path": str(path), "sha256": files.sha256(path), "images": shape[0]}
     return Source(shape[0], shape[1:], batches, about, labels)
 
 

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdit.checkpoint import replacing
 from fastdit.config import InputError
-from fastdit.training.engine import World
-from fastdit.training.telemetry import progress_bar
+from fastdit.distributed import World
+from fastdit.files import replacing
+from fastdit.progress import progress_bar
 
 NEIGHBOUR = 3  # whose distance is a sample's radius, arXiv:1904.06991
 SPLIT = 5000  # samples of which one Inception score is taken; the mean over the splits is reported

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
-from fastdit.checkpoint import write_atomically
+from fastdit import distributed, files
 from fastdit.config import InputError, SampleConfig, nearest
+from fastdit.distributed import World
 from fastdit.evaluation import command as evaluate_command
 from fastdit.evaluation import features, image_sets, metrics
-from fastdit.sampling import sampler
-from fastdit.training.engine import World
+from fastdit.files import write_atomically
+from fastdit.sampling import pictures
 
 SHOWN = 10  # samples of each setting in the picture
 METRICS = ("fid", "kid", "inception_score", "precision", "recall", "accuracy")
@@ -100,7 +101,7 @@ def table(rows: list[Row]) -> str:
 
 def picture(rows: list[Row]) -> Image.Image:
     """A row of images a setting, its values and distance on the left, the best on green."""
-    grids = [sampler.grid(row.images, len(row.images)).convert("RGB") for row in rows]
+    grids = [pictures.grid(row.images, len(row.images)).convert("RGB") for row in rows]
     font = ImageFont.load_default(max(11, min(20, grids[0].height // 4)))
     setting = lambda row: "  ".join(f"{key} {value}" for key, value in row.setting.items())
     texts = [f"{setting(row)}\ndistance {row.found['fid']:.4g}" for row in rows]
@@ -121,13 +122,11 @@ def picture(rows: list[Row]) -> Image.Image:
 def sweep(request: evaluate_command.Request, axes: dict[str, list], out: Path) -> list[Row]:
     """Evaluate request.source under every combination of the axes. After each, on rank 0, the CSV `out` and the PNG beside it are
     written again. All ranks must call it. Raises InputError."""
-    world = evaluate_command.world_of_this_process()
-    evaluate_command.together(world, lambda: sampler.check_writable(out))
+    world = distributed.world_of_this_process()
+    world.together(lambda: files.check_writable(out))
     if not evaluate_command.is_checkpoint(Path(request.source)):
         raise InputError(f"{request.source} is no checkpoint: a sweep draws its samples anew under each setting")
-    network = evaluate_command.together(
-        world, lambda: features.load(request.features, world.device, request.feature_sha256, request.spatial)
-    )
+    network = world.together(lambda: features.load(request.features, world.device, request.feature_sha256, request.spatial))
     reference, rows = None, []
     settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     asked = [
@@ -138,14 +137,14 @@ def sweep(request: evaluate_command.Request, axes: dict[str, list], out: Path) -
         for setting in settings
     ]  # fmt: skip
     for each in asked:  # all bad values now, not after an hour
-        evaluate_command.together(world, lambda each=each: evaluate_command.open_source(each, world.device))
+        world.together(lambda each=each: evaluate_command.open_source(each, world.device))
     for setting, each in zip(settings, asked, strict=True):
-        source, _ = evaluate_command.together(world, lambda each=each: evaluate_command.open_source(each, world.device))
-        evaluate_command.together(world, lambda source=source: network.probe(source.shape))
+        source, _ = world.together(lambda each=each: evaluate_command.open_source(each, world.device))
+        world.together(lambda source=source: network.probe(source.shape))
         if reference is None:
             evaluate_command.say_dtype(source, world)
             reference = evaluate_command.open_reference(request, network, world)
-            evaluate_command.together(world, lambda source=source: network.probe(source.shape))
+            world.together(lambda source=source: network.probe(source.shape))
             if world.rank == 0:
                 evaluate_command.warn(evaluate_command.too_few(source.count, network.widths[0], "samples"))
         shown: dict[int, np.ndarray] = {}
@@ -156,7 +155,7 @@ def sweep(request: evaluate_command.Request, axes: dict[str, list], out: Path) -
         rows.append(Row(setting, found, images))
         if world.rank == 0:
             write_atomically(out, as_csv(rows))
-            sampler.save_picture(picture(rows), out.with_suffix(".png"))
+            pictures.save_picture(picture(rows), out.with_suffix(".png"))
         del source, samples
         if world.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdit import attention, kernels
+from fastdit import attention, distributed, kernels, progress
 from fastdit.config import Config
+from fastdit.device import DTYPES, check_backend, device_name, synchronize, versions
 from fastdit.kernels import library
-from fastdit.model import DTYPES
-from fastdit.planning import plan
-from fastdit.planning.machine_rates import attention_rate, copy_rate, hidden_share, link_rate, matmul_rate, seconds, synchronize
-from fastdit.training import engine, telemetry
+from fastdit.planning import cards, plan
+from fastdit.planning.machine_rates import attention_rate, copy_rate, hidden_share, link_rate, matmul_rate, seconds
+from fastdit.training import engine
 from fastdit.training.loop import Trainer, open_data
 
 WARM, STEPS, PROFILED = 2, 6, 2  # training steps
@@ -33,14 +33,14 @@ COLLECTIVES = re.compile(r"gloo:|ncclDevKernel")
 def info() -> str:
     """Versions, the device, and what runs on it by default, as text."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backend, built = telemetry.check_backend(device), None
+    backend, built = check_backend(device), None
     if library.EXTENSION:
         built = f"built, runs {library.INSTRUCTION_SETS[library.cpp.isa()]}"
     config = engine.settle(Config(), device)
     zero = engine.deepspeed_config(config, 2)["zero_optimization"]
     overlap = "with" if zero["overlap_comm"] else "without"
     rows = {
-        **telemetry.versions(), "device": telemetry.device_name(device),
+        **versions(), "device": device_name(device),
         "C++ extension": built or "not built: install again with a C++ compiler and FASTDIT_BUILD_EXT=1",
         "precision": f"auto is {config.train.precision} here",
         "default ZeRO": f"stage {zero['stage']} {overlap} overlap, buckets of {zero['reduce_bucket_size']:,} elements",
@@ -69,7 +69,7 @@ def profiled(events: Iterable, device: torch.device) -> tuple[float, float]:
     return of(MATMULS, matmul), of(COLLECTIVES, collective)
 
 
-def measured_step(config: Config, world: engine.World, loader, codec, run: Path) -> dict[str, float]:
+def measured_step(config: Config, world: distributed.World, loader, codec, run: Path) -> dict[str, float]:
     """Seconds of a training step and of its phases, and in a profile of other steps of its matmuls and collectives."""
     trainer = Trainer(config, world, loader, codec, run, None, {"step": 0, "wandb_id": None, "summed_steps": 0})
     first = READ // config.train.accumulation + 1  # loaders read ahead: go on behind what data_rate read
@@ -123,9 +123,9 @@ def examine(config: Config) -> dict:
 
     Nothing is written but into a temporary folder. Raises InputError for bad input, as training would.
     """
-    world = engine.start(config.train.device)
+    world = distributed.start(config.train.device)
     config = engine.settle(config, world.device)
-    backend = telemetry.check_backend(world.device)
+    backend = check_backend(world.device)
     _, loader, codec = open_data(config, world)
     model, train, device = config.model, config.train, world.device
     dtype = DTYPES[train.precision]
@@ -139,7 +139,7 @@ def examine(config: Config) -> dict:
         "data": lambda: data_rate(loader, config, device),
     }
     found = {}
-    with telemetry.progress_bar(len(measure), unit="rate", disable=world.rank != 0) as bar:
+    with progress.progress_bar(len(measure), unit="rate", disable=world.rank != 0) as bar:
         for name, work in measure.items():
             bar.set_description(name)
             found[name] = work()
@@ -152,9 +152,9 @@ def examine(config: Config) -> dict:
     expected = plan.rates(config, world.size, found["matmul"], found["copy"], found["link"] or float("inf"))
     parts = compare(expected, backend != "reference", step, device.type == "cuda")
     images = train.batch_size * train.accumulation * world.size
-    card = plan.card_of(telemetry.device_name(device))
+    card = cards.card_of(device_name(device))
     return {
-        "device": telemetry.device_name(device), "ranks": world.size, "precision": train.precision, "kernels": backend,
+        "device": device_name(device), "ranks": world.size, "precision": train.precision, "kernels": backend,
         "compiled": engine.compiles(config, world), "data_source": config.data.source, "images_a_step": images,
         "matmul": {"shape": shape, "flops": found["matmul"], "of_datasheet": card and found["matmul"] / card.peak(train.precision)},
         "copy_bytes_per_s": found["copy"], "link_bytes_per_s": found["link"],

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 
 from fastdit.config import Config
-from fastdit.training.engine import World, compiles
+from fastdit.distributed import World
+from fastdit.training.engine import compiles
 
 
 class Host(NamedTuple):

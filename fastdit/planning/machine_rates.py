@@ -12,14 +12,10 @@ from torch.profiler import profile
 
 from fastdit import attention
 from fastdit.config import ModelConfig
+from fastdit.device import synchronize
 
 COPY = 1 << 28  # bytes: eight times the last-level cache of the machines it ran on, five times an H100's
 LINK = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes of an all-reduce
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def seconds(call: Callable[[], object], device: torch.device, calls: int) -> float:

@@ -11,24 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdit import checkpoint
+from fastdit import distributed, files
 from fastdit.config import InputError, SampleConfig
-from fastdit.model import native_bf16
+from fastdit.device import choose_device, device_name, native_bf16
+from fastdit.distributed import World
+from fastdit.files import check_writable
+from fastdit.progress import progress_bar
+from fastdit.sampling.class_names import parse_classes
 from fastdit.sampling.npz import Parts
-from fastdit.sampling.sampler import (
-    BATCH,
-    Sampler,
-    check_writable,
-    choose_device,
-    grid,
-    parse_classes,
-    save_animation,
-    save_picture,
-    to_images,
-)
-from fastdit.training import engine
-from fastdit.training.engine import World
-from fastdit.training.telemetry import device_name, progress_bar
+from fastdit.sampling.pictures import grid, save_animation, save_picture
+from fastdit.sampling.sampler import BATCH, Sampler, to_images
 
 SHOWN = 10  # images a class in the grid, at most
 FEW_CLASSES = 100  # up to here, all classes are drawn where none is named
@@ -210,7 +202,7 @@ class Drawing:
             save_picture(grid(images, min(request.per_class, SHOWN)), request.out)
         if request.latents:
             whole = torch.cat([x for _, x in sorted(self.latents.items())])
-            with checkpoint.replacing(request.latents) as temporary, temporary.open("wb") as file:
+            with files.replacing(request.latents) as temporary, temporary.open("wb") as file:
                 np.savez(file, latents=whole.numpy())
         if self.parts:
             self.parts.join(np.array(self.labels))
@@ -237,16 +229,14 @@ def run(request: Request) -> None:
     """What `fastdit sample` does. Raises InputError for bad input, before any work."""
     start = time.perf_counter()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        world = engine.start("cuda" if request.device == "gpu" else request.device)
+        world = distributed.start("cuda" if request.device == "gpu" else request.device)
     else:
         world = World(0, 1, choose_device(request.device), None)  # without importing DeepSpeed
     if request.seed == -1:
-        request.seed = engine.together(world, lambda: secrets.randbits(32), everywhere=False)
-    sampler = engine.together(
-        world, lambda: Sampler(request.checkpoint, request.weights, world.device, request.dtype, request.params)
-    )
-    drawing = engine.together(world, lambda: Drawing(sampler, request, world))
-    engine.together(world, drawing.begin)
+        request.seed = world.together(lambda: secrets.randbits(32), everywhere=False)
+    sampler = world.together(lambda: Sampler(request.checkpoint, request.weights, world.device, request.dtype, request.params))
+    drawing = world.together(lambda: Drawing(sampler, request, world))
+    world.together(drawing.begin)
     if world.rank == 0:
         print(f"{drawing.describe()}, loaded in {time.perf_counter() - start:.1f} s", flush=True)
         if sampler.dtype == "bf16" and not native_bf16(world.device):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdit.checkpoint import replacing, write_atomically
 from fastdit.config import InputError
+from fastdit.files import replacing, write_atomically
 
 
 class Parts:

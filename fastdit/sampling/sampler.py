@@ -1,29 +1,28 @@
 """From a model to pictures: samples of given classes, on one rank or shared by all, and the grid they are shown in."""
 
 import functools
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor, nn
 
 from fastdit import attention, autoencoder, checkpoint, kernels
-from fastdit.config import InputError, SampleConfig, nearest
+from fastdit.config import SampleConfig
 from fastdit.convert import base
 from fastdit.data.imagenet import imagenet_names
+from fastdit.device import DTYPES, choose_device, native_bf16
+from fastdit.distributed import World
 from fastdit.flow import Stream
-from fastdit.graphs import Recorded, graph_pool, warm_up
-from fastdit.model import DTYPES, QK_EPS, Block, DiT, native_bf16
+from fastdit.model import DiT
+from fastdit.progress import progress_bar
 from fastdit.sampling import solvers
-from fastdit.training.engine import World
-from fastdit.training.telemetry import progress_bar
+from fastdit.sampling.class_names import parse_classes
+from fastdit.sampling.fast import fast_velocity
 
 BATCH = 100  # images a batch; twice that with guidance
-GRAPHS = 4  # CUDA graphs kept: with and without guidance, of a full and of the last batch
 
 Noise = Callable[[Tensor, int], Tensor]
 
@@ -50,38 +49,6 @@ def one_generator_noise(seed: int, shape: tuple[int, ...]) -> Noise:
         return noise.pin_memory().to(ids.device, non_blocking=True) if ids.is_cuda else noise
 
     return draw
-
-
-class Graphs:
-    """model.velocity as CUDA graphs, one per batch size: a replay costs one launch instead of hundreds.
-
-    All graphs allocate from one memory pool. That is safe because replays follow each other on one stream and each output is
-    copied before the next replay.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.pool = graph_pool(torch.device("cuda"))
-        self.captured: dict[int, tuple] = {}  # by batch size, the least recently used first
-
-    def __call__(self, x: Tensor, t: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
-        """DiT.velocity: x fp32 [B,C,h,w], t fp32 [], classes [U,H] with U <= B, rows int64 [B]. Returns [B,C,h,w]."""
-        batch = len(x)
-        if batch not in self.captured:
-            if len(self.captured) == GRAPHS:
-                del self.captured[next(iter(self.captured))]
-            # U differs from batch to batch where classes are random: the buffer has room for B, and rows never points past U
-            self.captured[batch] = self._capture(x.clone(), t.clone(), classes.new_zeros(batch, classes.shape[1]), rows.clone())
-        recorded, static = self.captured[batch] = self.captured.pop(batch)
-        for buffer, tensor in zip(static, (x, t, classes, rows), strict=True):
-            (buffer[: len(tensor)] if tensor.ndim else buffer).copy_(tensor)
-        recorded.replay()
-        return recorded.results[0].clone()
-
-    def _capture(self, *static: Tensor) -> tuple[Recorded, tuple[Tensor, ...]]:
-        work = lambda: [self.model.velocity(*static)]
-        warm_up(work)
-        return Recorded(work, self.pool), static
 
 
 @torch.no_grad()
@@ -155,150 +122,6 @@ def generate_on_all_ranks(
         if share is not None:
             whole[rank :: world.size] = share
     return whole
-
-
-def grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:
-    """Images uint8 [n,S,S,1 or 3] as one picture, `columns` a row, on white with `gap` pixels between."""
-    n, size, _, channels = images.shape
-    rows = -(-n // columns)
-    step = size + gap
-    sheet = np.full((rows * step + gap, columns * step + gap, channels), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = gap + i // columns * step, gap + i % columns * step
-        sheet[y : y + size, x : x + size] = image
-    return Image.fromarray(sheet if channels == 3 else sheet[..., 0])
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all."""
-    with checkpoint.replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
-
-
-def save_animation(frames: list[Image.Image], path: Path, fps: float) -> None:
-    """Write a GIF or WebP, by the suffix, that shows the last frame for a second and begins again."""
-    durations = [1000 / fps] * (len(frames) - 1) + [max(1000, 1000 / fps)]
-    with checkpoint.replacing(path) as temporary:
-        frames[0].save(
-            temporary, format=path.suffix[1:], save_all=True, append_images=frames[1:], duration=[round(d) for d in durations],
-            loop=0, lossless=True,
-        )  # fmt: skip
-
-
-def _class_of_name(name: str, names: list[str]) -> int:
-    """The class one of whose names (ImageNet's have several, "tench, Tinca tinca") is `name`. Raises InputError."""
-    ids: dict[str, list[int]] = {}
-    for i, synonyms in enumerate(names):
-        for synonym in synonyms.lower().split(", "):
-            ids.setdefault(synonym, []).append(i)
-    found = ids.get(name.lower(), [])
-    if len(found) != 1:
-        fix = f"it names classes {' and '.join(map(str, found))}: give the id" if found else nearest(name.lower(), list(ids))
-        raise InputError(f"--class {name!r} is not one class of this model: {fix}")
-    return found[0]
-
-
-def parse_classes(text: str, num_classes: int, names: list[str] | None = None, seed: int = 0) -> list[int]:
-    """ "3", "207,360", "golden retriever,otter", "all" or "-1" (a random class, drawn from the seed) as class ids.
-
-    names: of the classes, where they are known. Raises InputError for anything else or an id out of range.
-    """
-    if text == "all":
-        return list(range(num_classes))
-    classes = []
-    for i, part in enumerate(map(str.strip, text.split(","))):
-        if part == "-1":
-            u = kernels.counter_uniform(seed, Stream.SAMPLE_CLASS, torch.tensor([i]), ()).item()
-            classes.append(int(u * num_classes))
-        elif part.lstrip("-").isdecimal():
-            if not 0 <= int(part) < num_classes:
-                raise InputError(
-                    f"--class {part} is out of range: this model's classes are 0 to {num_classes - 1}, and -1 a random one"
-                )
-            classes.append(int(part))
-        elif names:
-            classes.append(_class_of_name(part, names))
-        else:
-            raise InputError(f"--class {text!r} must be 'all' or class ids such as 3 or 207,360")
-    return classes
-
-
-def check_writable(path: Path) -> None:
-    """Raise InputError unless a file can be written at `path`."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give the name of a file in it")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}: choose another place") from error
-
-
-def choose_device(name: str) -> torch.device:
-    """auto (CUDA when there is one) | cpu | cuda, or the base command's gpu. Raises InputError when there is none."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise InputError(f"--device {name}: PyTorch sees no GPU here: use --device cpu")
-    return torch.device("cuda")
-
-
-class PackedBlock(nn.Module):
-    """A Block that is only sampled from, by `kernels.dit_block` and with weights packed for it."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        attention, mlp = block.attention, block.mlp
-        self.heads = attention.heads
-        self.weights = kernels.pack_dit_block(
-            kernels.BlockWeights(
-                attention.qkv.weight, attention.q_weight, attention.k_weight, attention.out.weight,
-                mlp.up.weight, mlp.up.bias, mlp.down.weight, mlp.down.bias,
-            )
-        )  # fmt: skip
-
-    def forward(
-        self, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], cos: Tensor | None, sin: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return kernels.dit_block(x, y, modulation, self.weights, cos, sin, self.heads, QK_EPS)
-
-
-class PackedLinear(nn.Module):
-    """A Linear that is only sampled from, on a CPU: weights in oneDNN's own order, faster where they are large and rows are few."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight, 8), linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def _refuse_state(*_) -> None:
-    raise RuntimeError("a model that fast_velocity has packed holds no weights to save: load it again")
-
-
-@torch.no_grad()
-def fast_velocity(model: DiT, device: torch.device) -> Callable | None:
-    """Makes a model, that is to be sampled from alone, fast, and returns what samplers.guided may call in place of model.velocity.
-
-    On CUDA: CUDA graphs. Blocks are not compiled: Inductor finds nothing to fuse in their forward pass, which is matmuls, attention
-    and library ops, and each batch size would be compiled anew. On a CPU with AMX, in bf16: packed blocks, and nothing to call; the
-    model can then not be saved, copied, cast or trained.
-    """
-    if device.type == "cuda":
-        return Graphs(model)
-    config, bf16 = model.config, model.output.weight.dtype == torch.bfloat16
-    fits = kernels.dit_block_fits((config.input_size // config.patch_size) ** 2, config.width, config.heads, config.hidden)
-    plain = config.qk_norm != "full_width" and config.attention == "auto" and not isinstance(model.blocks[0], PackedBlock)
-    if bf16 and fits and plain and native_bf16(device) and kernels.dit_block_is_fast(device):
-        model.register_state_dict_pre_hook(_refuse_state)
-        for i, block in enumerate(model.blocks):
-            model.blocks[i] = PackedBlock(block)
-        for parent in list(model.modules()):
-            for name, child in parent.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, PackedLinear(child))
-    return None
 
 
 class Sampler:

@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdit.training.engine import Fragment, World
+from fastdit.distributed import World
+from fastdit.training.engine import Fragment
 from fastdit.training.optimizer import OneRankAdamW
 
 

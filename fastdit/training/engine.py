@@ -1,40 +1,26 @@
 """The only file that knows DeepSpeed: distributed start, the ZeRO engine, and who owns which fp32 master weights."""
 
-import atexit
 import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdit import attention
+from fastdit.checkpoint import MOMENTS
 from fastdit.config import Config, InputError
+from fastdit.device import DTYPES, precision
+from fastdit.distributed import World
 from fastdit.graphs import record_training
-from fastdit.model import DTYPES, native_bf16
 from fastdit.training.optimizer import OneRankAdamW
 
-T = TypeVar("T")
 COMPILED = {"none": "eager", "graphs": "CUDA graphs", "blocks": "compiled blocks", "model": "compiled model"}
-MOMENTS = ("exp_avg", "exp_avg_sq")
 DEEPSPEED = "0.19.8"  # the first without the races of its issues 7965 and 8061, which gave NaN
-CONTROL_TIMEOUT = timedelta(minutes=60)  # rank 0 may hash and write for long while the others wait
-
-
-class World(NamedTuple):
-    """This process among all: `control` is a gloo group for flags, objects and barriers around I/O; the default group
-    carries tensors on `device` only."""
-
-    rank: int
-    size: int
-    device: torch.device
-    control: dist.ProcessGroup
 
 
 class Fragment(NamedTuple):
@@ -45,31 +31,13 @@ class Fragment(NamedTuple):
     master: Tensor
 
 
-def start(device: str = "auto") -> World:
-    """Join the processes that the launcher started (deepspeed, torchrun), or be the only one.
+def import_deepspeed(device: torch.device):
+    """The deepspeed module, ready for a device. Raises InputError if it is too old.
 
-    device: "auto" (CUDA when there is one) | "cpu" | "cuda". Raises InputError when there is no such device for this rank, or
-    DeepSpeed is too old.
-    On a CPU, DeepSpeed would compile its shared-memory collectives here: 70 s, and a lock file that makes later runs hang
-    when it is killed. They are switched off; gloo does the work.
+    On a CPU, DeepSpeed would compile its shared-memory collectives: 70 s, and a lock file that makes later runs hang when the build
+    is killed. They are switched off; gloo does the work.
     """
-    if "RANK" not in os.environ:
-        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-            raise InputError("srun started several tasks, but none has a rank: start them with torchrun or the deepspeed launcher")
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # 0: a free one
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if cuda:
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise InputError(
-                f"rank {local_rank} of this node has no GPU of its own: {gpus} are visible; start fewer ranks, or train.device=cpu"
-            )
-        place = torch.device("cuda", local_rank)
-        torch.cuda.set_device(place)
-        # cuBLAS may split the long sums of a weight's gradient: their parts must not be rounded to bf16
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    else:
-        place = torch.device("cpu")
+    if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     from packaging.version import Version
@@ -81,45 +49,9 @@ def start(device: str = "auto") -> World:
         )
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has deprecated
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if not cuda:
+    if device.type == "cpu":
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
-        atexit.register(dist.destroy_process_group)
-    return World(dist.get_rank(), dist.get_world_size(), place, control_group())
-
-
-def control_group() -> dist.ProcessGroup:
-    """A gloo group of all ranks. All of them must make it."""
-    return dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-
-
-def together(world: World, work: Callable[[], T], everywhere: bool = True) -> T:
-    """What `work` returns: of each rank, or with everywhere=False of rank 0 alone, which then all ranks get.
-
-    An InputError on any rank is raised on all, so that none waits for one that has left.
-    """
-    if world.size == 1:
-        return work()
-    result = error = None
-    if everywhere or world.rank == 0:
-        try:
-            result = work()
-        except InputError as caught:
-            error = caught
-    outcomes: list = [None] * world.size
-    dist.all_gather_object(outcomes, (None if everywhere else result, error), group=world.control)
-    for _, found in outcomes:
-        if found:
-            raise found
-    return result if everywhere else outcomes[0][0]
-
-
-def precision(wanted: str, device: torch.device) -> str:
-    """bf16 or fp32 as wanted; "auto" is bf16 where the device has fast matmuls in it."""
-    if wanted == "auto":
-        return "bf16" if native_bf16(device) else "fp32"
-    return wanted
+    return deepspeed
 
 
 def settle(config: Config, device: torch.device) -> Config:
@@ -215,8 +147,7 @@ def initialize(model: nn.Module, config: Config, world: World):
 
     Compiles or records blocks or model first if asked. The model must hold fp32 weights.
     """
-    import deepspeed
-
+    deepspeed = import_deepspeed(world.device)
     train = config.train
     model.set_recompute(train.checkpoint)
     what = compiles(config, world)

@@ -16,19 +16,20 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from fastdit import autoencoder, checkpoint, data, flow, kernels
+from fastdit import autoencoder, checkpoint, data, device, distributed, files, flow, kernels
 from fastdit.config import Config, InputError, Stopped, TrainConfig
+from fastdit.device import DTYPES, native_bf16
 from fastdit.graphs import release_recorded
-from fastdit.model import DTYPES, DiT, native_bf16
-from fastdit.sampling import sampler
-from fastdit.training import engine, telemetry
+from fastdit.model import DiT
+from fastdit.sampling import pictures, sampler
+from fastdit.training import engine, saver, telemetry
 from fastdit.training.ema import ShardedEma, gather
 from fastdit.training.validation import Validation
 
 GRID_CLASSES, GRID_COLUMNS = 10, 8  # of the sample grids during training
 
 
-def _checkpoint_to_resume(config: Config, world: engine.World) -> tuple[Path | None, dict]:
+def _checkpoint_to_resume(config: Config, world: distributed.World) -> tuple[Path | None, dict]:
     """The checkpoint that this run continues from, and its state; a fresh state when there is none.
 
     The run's own newest one comes first, so that the same command continues a run that began from another's checkpoint.
@@ -45,18 +46,18 @@ def _checkpoint_to_resume(config: Config, world: engine.World) -> tuple[Path | N
                 f"train.resume={resume} holds no whole checkpoint: give 'auto', 'never', a run's folder or a checkpoint's"
             )
     if found:
-        state = checkpoint.check(found, config, world)
+        state = saver.check(found, config, world)
         if not found.is_relative_to(run):
             state["wandb_id"] = None  # another run's
     return found, state
 
 
-def open_data(config: Config, world: engine.World) -> tuple:
+def open_data(config: Config, world: distributed.World) -> tuple:
     """Where a run's data lie, their loader, and the codec that makes latents of them. Raises InputError on all ranks."""
-    place = engine.together(world, lambda: data.locate(config), everywhere=False)
-    loader = engine.together(world, lambda: data.load(config, place, world))
+    place = world.together(lambda: data.locate(config), everywhere=False)
+    loader = world.together(lambda: data.load(config, place, world))
     manifest = getattr(loader, "manifest", None)
-    codec = engine.together(world, lambda: autoencoder.load(config.data, config.model, loader.channels, world.device, manifest))
+    codec = world.together(lambda: autoencoder.load(config.data, config.model, loader.channels, world.device, manifest))
     if world.device.type == "cuda":
         codec = codec.for_encoding(DTYPES[config.train.precision])
     return place, loader, codec
@@ -93,19 +94,19 @@ def train(config: Config) -> Path:
 
 def _train(config: Config) -> Path:
     faulthandler.register(signal.SIGUSR1, sys.__stderr__)  # kill -USR1 prints where a run hangs
-    world = engine.start(config.train.device)
+    world = distributed.start(config.train.device)
     config = engine.settle(config, world.device)
-    telemetry.check_backend(world.device)
-    resume_from, state = engine.together(world, lambda: _checkpoint_to_resume(config, world), everywhere=False)
+    device.check_backend(world.device)
+    resume_from, state = world.together(lambda: _checkpoint_to_resume(config, world), everywhere=False)
     if state["step"] >= config.train.total_steps:
         if world.rank == 0:
             print(f"already trained to step {state['step']} in {resume_from}: nothing to do (raise train.total_steps to go on)")
         return resume_from.parent.parent
-    engine.together(world, lambda: telemetry.check_wandb(config))
+    world.together(lambda: telemetry.check_wandb(config))
     place, loader, codec = open_data(config, world)
     run = Path(config.train.out) / config.train.name
     validation = Validation(config, place, codec, run, world) if config.validate.steps else None
-    lock = engine.together(world, lambda: _lock_run_folder(run) if world.rank == 0 else None)
+    lock = world.together(lambda: _lock_run_folder(run) if world.rank == 0 else None)
     Trainer(config, world, loader, codec, run, resume_from, state, validation).loop()
     if world.rank == 0:
         telemetry.plot(run)
@@ -118,7 +119,7 @@ class Trainer:
     """All that one run holds, and its loop."""
 
     def __init__(
-        self, config: Config, world: engine.World, loader, codec, run: Path, resume_from: Path | None, state: dict,
+        self, config: Config, world: distributed.World, loader, codec, run: Path, resume_from: Path | None, state: dict,
         validation: Validation | None = None,
     ) -> None:  # fmt: skip
         """state: of `resume_from`, the checkpoint to continue from, or a fresh one."""
@@ -137,27 +138,27 @@ class Trainer:
         size = 1 + 2 * telemetry.TIME_BINS  # see telemetry.loss_sums: of the steps since the last log line; of this step
         self.sums, self.step_sums = torch.zeros(size, device=world.device), torch.zeros(size, device=world.device)
         self.start, self.summed_steps = state["step"], state["summed_steps"]
-        self.clock, self.saver = telemetry.StepClock(world.device), checkpoint.Saver(run / "checkpoints", config, world)
+        self.clock, self.saver = telemetry.StepClock(world.device), saver.Saver(run / "checkpoints", config, world)
         self.told_to_stop = self.stop = 0.0  # this rank by a signal; all ranks, as agreed
         self.skipped = self.skipped_in_a_row = 0  # since the last log line; up to now
         self.unsettled: int | None = None  # the last step, while it is not known here whether it was taken
         self.lr = 0.0  # of the last step
         if resume_from:
-            checkpoint.load(resume_from, self.engine, self.ema, state, self.sums, config, world)
-        self.log = engine.together(world, lambda: telemetry.Log(run, config, world, self.start, state["wandb_id"]))
+            saver.load(resume_from, self.engine, self.ema, state, self.sums, config, world)
+        self.log = world.together(lambda: telemetry.Log(run, config, world, self.start, state["wandb_id"]))
         if world.rank == 0:
-            checkpoint.write_atomically(run / "config.json", config.to_json())
+            files.write_atomically(run / "config.json", config.to_json())
         self._say_start(model)
 
     def _say_start(self, model: DiT) -> None:
-        train, found = self.config.train, telemetry.versions()
+        train, found = self.config.train, device.versions()
         compiled = engine.COMPILED[engine.compiles(self.config, self.world)]
         backend = kernels.backend_in_use(self.world.device)
         sharding = f"ZeRO-{self.config.zero.stage}" if engine.shards(self.config, self.world.size) else "nothing to shard"
         self.log.say(
             f"fastdit {found['fastdit']}: {model.num_parameters / 1e6:.2f} M parameters ({self.config.model.preset}), "
             f"{self.config.data.source}, {train.batch_size} images x {train.accumulation} micro-steps x {self.world.size} ranks\n"
-            f"on {telemetry.device_name(self.world.device)}; torch {found['torch']}, deepspeed {found['deepspeed']}, "
+            f"on {device.device_name(self.world.device)}; torch {found['torch']}, deepspeed {found['deepspeed']}, "
             f"{sharding}, {train.precision}, {compiled}, {backend} kernels; "
             f"from step {self.start} to {train.total_steps}"
         )
@@ -279,7 +280,7 @@ class Trainer:
             done, epoch=round(done / self.loader.order.steps_per_epoch, 4), loss=loss, lr=self.lr,
             grad_norm=norm if math.isfinite(norm) else None,  # the last step was skipped
             skipped=self.skipped, loss_by_t=by_t, **seconds,
-            peak_memory_gb=round(telemetry.peak_memory(self.world.device) / 1e9, 3),
+            peak_memory_gb=round(device.peak_memory(self.world.device) / 1e9, 3),
         )  # fmt: skip
         if loss is not None and not math.isfinite(loss):
             raise self._diverged(f"the mean loss of steps {done - self.summed_steps + 1} to {done} is {loss}")
@@ -302,7 +303,7 @@ class Trainer:
         if not finite.item():
             raise self._diverged(f"the loss or the weights at step {done} are not finite")
         state = {
-            "step": done, "summed_steps": self.summed_steps, "wandb_id": self.log.wandb_id, "versions": telemetry.versions(),
+            "step": done, "summed_steps": self.summed_steps, "wandb_id": self.log.wandb_id, "versions": device.versions(),
             "class_names": self.loader.class_names,
         }  # fmt: skip
         self._finish_save(required=False)
@@ -337,5 +338,5 @@ class Trainer:
         images = sampler.generate_on_all_ranks(model, self.codec, config.sample, labels, config.train.seed, classes, world)
         if world.rank == 0:
             path = self.run / "samples" / f"{checkpoint.folder_name(done)}.png"
-            sampler.save_picture(sampler.grid(images, GRID_COLUMNS), path)
+            pictures.save_picture(pictures.grid(images, GRID_COLUMNS), path)
             self.log.picture(done, path)

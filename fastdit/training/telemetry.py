@@ -1,60 +1,25 @@
 """What a run says of itself: progress bar, JSON lines, wandb, versions. Rank 0 speaks, the others stay silent."""
 
 import json
-import os
-import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from fastdit import kernels
-from fastdit.checkpoint import flush, replacing, write_atomically
 from fastdit.config import Config, InputError
-from fastdit.planning import plan
-from fastdit.training.engine import World
+from fastdit.device import device_name
+from fastdit.distributed import World
+from fastdit.files import flush, replacing, write_atomically
+from fastdit.flops import walk
+from fastdit.planning import cards
+from fastdit.progress import progress_bar
 
 TIME_BINS = 8
 PHASES = ("data_wait", "forward_backward", "optimizer", "ema")
-PACKAGES = ("torch", "triton", "deepspeed", "diffusers", "nvidia-dali-cuda130", "wandb", "flash-attn")
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of fastdit and of what it stands on; "missing" where a package is not installed."""
-    from fastdit import __version__
-
-    found = {"fastdit": __version__, "python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "missing"
-    found["torch"] = str(torch.__version__)  # names the CUDA too, as 2.14.1+cu130, which the metadata of PyPI's builds leaves out
-    found["kernel launches"] = str(kernels.tuning.VERSION)  # another version may differ in the last bit of a gradient
-    return found
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    threads = torch.get_num_threads()
-    return f"{model}, {threads} thread{'s' * (threads > 1)}"
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch's allocator held on a GPU, or the most that this process held in memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def loss_sums(losses: Tensor, t: Tensor) -> Tensor:
@@ -113,23 +78,6 @@ def profiler(config: Config, run: Path, start_step: int, rank: int):
     warmup = min(1, skipped)  # a step that is traced and thrown away: the first one is slow
     schedule = torch.profiler.schedule(wait=skipped - warmup, warmup=warmup, active=last - first + 1, repeat=1)
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True)
-
-
-def progress_bar(total: int, initial: int = 0, description: str | None = None, unit: str = "step", **options) -> tqdm:
-    """A bar; where stderr is no terminal, a line every 20 s at most. options: of tqdm."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total, initial=initial, desc=description, unit=unit, dynamic_ncols=terminal, mininterval=0.5 if terminal else 20,
-        maxinterval=10 if terminal else 60, **options,
-    )  # fmt: skip
-
-
-def check_backend(device: torch.device) -> str:
-    """The kernel backend on `device`. Raises InputError when FASTDIT_KERNELS asks for one that cannot run there."""
-    try:
-        return kernels.backend_in_use(device)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"FASTDIT_KERNELS={os.environ.get('FASTDIT_KERNELS')}: {error}") from error
 
 
 def check_wandb(config: Config) -> None:
@@ -198,10 +146,10 @@ class Log:
             except wandb.errors.Error as error:
                 raise InputError(f"train.wandb={config.train.wandb} failed: {error}: use train.wandb=offline") from error
             self.wandb_id = self.wandb.id
-        counted = plan.walk(config.model, 1, torch.float32, "none")
+        counted = walk(config.model, 1, torch.float32, "none")
         self.world_size, self.flops = world.size, counted.forward + counted.backward  # of an image
         self.peak = None  # FLOP/s of this device
-        if card := plan.card_of(device_name(world.device)):
+        if card := cards.card_of(device_name(world.device)):
             self.peak = card.peak(config.train.precision)
         self.bar = progress_bar(config.train.total_steps, start_step)
         if card:

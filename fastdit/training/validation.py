@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from fastdit import kernels
 from fastdit.autoencoder import KL
-from fastdit.checkpoint import replacing
 from fastdit.config import Config, InputError
 from fastdit.data.builtin import mnist5k
 from fastdit.data.index import is_index
 from fastdit.data.latents import is_latent_set, read_manifest
 from fastdit.data.order import check_classes
+from fastdit.distributed import World
 from fastdit.evaluation import command as evaluate_command
 from fastdit.evaluation import features, image_sets, metrics
+from fastdit.files import replacing
 from fastdit.flow import Stream
-from fastdit.training.engine import World, together
 from fastdit.training.telemetry import Log
 
 TIMESTEPS = tuple((k + 0.5) / 8 for k in range(8))
@@ -103,7 +103,7 @@ class Validation:
     def __init__(self, config: Config, place: Path | None, codec, run: Path, world: World) -> None:
         """place: of data.locate. All ranks must call it. Raises InputError."""
         self.config, self.codec, self.run, self.world = config, codec, run, world
-        self.ids, self.x0, self.labels = together(world, lambda: _held_out(config, place, codec, world))
+        self.ids, self.x0, self.labels = world.together(lambda: _held_out(config, place, codec, world))
         self.network = self.reference = None
         if config.validate.features != "none":
             self._open_reference()
@@ -114,11 +114,11 @@ class Validation:
         if reference is None:
             raise InputError("validate.features needs validate.reference: statistics or images, as of `fastdit evaluate`")
         channels = self.codec.channels if self.config.data.autoencoder == "pixels" else 3
-        self.network = together(self.world, lambda: features.load(settings.features, self.world.device))
+        self.network = self.world.together(lambda: features.load(settings.features, self.world.device))
         self.shape = (self.config.data.image_size, self.config.data.image_size, channels)
         request = evaluate_command.Request(settings.features, reference, image_size=self.config.data.image_size)
         self.labels_drawn = image_sets.evaluation_labels("balanced", settings.samples, self.config.model.num_classes, SEED)
-        together(self.world, lambda: self.network.probe(self.shape))
+        self.world.together(lambda: self.network.probe(self.shape))
         self.reference = evaluate_command.open_reference(request, self.network, self.world)
 
     @torch.no_grad()

@@ -7,8 +7,9 @@ from torch.utils.checkpoint import checkpoint
 from backends import BACKENDS, DEVICE
 from fastdit import flow, kernels
 from fastdit.config import from_dict
+from fastdit.device import native_bf16
 from fastdit.kernels import library
-from fastdit.model import DiT, native_bf16
+from fastdit.model import DiT
 
 MODEL = {"preset": "test/4", "width": 64, "heads": 2, "hidden": 96, "input_size": 12, "in_channels": 2, "positions": "rope_2d"}
 

@@ -12,7 +12,8 @@ import sys
 
 import torch
 
-from fastdit import checkpoint, cli, flow
+from fastdit import checkpoint, cli, files, flow
+from fastdit.training import saver
 from fastdit.training.loop import Trainer
 
 fault, victim, losses_file = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -68,7 +69,7 @@ def at(name: str, function, before: bool):
     return run
 
 
-write = checkpoint._write
+write = saver._write
 
 
 def counted_write(*arguments):
@@ -77,9 +78,9 @@ def counted_write(*arguments):
     write(*arguments)
 
 
-checkpoint._write = counted_write
-checkpoint._write_own = at("own", checkpoint._write_own, before=False)
-checkpoint.write_atomically = at("manifest", checkpoint.write_atomically, before=True)
+saver._write = counted_write
+saver._write_own = at("own", saver._write_own, before=False)
+files.write_atomically = at("manifest", files.write_atomically, before=True)
 checkpoint.is_whole = at("pruned", checkpoint.is_whole, before=True)
 rename = type(checkpoint.Path()).rename
 type(checkpoint.Path()).rename = at("renamed", at("rename", rename, before=True), before=False)

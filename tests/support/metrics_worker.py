@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from fastdit.distributed import World
 from fastdit.evaluation import metrics
-from fastdit.training.engine import World
 
 
 def main(folder: Path, rank: int, ranks: int) -> None:

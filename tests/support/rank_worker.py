@@ -8,7 +8,7 @@ import sys
 import torch
 
 import hot_loop
-from fastdit import flow
+from fastdit import distributed, flow
 from fastdit.config import from_dict
 from fastdit.data import builtin
 from fastdit.model import DiT
@@ -28,7 +28,7 @@ def main(stage: int, precision: str) -> None:
             "zero": {"stage": stage, "bucket": 20_000},  # several a backward pass: the model has 150,000 parameters
         }
     )
-    world = engine.start()
+    world = distributed.start()
     loader = builtin.load(config, world)
     torch.manual_seed(0)
     model = DiT(config.model)

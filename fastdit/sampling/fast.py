@@ -1,0 +1,104 @@
+"""Models that are only sampled from, made fast: CUDA graphs on a GPU, packed blocks on a CPU with AMX."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastdit import kernels
+from fastdit.device import native_bf16
+from fastdit.graphs import Recorded, graph_pool, warm_up
+from fastdit.model import QK_EPS, Block, DiT
+
+GRAPHS = 4  # CUDA graphs kept: with and without guidance, of a full and of the last batch
+
+
+class Graphs:
+    """model.velocity as CUDA graphs, one per batch size: a replay costs one launch instead of hundreds.
+
+    All graphs allocate from one memory pool. That is safe because replays follow each other on one stream and each output is
+    copied before the next replay.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.pool = graph_pool(torch.device("cuda"))
+        self.captured: dict[int, tuple] = {}  # by batch size, the least recently used first
+
+    def __call__(self, x: Tensor, t: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
+        """DiT.velocity: x fp32 [B,C,h,w], t fp32 [], classes [U,H] with U <= B, rows int64 [B]. Returns [B,C,h,w]."""
+        batch = len(x)
+        if batch not in self.captured:
+            if len(self.captured) == GRAPHS:
+                del self.captured[next(iter(self.captured))]
+            # U differs from batch to batch where classes are random: the buffer has room for B, and rows never points past U
+            self.captured[batch] = self._capture(x.clone(), t.clone(), classes.new_zeros(batch, classes.shape[1]), rows.clone())
+        recorded, static = self.captured[batch] = self.captured.pop(batch)
+        for buffer, tensor in zip(static, (x, t, classes, rows), strict=True):
+            (buffer[: len(tensor)] if tensor.ndim else buffer).copy_(tensor)
+        recorded.replay()
+        return recorded.results[0].clone()
+
+    def _capture(self, *static: Tensor) -> tuple[Recorded, tuple[Tensor, ...]]:
+        work = lambda: [self.model.velocity(*static)]
+        warm_up(work)
+        return Recorded(work, self.pool), static
+
+
+class PackedBlock(nn.Module):
+    """A Block that is only sampled from, by `kernels.dit_block` and with weights packed for it."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        attention, mlp = block.attention, block.mlp
+        self.heads = attention.heads
+        self.weights = kernels.pack_dit_block(
+            kernels.BlockWeights(
+                attention.qkv.weight, attention.q_weight, attention.k_weight, attention.out.weight,
+                mlp.up.weight, mlp.up.bias, mlp.down.weight, mlp.down.bias,
+            )
+        )  # fmt: skip
+
+    def forward(
+        self, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], cos: Tensor | None, sin: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return kernels.dit_block(x, y, modulation, self.weights, cos, sin, self.heads, QK_EPS)
+
+
+class PackedLinear(nn.Module):
+    """A Linear that is only sampled from, on a CPU: weights in oneDNN's own order, faster where they are large and rows are few."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight, 8), linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def _refuse_state(*_) -> None:
+    raise RuntimeError("a model that fast_velocity has packed holds no weights to save: load it again")
+
+
+@torch.no_grad()
+def fast_velocity(model: DiT, device: torch.device) -> Callable | None:
+    """Makes a model, that is to be sampled from alone, fast, and returns what samplers.guided may call in place of model.velocity.
+
+    On CUDA: CUDA graphs. Blocks are not compiled: Inductor finds nothing to fuse in their forward pass, which is matmuls, attention
+    and library ops, and each batch size would be compiled anew. On a CPU with AMX, in bf16: packed blocks, and nothing to call; the
+    model can then not be saved, copied, cast or trained.
+    """
+    if device.type == "cuda":
+        return Graphs(model)
+    config, bf16 = model.config, model.output.weight.dtype == torch.bfloat16
+    fits = kernels.dit_block_fits((config.input_size // config.patch_size) ** 2, config.width, config.heads, config.hidden)
+    plain = config.qk_norm != "full_width" and config.attention == "auto" and not isinstance(model.blocks[0], PackedBlock)
+    if bf16 and fits and plain and native_bf16(device) and kernels.dit_block_is_fast(device):
+        model.register_state_dict_pre_hook(_refuse_state)
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = PackedBlock(block)
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, PackedLinear(child))
+    return None
