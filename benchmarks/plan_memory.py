@@ -29,7 +29,7 @@ STEPS = 4  # the second is the first with AdamW's moments and the EMA
 WARM = ["model.preset=test/4", "train.batch_size=2"]
 CASES = {
     "S/2": ["model.preset=S/2", "train.batch_size=8"],
-    "S/2, full": ["model.preset=S/2", "train.batch_size=16", "train.checkpoint=full"],
+    "S/2, full": ["model.preset=S/2", "train.batch_size=16", "train.recompute=full"],
     "XL/2 x 2": ["model.preset=XL/2", "model.depth=2", "train.batch_size=4"],  # mostly weights
 }
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

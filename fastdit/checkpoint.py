@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastdit.config import Config, InputError, from_dict, load_json
+from fastdit.config import Config, InputError, from_saved, load_json
 from fastdit.files import flush, replacing, sha256, write_atomically
 from fastdit.model import DiT
 
@@ -136,7 +136,7 @@ def export(path: Path, weights: str, out: Path) -> int:
 def _load_exported(path: Path, weights: str) -> tuple[DiT, Config, dict]:
     try:
         about = json.loads(path.with_suffix(".json").read_text())
-        config, state, tensors = from_dict(about["config"]), about["state"], load_file(path)
+        config, state, tensors = from_saved(about["config"]), about["state"], load_file(path)
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise InputError(f"{path} and {path.with_suffix('.json').name} are not what `fastdit export` writes: {error}") from error
     if state["weights"] != weights:

@@ -160,7 +160,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     path, words = _file_and_overrides(arguments)
     preset = arguments.preset or (None if path else "XL/2")
     named = {"model.preset": preset, "train.batch_size": arguments.batch_size, "zero.stage": arguments.stage}
-    named["train.checkpoint"] = arguments.checkpoint
+    named["train.recompute"] = arguments.recompute
     config = plan.settings(path, [*words, *(f"{key}={value}" for key, value in named.items() if value is not None)])
     card = cards.find_card(arguments.gpu)
     made = plan.make(config, card, arguments.gpus, arguments.epochs, arguments.images, arguments.price_per_gpu_hour)
@@ -194,7 +194,9 @@ def _add_plan(commands) -> None:
     plan.add_argument("--images", type=int, default=1_281_167, metavar="N", help="of an epoch (default: ImageNet's %(default)s)")
     plan.add_argument("--batch-size", type=int, metavar="N", help="train.batch_size: images a GPU and micro-step")
     plan.add_argument("--stage", type=int, choices=(1, 2, 3), help="zero.stage")
-    plan.add_argument("--checkpoint", choices=("none", "light", "full"), help="train.checkpoint, of activations")
+    plan.add_argument(
+        "--recompute", choices=("none", "light", "full"), help="train.recompute: what the backward pass computes again"
+    )
     plan.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="adds the cost, in the same currency")
     plan.add_argument("--json", action="store_true", help="all figures as JSON, in bytes, FLOPs and seconds")
     plan.set_defaults(run=_plan)

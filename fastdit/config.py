@@ -17,6 +17,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+RENAMED = {"train.checkpoint": "train.recompute"}  # old key: new key; configs that runs saved are read under both
+
 
 class InputError(Exception):
     """Bad input from the user: the command line prints its one sentence and exits with code 2."""
@@ -137,7 +139,8 @@ class TrainConfig:
     # auto: graphs on CUDA below ZeRO 3, else none | graphs: CUDA graphs, of the model on one rank, of each block on several |
     # blocks: torch.compile on each block | model: torch.compile on the model | none
     compile: str = "auto"
-    checkpoint: str = "none"  # of activations, for memory: none | light: SwiGLU's outputs again in the backward pass | full: blocks
+    # what the backward pass computes again to save memory: none | light: SwiGLU's outputs | full: whole blocks
+    recompute: str = "none"
     lr: float = 4e-3  # for the small model on digits; DiT and the base script train on ImageNet with 1e-4
     beta1: float = 0.9
     beta2: float = 0.95
@@ -177,7 +180,7 @@ class TrainConfig:
             _at_least("train", self, key, 0)
         _one_of("train", self, "precision", ("auto", "bf16", "fp32"))
         _one_of("train", self, "compile", ("auto", "graphs", "blocks", "model", "none"))
-        _one_of("train", self, "checkpoint", ("none", "light", "full"))
+        _one_of("train", self, "recompute", ("none", "light", "full"))
         _one_of("train", self, "device", ("auto", "cpu", "cuda"))
         _one_of("train", self, "schedule", ("constant", "cosine"))
         _one_of("train", self, "wandb", ("disabled", "offline", "online"))
@@ -333,6 +336,8 @@ def from_dict(values: dict) -> Config:
             raise InputError(f"config section {section!r} holds {entries!r}, but it must hold keys with values")
         hints = typing.get_type_hints(sections[section])
         for key, value in entries.items():
+            if f"{section}.{key}" in RENAMED:
+                raise InputError(f"config key {section}.{key} is called {RENAMED[f'{section}.{key}']} now: use that name")
             if key not in hints:
                 names = [f"{section}.{name}" for name in hints]
                 raise InputError(f"config key {section}.{key} is unknown: {nearest(f'{section}.{key}', names)}")
@@ -381,9 +386,18 @@ def parse(path: str | Path | None = None, overrides: list[str] | None = None) ->
     return from_dict(values)
 
 
+def from_saved(values: dict) -> Config:
+    """`from_dict` of what a run, a checkpoint or an export saved, also under keys that have another name by now."""
+    for old, new in RENAMED.items():
+        section, key = old.split(".")
+        if key in values.get(section, {}):
+            values[section][new.partition(".")[2]] = values[section].pop(key)
+    return from_dict(values)
+
+
 def load_json(path: str | Path) -> Config:
     """The config that a run or a checkpoint saved. Raises InputError."""
     try:
-        return from_dict(json.loads(Path(path).read_text()))
+        return from_saved(json.loads(Path(path).read_text()))
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"saved config {path} cannot be read: {error}") from error

@@ -51,7 +51,7 @@ class Walk(NamedTuple):
 
 @functools.cache
 def walk(model: ModelConfig, batch: int, dtype: torch.dtype, recompute: str) -> Walk:
-    """Count a forward and backward of `batch` images. recompute: "none" | "light" | "full", as train.checkpoint.
+    """Count a forward and backward of `batch` images. recompute: "none" | "light" | "full", as train.recompute.
 
     FLOPs: 2·M·N·K of every Linear, and again for each of its two gradients that is needed; 4·T²·H of attention and twice that
     backward (a fused backward's second score matmul is not counted: model FLOPs). Parameters' gradients are not in `peak`.

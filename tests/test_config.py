@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fastdit import config
-from fastdit.config import PRESETS, InputError, from_dict, load_json, parse
+from fastdit.config import PRESETS, InputError, from_dict, from_saved, load_json, parse
 from fastdit.sampling import solvers
 
 
@@ -137,3 +137,12 @@ def test_published_hidden_rule():
         row = config.PRESETS[name]
         assert row["hidden"] == max(128, round(row["width"] * 8 / 3 / 128) * 128)
         assert row["width"] == 64 * row["heads"]
+
+
+def test_the_old_name_of_recompute():
+    """An error that names the new one; but what a run saved under it is read."""
+    with pytest.raises(InputError, match=r"train\.checkpoint is called train\.recompute now"):
+        parse(None, ["train.checkpoint=light"])
+    saved = parse(None, ["train.recompute=light"]).to_dict()
+    saved["train"]["checkpoint"] = saved["train"].pop("recompute")
+    assert from_saved(saved).train.recompute == "light"

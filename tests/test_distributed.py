@@ -1,7 +1,6 @@
 """Two ranks for real: through torchrun and the deepspeed launcher, against one rank, killed and continued."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands import free_port
+from commands import environment, free_port
 from fastdit import checkpoint
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = environment()
 TINY = [
     "model.preset=test/4",
     "train.precision=bf16",

@@ -1,7 +1,6 @@
 """Evaluation of a tiny run: the same numbers by every way, bad input, validation while training, the sweep."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 
 import autoencoders
 import photographs
+from commands import environment
 from fastdit import autoencoder, cli
 from fastdit.config import InputError, parse
 from fastdit.data.builtin import mnist5k
@@ -27,7 +27,6 @@ TINY = [
     "model.preset=test/4", "train.batch_size=8", "train.warmup_steps=1", "train.lr=1e-3", "train.log_steps=2",
     "train.save_steps=2", "train.sample_steps=0", "sample.steps=2", "sample.solver=euler", "train.total_steps=4",
 ]  # fmt: skip
-OF_A_RUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +134,10 @@ def test_dtype_is_the_runs_where_it_is_fast(trained, reference, tmp_path, monkey
 def test_two_ranks_give_the_same(trained, reference, tmp_path):
     fp32 = ["--dtype", "fp32", "--samples", "30"]  # in bf16 another batch size rounds otherwise
     alone = run(trained, reference, tmp_path / "a.json", *fp32)
-    environment = {key: value for key, value in os.environ.items() if key not in OF_A_RUN} | {"OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fastdit.cli"]
     words = ["--features", "digits", "--reference", str(reference), *fp32, "--out", str(tmp_path / "b.json")]
     ranks = lambda source: subprocess.run(
-        [*torchrun, "evaluate", str(source), *words], env=environment, capture_output=True, text=True, timeout=200, check=False
+        [*torchrun, "evaluate", str(source), *words], env=environment(), capture_output=True, text=True, timeout=200, check=False
     )
     done = ranks(trained)
     assert done.returncode == 0, done.stderr

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from commands import free_port
+from commands import environment, free_port
 from fastdit import checkpoint
 
 WORKER = Path(__file__).parent / "support" / "fault_worker.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = environment()
 TINY = [
     "model.preset=test/4", "train.precision=bf16", "train.schedule=constant", "train.lr=1e-3", "train.warmup_steps=2",
     "train.log_steps=3", "train.save_steps=2", "train.sample_steps=0", "train.name=r", "train.keep_checkpoints=2",

@@ -200,7 +200,7 @@ def test_auto_is_graphs_where_they_can_be(device, stage, wanted):
 
 
 def test_full_recomputation_of_a_compiled_model_needs_a_torch_that_can(monkeypatch):
-    config, cpu = parse(None, ["train.checkpoint=full", "train.compile=model"]), torch.device("cpu")
+    config, cpu = parse(None, ["train.recompute=full", "train.compile=model"]), torch.device("cpu")
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0"))
     engine.settle(config, cpu)
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1+cu130"))
@@ -211,7 +211,7 @@ def test_full_recomputation_of_a_compiled_model_needs_a_torch_that_can(monkeypat
 @pytest.mark.parametrize(
     "words",
     [
-        ["train.precision=bf16", "train.checkpoint=light", "validate.steps=3", "validate.images=8"],
+        ["train.precision=bf16", "train.recompute=light", "validate.steps=3", "validate.images=8"],
         ["train.precision=fp32", "train.accumulation=2", "train.batch_size=4", "train.deterministic=true"],
         ["train.precision=bf16", "train.accumulation=2", "train.batch_size=4", "train.profile=2-3"],
     ],

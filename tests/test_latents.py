@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import json
-import os
 import random
 import shutil
 import signal
@@ -18,6 +17,7 @@ import torch
 
 import autoencoders
 import photographs
+from commands import complains, environment
 from fastdit import autoencoder, checkpoint, cli, data, files, kernels
 from fastdit.config import InputError, from_dict
 from fastdit.data import builtin, encode, prefetch, prepare
@@ -68,10 +68,8 @@ def patient(command, wait=0.0, ranks=1, **options):
         python += [str(script)]
     else:
         python += ["-c", PATIENT]
-    of_this_process = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set where `encode` ran in it
-    environment = {k: v for k, v in os.environ.items() if k not in of_this_process} | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*python, str(wait), *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+        [*python, str(wait), *command], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
 
 
@@ -164,12 +162,6 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(index, vae, latents, tmp
     assert contents(out) == contents(latents)
     for before in done:
         assert all((out / name).stat().st_mtime_ns == time for name, time in before.items())  # what was there was kept
-
-
-def complains(capsys, command, *expected):
-    assert cli.main([str(word) for word in command]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("fastdit: ") and all(text in said for text in expected), said
 
 
 def test_bad_input_is_one_sentence(index, vae, latents, tmp_path, capsys):

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from commands import environment
+
 ROOT = Path(__file__).parent.parent
 VENV = Path(sys.executable).parent.parent
-OF_A_RUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in OF_A_RUN} | {"VENV": str(VENV), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = environment(VENV=str(VENV))
 TINY = [
     "model.preset=test/4",
     "train.total_steps=4",
@@ -27,8 +28,8 @@ def script(path, text):
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-def run(command, environment=ENVIRONMENT):
-    return subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=120, check=False)
+def run(command, variables=ENVIRONMENT):
+    return subprocess.run([str(c) for c in command], env=variables, capture_output=True, text=True, timeout=120, check=False)
 
 
 def fake_launcher(folder, codes):
@@ -68,15 +69,15 @@ def test_install_sh_asks_for_one_torch_and_its_triton(tmp_path, asked, has, own_
     """The torch of FASTDIT_TORCH, else the one that is there, else that of constraints.txt; a triton where torch names none."""
     (tmp_path / "bin").mkdir()
     script(tmp_path / "bin/python", PYTHON)
-    environment = ENVIRONMENT | {"VENV": str(tmp_path), "FASTDIT_TORCH": asked, "HAS": has, "OWN_TRITON": str(own_triton)}
-    done = run([ROOT / "launch/install.sh"], environment)
+    variables = ENVIRONMENT | {"VENV": str(tmp_path), "FASTDIT_TORCH": asked, "HAS": has, "OWN_TRITON": str(own_triton)}
+    done = run([ROOT / "launch/install.sh"], variables)
     assert done.returncode == 0, done.stderr
     first, second, _ = (tmp_path / "calls").read_text().split("-m pip")[1:]
     for part, with_triton in ((first, False), (second, triton)):
         lines = part.splitlines()
         assert [line for line in lines if line.startswith("torch==")] == [torch]
         assert any(line.startswith("triton==") for line in lines) is with_triton
-    assert run([ROOT / "launch/install.sh"], environment).stdout == ""  # up to date
+    assert run([ROOT / "launch/install.sh"], variables).stdout == ""  # up to date
 
 
 def test_test_sh_says_what_its_options_need():
@@ -89,8 +90,8 @@ def test_test_sh_says_what_its_options_need():
     ("restarts", "codes", "calls", "code"), [(2, [1, 247, 0], 3, 0), (1, [1, 1, 0], 2, 1), (0, [1, 0], 1, 1), (3, [2, 0], 1, 2)]
 )
 def test_train_sh_restarts_a_bounded_number_of_times(tmp_path, restarts, codes, calls, code):
-    environment = fake_launcher(tmp_path, codes)
-    done = run([ROOT / "launch/train.sh", "--restarts", restarts, "c.yaml", "train.name=x"], environment)
+    variables = fake_launcher(tmp_path, codes)
+    done = run([ROOT / "launch/train.sh", "--restarts", restarts, "c.yaml", "train.name=x"], variables)
     assert done.returncode == code, done.stderr
     made = (tmp_path / "calls").read_text().splitlines()
     assert made == ["-q --no_local_rank --master_port 29500 --num_gpus 1 --module fastdit.cli train c.yaml train.name=x"] * calls
@@ -98,14 +99,14 @@ def test_train_sh_restarts_a_bounded_number_of_times(tmp_path, restarts, codes, 
 
 
 def test_train_sh_takes_a_hostfile_and_says_how_it_is_used(tmp_path):
-    environment = {**fake_launcher(tmp_path, [0]), "HOSTFILE": "hosts"}
-    assert run([ROOT / "launch/train.sh", "c.yaml"], environment).returncode == 0
+    variables = {**fake_launcher(tmp_path, [0]), "HOSTFILE": "hosts"}
+    assert run([ROOT / "launch/train.sh", "c.yaml"], variables).returncode == 0
     assert (
         (tmp_path / "calls")
         .read_text()
         .startswith("-q --no_local_rank --master_port 29500 --hostfile hosts --module fastdit.cli train")
     )
-    done = run([ROOT / "launch/train.sh"], environment)
+    done = run([ROOT / "launch/train.sh"], variables)
     assert done.returncode == 2 and "launch/train.sh [--restarts N] CONFIG.yaml" in done.stdout
 
 
@@ -146,11 +147,11 @@ def test_slurm_starts_the_ranks_and_queues_again_after_sigterm(tmp_path, stops):
         "SLURM_NTASKS_PER_NODE": "2",
         "SLURM_CPUS_PER_TASK": "1", "PATH": f"{tmp_path}/stubs:{VENV}/bin:{os.environ['PATH']}", "USER": "test", "OUT": tmp_path,
     }  # fmt: skip
-    environment = ENVIRONMENT | {key: str(value) for key, value in variables.items()}
+    variables = ENVIRONMENT | {key: str(value) for key, value in variables.items()}
     words = [*TINY, f"train.out={tmp_path}", "train.log_steps=2", "train.device=cpu"]
     if stops:
         words.append("train.total_steps=100000")
-    done = run(["bash", ROOT / "launch/slurm.sbatch", *words], environment)
+    done = run(["bash", ROOT / "launch/slurm.sbatch", *words], variables)
     assert done.returncode == (75 if stops else 0), done.stderr[-3000:]
     if stops:
         assert (tmp_path / "scontrol").read_text() == "requeue 7\n" and "told to stop by SIGTERM" in done.stderr

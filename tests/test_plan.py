@@ -62,7 +62,7 @@ def test_published_rates_are_within_the_range(card, gpus, words, images_per_s):
     "words",
     [
         ["model.width=256", "train.batch_size=8"],  # mostly activations
-        ["model.width=256", "train.batch_size=8", "train.checkpoint=full"],
+        ["model.width=256", "train.batch_size=8", "train.recompute=full"],
         ["model.width=512", "train.batch_size=1", "train.accumulation=2"],  # mostly weights
     ],
 )

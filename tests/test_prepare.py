@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import photographs
+from commands import complains
 from fastdit import cli
 from fastdit.config import InputError
 from fastdit.data import imagenet, prepare
@@ -42,12 +43,6 @@ def index(archives, tmp_path_factory):
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-def complains(capsys, words, *expected):
-    assert cli.main([str(word) for word in words]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("fastdit: ") and all(text in said for text in expected), said
 
 
 def test_imagenet_archives(index, archives):

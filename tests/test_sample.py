@@ -1,7 +1,6 @@
 """What `fastdit sample` draws and writes: seeds, batches and ranks; grids, animations, latents, npz; resuming; the notebook."""
 
 import copy
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from PIL import Image
 
 import autoencoders
 import cuda_graphs
+from commands import environment
 from fastdit import autoencoder, checkpoint, cli, kernels
 from fastdit.config import from_dict
 from fastdit.device import native_bf16
@@ -30,8 +30,7 @@ from fastdit.sampling.sampler import Sampler, attention, latent_shape, one_gener
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
-OF_A_RUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in OF_A_RUN} | {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": ""}
+ENVIRONMENT = environment(GLIBC_TUNABLES="")
 COMMAND = [sys.executable, "-m", "fastdit.cli", "sample"]
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 import autoencoders
 import hot_loop
+from commands import complains, environment
 from fastdit import autoencoder, checkpoint, cli, flow
 from fastdit.config import FlowConfig, InputError, parse
 from fastdit.data.order import Order
@@ -31,8 +32,6 @@ TINY = [
     "train.log_steps=2", "train.save_steps=2", "train.sample_steps=4", "train.schedule=cosine",
     "sample.steps=2", "sample.solver=euler",
 ]  # fmt: skip
-
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set where a run began in this process
 
 
 def settings(out, *overrides):
@@ -169,12 +168,6 @@ def test_the_encoder_is_set_up_for_training_on_a_gpu(monkeypatch, device, expect
     monkeypatch.setattr(loop.autoencoder, "load", lambda *_: codec)
     loop.open_data(parse(None, TINY), World(0, 1, torch.device(device), None))
     assert found == expected
-
-
-def complains(capsys, words, *expected):
-    assert cli.main(words) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("fastdit: ") and all(e in message for e in expected), message
 
 
 @pytest.mark.parametrize(
@@ -426,7 +419,7 @@ def test_recomputing_activations_has_the_same_losses(tmp_path, stage, monkeypatc
     found = []
     for recompute in ("none", "light", "full"):
         words = ["train.total_steps=3", "train.log_steps=1", "train.sample_steps=0", f"zero.stage={stage}"]
-        run = train(parse(None, settings(tmp_path, *words, f"train.checkpoint={recompute}", f"train.name={recompute}")))
+        run = train(parse(None, settings(tmp_path, *words, f"train.recompute={recompute}", f"train.name={recompute}")))
         found.append([line["loss"] for line in lines_of(run).values()])
     assert found[0] == found[1] == found[2] and len(found[0]) == 3
 
@@ -522,13 +515,10 @@ def test_a_full_disk_keeps_the_checkpoints_before(tmp_path, capsys, monkeypatch)
 def test_a_file_size_limit_keeps_the_checkpoints_before(tmp_path):
     words = [*settings(tmp_path, "train.sample_steps=0", "train.total_steps=2")]
     command = [sys.executable, "-W", "ignore", "-m", "fastdit.cli", "train", *words]
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
-    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+    assert subprocess.run(command, env=environment(), capture_output=True, check=False).returncode == 0
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # the weights are 2.7 MB
     done = subprocess.run(
-        [*command, "train.total_steps=4"], env=environment, preexec_fn=limit, capture_output=True, text=True, check=False
+        [*command, "train.total_steps=4"], env=environment(), preexec_fn=limit, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and "cannot be written" in done.stderr, done.stderr[-3000:]
     assert checkpoint.find(tmp_path / "r").name == "step_00000002"
@@ -539,11 +529,10 @@ def test_sigterm_saves_and_ends_the_run(tmp_path):
     words = ["train.total_steps=300", "train.log_steps=3", "train.save_steps=1000", "train.sample_steps=0"]
     whole = train(parse(None, settings(tmp_path, *words, "train.name=whole")))
     command = [sys.executable, "-W", "ignore", "-m", "fastdit.cli", "train", *settings(tmp_path, *words)]
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    threads = str(torch.get_num_threads())
+    process = subprocess.Popen(
+        command, env=environment(OMP_NUM_THREADS=threads), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     log = tmp_path / "r/metrics.jsonl"
     while not log.exists() or not log.read_text():
         assert process.poll() is None, process.stderr.read()[-3000:]

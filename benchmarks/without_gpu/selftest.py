@@ -87,7 +87,7 @@ def training() -> bool:
     """A step of a run under every train.compile but model; each recomputes what it is told to, also where it was captured."""
     good = True
     for provider, replays in TRAINING.items():
-        steps = {what: train_step(provider, f"train.checkpoint={what}") for what in ("none", "light", "full")}
+        steps = {what: train_step(provider, f"train.recompute={what}") for what in ("none", "light", "full")}
         good &= all(step["graph_launches"] == replays for step in steps.values())
         good &= steps["none"]["kernels"] <= steps["light"]["kernels"] < steps["full"]["kernels"]
         good &= train_step(provider, "train.accumulation=2")["graph_launches"] == 2 * replays

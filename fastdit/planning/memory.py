@@ -61,7 +61,7 @@ def memory(config: Config, gpus: int, card: Card | None = None) -> Memory:
     them, and no more than a model's gradients."""
     train, bf16, stage = config.train, config.train.precision == "bf16", actual_stage(config, gpus)
     p, dtype = (2, torch.bfloat16) if bf16 else (4, torch.float32)
-    one, two = (walk(config.model, B, dtype, train.checkpoint) for B in (1, 2))
+    one, two = (walk(config.model, B, dtype, train.recompute) for B in (1, 2))
     N, share, bucket = one.parameters, one.parameters / gpus, min(config.zero.bucket, one.parameters)
     sums = train.accumulation > 1
     # Of the gradients: what is held through the forward, and all at the end of a backward with ZeRO's copies.

@@ -61,9 +61,9 @@ def rates(config: Config, gpus: int, flops: float, bandwidth: float, link: float
     p, dtype = (2, torch.bfloat16) if bf16 else (4, torch.float32)
     counted = walk(config.model, 1, dtype, "none")
     images, N = train.batch_size * train.accumulation, counted.parameters
-    executed = counted.forward + counted.backward + (counted.blocks_forward if train.checkpoint == "full" else 0)
+    executed = counted.forward + counted.backward + (counted.blocks_forward if train.recompute == "full" else 0)
     matmuls = images * executed / flops
-    fused, eager = (images * p * op_bytes(config.model, how, train.checkpoint) / bandwidth for how in (True, False))
+    fused, eager = (images * p * op_bytes(config.model, how, train.recompute) / bandwidth for how in (True, False))
     optimizer = optimizer_bytes(config, N, gpus) / bandwidth
     gradients, weights = (sent / link for sent in communication(config, N, gpus))
     fast = matmuls + fused + optimizer + weights
@@ -112,7 +112,7 @@ def make(config: Config, card: Card, gpus: int, epochs: float, images: int, pric
     p, N = dtype.itemsize, counted.parameters
     # on one GPU the engine's own choice alone
     stages = (config.zero.stage,) if gpus == 1 else (2, 3) if config.zero.offload else (1, 2, 3)
-    largest = {how: memory(replaced(config, train__checkpoint=how), gpus, card).largest_batch for how in ("none", "light", "full")}
+    largest = {how: memory(replaced(config, train__recompute=how), gpus, card).largest_batch for how in ("none", "light", "full")}
     gradients, weights = communication(config, N, gpus)
     hours = {end: epochs * images / getattr(speed, end) / 3600 for end in ("fast", "slow")}
     return {
@@ -121,10 +121,10 @@ def make(config: Config, card: Card, gpus: int, epochs: float, images: int, pric
         "hardware": {"gpu": card.name, "gpus": gpus, "precision": train.precision, "source": card.source},
         "flops_per_image": {
             "forward": counted.forward, "backward": counted.backward, "total": model_flops,
-            "recomputed": counted.blocks_forward if train.checkpoint == "full" else 0,
+            "recomputed": counted.blocks_forward if train.recompute == "full" else 0,
         },
         "memory": {
-            "stage": actual_stage(config, gpus), "checkpoint": train.checkpoint, "batch_size": train.batch_size,
+            "stage": actual_stage(config, gpus), "recompute": train.recompute, "batch_size": train.batch_size,
             "card": card.memory,
             "saved_per_image_and_block": {
                 how: walk(config.model, 1, dtype, how).kept_block for how in ("none", "light", "full")
@@ -133,11 +133,11 @@ def make(config: Config, card: Card, gpus: int, epochs: float, images: int, pric
                 actual_stage(planned, gpus): memory(planned, gpus, card)._asdict()
                 for planned in (replaced(config, zero__stage=stage) for stage in stages)
             },
-            "largest_batch": largest, "fits": train.batch_size <= largest[train.checkpoint],
+            "largest_batch": largest, "fits": train.batch_size <= largest[train.recompute],
         },
         "bytes_per_step_and_gpu": {
-            "ops_fused": step_images * p * op_bytes(config.model, True, train.checkpoint),
-            "ops_unfused": step_images * p * op_bytes(config.model, False, train.checkpoint),
+            "ops_fused": step_images * p * op_bytes(config.model, True, train.recompute),
+            "ops_unfused": step_images * p * op_bytes(config.model, False, train.recompute),
             "optimizer": optimizer_bytes(config, N, gpus), "gradients_sent": gradients, "weights_sent": weights,
         },
         "seconds_per_step": {key: value for key, value in speed._asdict().items() if key not in ("fast", "slow")},
@@ -184,8 +184,8 @@ def _size(size: float) -> str:
 
 def _misfit(memory: dict) -> str:
     """What is wrong where the batch does not fit the card, and what would."""
-    how, largest = memory["checkpoint"], memory["largest_batch"]
-    text = f"does not fit: {memory['batch_size']} images a GPU with train.checkpoint={how} take "
+    how, largest = memory["recompute"], memory["largest_batch"]
+    text = f"does not fit: {memory['batch_size']} images a GPU with train.recompute={how} take "
     text += f"{_size(memory['stages'][memory['stage']]['peak'])} of {_size(memory['card'])}: "
     others = [f"{size} with {other}" for other, size in largest.items() if other != how and size > largest[how]]
     if largest[how]:
@@ -207,16 +207,16 @@ def describe(plan: dict) -> str:
         ("batch", f"{memory['batch_size']} images a GPU, {run['images_a_step']:,} a step, {run['steps']:,} steps for "
          f"{run['epochs']:g} epochs of {run['images']:,}"),
         ("saved a block", ", ".join(f"{how} {size / 1e6:.2f}" for how, size in memory["saved_per_image_and_block"].items())
-         + " MB an image, by train.checkpoint"),
+         + " MB an image, by train.recompute"),
         ("largest batch", ", ".join(f"{how} {size}" for how, size in memory["largest_batch"].items())
-         + " a GPU, by train.checkpoint, " + (f"ZeRO {memory['stage']}" if memory["stage"] else "without ZeRO")),
+         + " a GPU, by train.recompute, " + (f"ZeRO {memory['stage']}" if memory["stage"] else "without ZeRO")),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     lines = ["Predictions from the model's shapes and datasheets: nothing here was measured.", ""]
     lines += [] if memory["fits"] else [_misfit(memory), ""]
     lines += [f"{name:{width}}  {text}" for name, text in rows]
     heads = ("ZeRO", "weights", "masters, moments", "EMA", "gradients", "buckets", "activations", "peak", "largest batch")
-    lines += ["", f"memory a GPU, of {_size(memory['card'])}, train.checkpoint={memory['checkpoint']}"]
+    lines += ["", f"memory a GPU, of {_size(memory['card'])}, train.recompute={memory['recompute']}"]
     table = [heads]
     for stage, values in memory["stages"].items():
         table.append((str(stage or "none"), *(_size(values[key]) for key in list(values)[:-1]), str(values["largest_batch"])))

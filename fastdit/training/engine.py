@@ -57,9 +57,9 @@ def import_deepspeed(device: torch.device):
 def settle(config: Config, device: torch.device) -> Config:
     """The config with what is "auto" about its precision decided for a device. Raises InputError where this torch or this
     device cannot do what it asks for."""
-    if config.train.checkpoint == "full" and config.train.compile == "model" and torch.__version__ < (2, 13):
+    if config.train.recompute == "full" and config.train.compile == "model" and torch.__version__ < (2, 13):
         raise InputError(
-            f"train.checkpoint=full with train.compile=model recomputes nothing on torch {torch.__version__}: use "
+            f"train.recompute=full with train.compile=model recomputes nothing on torch {torch.__version__}: use "
             "train.compile=graphs or blocks, or torch 2.13"
         )
     train = dataclasses.replace(config.train, precision=precision(config.train.precision, device))
@@ -149,7 +149,7 @@ def initialize(model: nn.Module, config: Config, world: World):
     """
     deepspeed = import_deepspeed(world.device)
     train = config.train
-    model.set_recompute(train.checkpoint)
+    model.set_recompute(train.recompute)
     what = compiles(config, world)
     if what == "blocks":
         for block in model.blocks:
