@@ -28,7 +28,7 @@ from fastdit.sampling.pictures import grid
 from fastdit.sampling.sampler import Sampler, attention, latent_shape, one_generator_noise, per_sample_noise, to_images
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = environment(GLIBC_TUNABLES="")
 COMMAND = [sys.executable, "-m", "fastdit.cli", "sample"]
 

@@ -20,7 +20,7 @@ from fastdit.convert.base import PUBLISHED_VAE, convert, load
 from fastdit.model import DiT
 from fastdit.training import saver
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parent.parent / "fixtures"
 NAMES = ["base_rope", "base_absolute_legacy"]
 
 

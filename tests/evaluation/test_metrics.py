@@ -16,7 +16,7 @@ from fastdit.distributed import World
 from fastdit.evaluation import metrics
 
 ALONE = World(0, 1, torch.device("cpu"), None)
-SUPPORT = Path(__file__).parent / "support"
+SUPPORT = Path(__file__).parent.parent / "support"
 
 
 def cloud(count, width=24, shift=0.0, seed=0):
