@@ -17,6 +17,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastdit.sampling.solvers import SOLVERS  # which imports neither torch nor anything of fastdit
+
 RENAMED = {"train.checkpoint": "train.recompute"}  # old key: new key; configs that runs saved are read under both
 
 
@@ -198,13 +200,10 @@ class TrainConfig:
             raise InputError(f"train.name={self.name!r} must be a folder name of at most 200 letters without '/' or a leading '.'")
 
 
-SOLVERS = ("euler", "heun", "dpm++", "dopri5", "euler_stochastic", "sde")  # of samplers.py
-
-
 @dataclass(frozen=True)
 class SampleConfig:
     steps: int = 15
-    solver: str = "heun"  # euler | heun | dpm++ | dopri5 | euler_stochastic | sde
+    solver: str = "heun"  # a name of SOLVERS in sampling/solvers.py
     guidance: float = 2.0  # w of (1+w)·v(class) − w·v(null); papers' scale s = 1+w
     guidance_low: float = 0.0  # guidance where low <= t <= high (t = 1 is noise), none elsewhere
     guidance_high: float = 1.0
@@ -213,7 +212,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         _at_least("sample", self, "steps", 1)
         _at_least("sample", self, "guidance", 0)
-        _one_of("sample", self, "solver", SOLVERS)
+        _one_of("sample", self, "solver", tuple(SOLVERS))
         if not 0 <= self.guidance_low <= self.guidance_high <= 1:
             raise InputError(
                 f"sample.guidance_low={self.guidance_low} and guidance_high={self.guidance_high} must be 0 <= low <= high <= 1"

@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "fastdit"
 # From the bottom up; a room stands for all of its files. A file may import from its own level and from those before it.
 LEVELS = [
+    ["sampling.solvers"],  # the registry that config checks names against; it imports nothing of fastdit
     ["config"],
     ["files", "distributed", "device", "progress"],
     ["attention", "model", "flow", "autoencoder", "graphs", "flops"],

@@ -21,6 +21,7 @@ from fastdit.sampling.class_names import parse_classes
 from fastdit.sampling.npz import Parts
 from fastdit.sampling.pictures import grid, save_animation, save_picture
 from fastdit.sampling.sampler import BATCH, Sampler, to_images
+from fastdit.sampling.solvers import SOLVERS
 
 SHOWN = 10  # images a class in the grid, at most
 FEW_CLASSES = 100  # up to here, all classes are drawn where none is named
@@ -162,7 +163,7 @@ class Drawing:
                     self.frames[sample].append(x[sample % at_once].cpu())
             if i:
                 bar.update()
-            if i == self.config.steps or (i and self.config.solver != "dopri5"):  # which comes with all steps at once
+            if i == self.config.steps or (i and not SOLVERS[self.config.solver].adaptive):  # which yields at its end
                 clock.tick()
 
         samples = self.sampler.latents(

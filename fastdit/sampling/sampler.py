@@ -64,7 +64,7 @@ def latents(
     given (k, 0, start) and (k, i, x after step i). run: as of samplers.guided.
     """
     solver = solvers.SOLVERS[config.solver]
-    steps_with_noise = config.steps if config.solver in solvers.STOCHASTIC else 0
+    steps_with_noise = config.steps if solver.stochastic else 0
     interval = (config.guidance_low, config.guidance_high)
     for k, (batch_labels, batch_ids) in enumerate(zip(labels.split(at_once), ids.split(at_once), strict=True)):
         drawn = noise(batch_ids, steps_with_noise)
@@ -73,7 +73,7 @@ def latents(
         velocity = solvers.guided(model, batch_labels, null, config.guidance, interval, run)
         x = drawn[0]
         watch(k, 0, x)
-        for i, point in enumerate(solver(velocity, x, config.steps, config.time_shift, drawn[1:]), 1):
+        for i, point in enumerate(solver.solve(velocity, x, config.steps, config.time_shift, drawn[1:]), 1):
             x = point
             watch(k, i, x)
         yield k, x

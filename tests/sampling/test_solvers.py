@@ -10,8 +10,10 @@ from fastdit import config
 from fastdit.config import ModelConfig
 from fastdit.model import DiT
 from fastdit.sampling import solvers
+from fastdit.sampling.sampler import Sampler, per_sample_noise
 
 MEAN, STD = 0.7, 0.4
+FIXED_STEPS = [name for name, solver in solvers.SOLVERS.items() if not solver.adaptive]
 
 
 def gaussian_velocity(x, t, at):
@@ -25,7 +27,7 @@ def gaussian_velocity(x, t, at):
 
 def error(solver, steps, **options):
     z = torch.randn(64, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    *_, x = solvers.SOLVERS[solver](gaussian_velocity, z, steps, **options)
+    *_, x = solvers.SOLVERS[solver].solve(gaussian_velocity, z, steps, **options)
     return (x - (MEAN + STD * z)).abs().max().item()  # the flow keeps quantiles: z goes to MEAN + STD·z
 
 
@@ -57,7 +59,7 @@ def moments(solver, steps):
     units = torch.eye(1 + steps, dtype=torch.float64)
     inputs = torch.cat((torch.zeros(1, 1 + steps, dtype=torch.float64), units)).view(-1, 1 + steps, 1, 1)
     start, noise = inputs[:, :1], inputs[:, 1:].transpose(0, 1).unsqueeze(2)
-    *_, x = solvers.SOLVERS[solver](gaussian_velocity, start, steps, noise=noise)
+    *_, x = solvers.SOLVERS[solver].solve(gaussian_velocity, start, steps, noise=noise)
     mean, rest = x.flatten()[0], x.flatten()[1:] - x.flatten()[0]
     return mean.item(), rest.square().sum().item()
 
@@ -99,8 +101,8 @@ def test_multistep_is_diffusers_dpm_solver(monkeypatch):
     torch.testing.assert_close(torch.stack(ours), torch.stack(theirs_at), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize(("solver", "calls"), [("euler", 1), ("heun", 2), ("dpm++", 1), ("euler_stochastic", 1), ("sde", 1)])
-def test_number_of_model_calls_and_yields(solver, calls):
+@pytest.mark.parametrize("solver", FIXED_STEPS)
+def test_number_of_model_calls_and_yields(solver):
     seen = []
 
     def velocity(x, t, at):
@@ -108,9 +110,9 @@ def test_number_of_model_calls_and_yields(solver, calls):
         return x
 
     noise = torch.zeros(5, 2, 1, 2, 2)
-    points = list(solvers.SOLVERS[solver](velocity, torch.ones(2, 1, 2, 2), 5, noise=noise))
+    points = list(solvers.SOLVERS[solver].solve(velocity, torch.ones(2, 1, 2, 2), 5, noise=noise))
     assert len(points) == 5
-    assert len(seen) == 5 * calls
+    assert len(seen) == 5 * solvers.SOLVERS[solver].calls
     assert seen[0] == (1, 1)
     assert all(t == pytest.approx(at, abs=1e-7) for t, at in seen)
 
@@ -240,16 +242,41 @@ def test_velocity_calls_are_alike_and_make_no_host_scalars(embedding):
     assert not [name for name in names if name.startswith(HOST_SCALARS)]
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "dpm++", "euler_stochastic", "sde"])
+@pytest.mark.parametrize("solver", FIXED_STEPS)
 @torch.no_grad()
 def test_every_step_issues_the_same_operations(solver):
     noise, marks = torch.randn(8, 2, 1, 4, 4), []
     with DispatchLog() as log:
-        for _ in solvers.SOLVERS[solver](lambda x, t, at: x * t, torch.randn(2, 1, 4, 4), 8, noise=noise):
+        for _ in solvers.SOLVERS[solver].solve(lambda x, t, at: x * t, torch.randn(2, 1, 4, 4), 8, noise=noise):
             marks.append(len(log.lines))
     assert log.lines[marks[0] : marks[1]] == log.lines[marks[5] : marks[6]] == log.lines[marks[6] : marks[7]]
     assert not [name for name, _ in log.lines[marks[0] :] if name.startswith(HOST_SCALARS)]
 
 
-def test_config_names_the_solvers():
-    assert set(config.SOLVERS) == set(solvers.SOLVERS)
+def test_a_registered_solver_is_known_to_the_config_and_to_the_sampler(monkeypatch):
+    """Nothing else needs to be edited; two solvers of one name are refused."""
+    monkeypatch.setattr(solvers, "SOLVERS", dict(solvers.SOLVERS))
+    monkeypatch.setattr(config, "SOLVERS", solvers.SOLVERS)
+    with pytest.raises(config.InputError, match=r"sample\.solver=still"):
+        config.SampleConfig(solver="still")
+
+    @solvers.solver("still", calls=0, stochastic=True, help="moves nothing")
+    def still(velocity, x, steps, shift=1.0, noise=None):
+        assert len(noise) == steps
+        for _ in range(steps):
+            yield x
+
+    settings = config.SampleConfig(solver="still", steps=3)
+    model = small_model()
+    sampler = Sampler.of_model(model, config.Config(model=model.config), None)
+    ((ids, x),) = sampler.latents([1, 2], 4, settings)
+    assert ids == range(2) and torch.equal(x, per_sample_noise(4, (1, 32, 32))(torch.arange(2), 0)[0])
+    with pytest.raises(ValueError, match="already"):
+        solvers.solver("euler", calls=1, help="")(still)
+
+
+def test_the_registry_says_what_solvers_do():
+    assert list(solvers.SOLVERS) == ["euler", "heun", "dpm++", "dopri5", "euler_stochastic", "sde"]
+    assert [name for name, solver in solvers.SOLVERS.items() if solver.stochastic] == ["euler_stochastic", "sde"]
+    assert [name for name, solver in solvers.SOLVERS.items() if solver.adaptive] == ["dopri5"]
+    assert all(solver.help and "\n" not in solver.help for solver in solvers.SOLVERS.values())
