@@ -9,7 +9,8 @@ of an unsymmetric product), its KID is fp32 (1.5e-3 off) and of random subsets, 
 import json
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +52,10 @@ class Summary:
     inception_score: float | None = None
     hits: Tensor | None = None  # int64 [k, k], samples asked for and recognised
     about: dict = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Summary":
+        """Return the same statistics on a device."""
+        return replace(self, **{key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 class Moments:
@@ -209,24 +214,77 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     return inside_real.double().mean().item(), inside_fake.double().mean().item()
 
 
+def _fid(samples: Summary, reference: Summary) -> dict:
+    return {"fid": frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)}
+
+
+def _sfid(samples: Summary, reference: Summary) -> dict:
+    if samples.mu_s is None or reference.mu_s is None:
+        return {}
+    return {"sfid": frechet_distance(samples.mu_s, samples.sigma_s, reference.mu_s, reference.sigma_s)}
+
+
+def _kid(samples: Summary, reference: Summary) -> dict:
+    return {} if reference.features is None else {"kid": kernel_distance(samples.features, reference.features)}
+
+
+def _inception_score(samples: Summary, reference: Summary) -> dict:
+    return {} if samples.inception_score is None else {"inception_score": samples.inception_score}
+
+
+def _precision_recall(samples: Summary, reference: Summary) -> dict:
+    if reference.features is None or min(len(samples.features), len(reference.features)) <= NEIGHBOUR:
+        return {}
+    return dict(zip(("precision", "recall"), precision_recall(reference.features, samples.features), strict=True))
+
+
+def _accuracy(samples: Summary, reference: Summary) -> dict:
+    if samples.hits is None:
+        return {}
+    recognised, asked = samples.hits.diag(), samples.hits.sum(1)
+    by_class = [round(share, 4) for share in (recognised / asked.clamp(min=1)).tolist()]
+    return {"accuracy": (recognised.sum() / asked.sum()).item(), "accuracy_by_class": by_class}
+
+
+class Metric(NamedTuple):
+    """A distance or score of a set of samples.
+
+    label: name in tables.
+    larger_is_better: whether the larger of two values is the better one.
+    compute: function of the statistics of samples and of the reference. It returns values by the names of their metrics: of all
+        that it computes together, without those whose statistics are missing. A value is a number, or a list of one per class.
+    """
+
+    label: str
+    larger_is_better: bool
+    compute: Callable[[Summary, Summary], dict]
+
+
+# In the order of tables. The first decides which setting of a sweep is the best.
+METRICS = {
+    "fid": Metric("Fréchet distance", False, _fid),
+    "sfid": Metric("sFID (unverified)", False, _sfid),
+    "kid": Metric("KID", False, _kid),
+    "inception_score": Metric("Inception score", True, _inception_score),
+    "precision": Metric("precision", True, _precision_recall),
+    "recall": Metric("recall", True, _precision_recall),
+    "accuracy": Metric("accuracy", True, _accuracy),
+    "accuracy_by_class": Metric("by class", True, _accuracy),
+}
+
+
 def compare(samples: Summary, reference: Summary, device: torch.device) -> dict:
-    """All metrics of a set of samples against a reference; those whose statistics are missing are left out."""
-    on = lambda *tensors: (t.to(device) for t in tensors)
-    found = {"fid": frechet_distance(*on(samples.mu, samples.sigma, reference.mu, reference.sigma))}
-    if samples.mu_s is not None and reference.mu_s is not None:
-        found["sfid"] = frechet_distance(*on(samples.mu_s, samples.sigma_s, reference.mu_s, reference.sigma_s))
-    if samples.inception_score is not None:
-        found["inception_score"] = samples.inception_score
-    if reference.features is not None:
-        fake, real = on(samples.features, reference.features)
-        found["kid"] = kernel_distance(fake, real)
-        if min(len(fake), len(real)) > NEIGHBOUR:
-            found["precision"], found["recall"] = precision_recall(real, fake)
-    if samples.hits is not None:
-        asked = samples.hits.sum(1)
-        found["accuracy"] = (samples.hits.diag().sum() / asked.sum()).item()
-        found["accuracy_by_class"] = [round(share, 4) for share in (samples.hits.diag() / asked.clamp(min=1)).tolist()]
-    return found
+    """Return the values of METRICS by name, without those whose statistics are missing. `device` computes them."""
+    samples, reference = samples.to(device), reference.to(device)
+    values: dict = {}
+    for compute in dict.fromkeys(metric.compute for metric in METRICS.values()):
+        values |= compute(samples, reference)
+    return {name: values[name] for name in METRICS if name in values}
+
+
+def scalars(values: dict) -> dict[str, float]:
+    """Return the values of `compare` that are one number."""
+    return {name: value for name, value in values.items() if not isinstance(value, list)}
 
 
 def save(summary: Summary, path: Path) -> None:
