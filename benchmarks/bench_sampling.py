@@ -21,11 +21,10 @@ from torch import Tensor
 from bench_train_step import CASES, matmul_of
 from eager_reference import EagerDiT, comparable, euler, fastdit_model
 from fastdit import autoencoder
-from fastdit.config import SampleConfig
+from fastdit.config import Config, SampleConfig
 from fastdit.device import DTYPES
 from fastdit.planning.machine_rates import matmul_rate
-from fastdit.sampling import sampler
-from fastdit.sampling.fast import fast_velocity
+from fastdit.sampling.sampler import Sampler
 from measure import DEVICE, PRECISION, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 
 SUITE = "sampling"
@@ -71,17 +70,16 @@ def eager_sampler(decoded: bool) -> Callable[[int], Tensor]:
 
 
 def fastdit_sampler(precision: str, decoded: bool) -> Callable[[int], Tensor]:
-    """batch -> latents, or with decoded images, by `fastdit sample`'s functions."""
-    model = fastdit_model(EagerDiT(comparable(*SHAPE))).to(DEVICE, DTYPES[precision]).eval().requires_grad_(False)
-    config = SampleConfig(steps=STEPS, solver="euler", guidance=GUIDANCE)
+    """batch -> latents, or with decoded images, by the Sampler of `fastdit sample`."""
+    model = fastdit_model(EagerDiT(comparable(*SHAPE))).to(DEVICE, DTYPES[precision])
+    config = Config(model=model.config, sample=SampleConfig(steps=STEPS, solver="euler", guidance=GUIDANCE))
     codec = autoencoder.KL("SD-VAE", 256, DEVICE, vae_of_size()) if decoded else None
-    if codec:  # as sample.Sampler does
+    if codec:  # as for the codec of a checkpoint
         codec.for_decoding(DTYPES[precision if DEVICE.type == "cuda" else "fp32"])
-    run_velocity = fast_velocity(model, DEVICE)
+    sampler = Sampler.of_model(model, config, codec)
 
     def run(batch: int) -> Tensor:
-        ids, draw = torch.arange(batch, device=DEVICE), lambda ids, steps: noise(batch)[None]
-        [(_, x)] = sampler.latents(model, config, classes(batch), ids, draw, NULL, run=run_velocity)
+        [(_, x)] = sampler.latents(classes(batch), SEED, per_sample=False, at_once=batch)  # the same noise as `noise`
         return codec.decode(x) if decoded else x
 
     return run

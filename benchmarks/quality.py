@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 
@@ -24,6 +23,7 @@ from fastdit.evaluation import command as evaluate_command
 from fastdit.evaluation import features, image_sets, metrics
 from fastdit.files import replacing
 from fastdit.progress import progress_bar
+from fastdit.sampling.sampler import Sampler
 
 SAMPLER = {"steps": 10, "solver": "heun", "guidance": 0.0}
 BLURS = (0.5, 1.0, 1.5)  # pixels, standard deviation
@@ -31,13 +31,13 @@ NOISES = (8, 16, 32)  # of 255, standard deviation
 RESULTS = Path(__file__).parent / "results"
 
 
-def samples(run: Path, step: int, weights: str, count: int, seed: int = 0) -> image_sets.Source:
+def samples(run: Path, step: int, weights: str, count: int, seed: int = 0) -> image_sets.ImageSet:
     """Samples of a checkpoint: drawn, or read where an earlier call kept them."""
     path = run / "quality" / f"{step}_{weights}_{count}_{seed}.npz"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         checkpoint = run / "checkpoints" / folder_name(step)
-        source = image_sets.of_checkpoint(checkpoint, count, "balanced", SAMPLER, seed, weights, "fp32", torch.device("cpu"))
+        source = image_sets.of_checkpoint(Sampler(checkpoint, weights, "cpu", "fp32"), count, "balanced", SAMPLER, seed)
         world, parts = distributed.world_of_this_process(), []
         with progress_bar(count, description=f"step {step}, {weights}", unit="image") as bar:
             for _, images in source.batches(world):
@@ -93,16 +93,16 @@ def main() -> None:
     world = distributed.world_of_this_process()
     network = features.load("digits", world.device)
     network.probe((32, 32, 1))
-    summary = lambda source: evaluate_command.measure(source, network, evaluate_command.KEPT, world, "features")
+    summary = lambda source: evaluate_command.summarize(source, network, evaluate_command.KEPT, world, "features")
     reference = summary(image_sets.of_array(*mnist5k("train"), {}))
     rows = []
 
     def note(
-        source: image_sets.Source, step: int, weights: str, change: str = "none", amount: float = 0, seed: int = 0
+        source: image_sets.ImageSet, step: int, weights: str, change: str = "none", amount: float = 0, seed: int = 0
     ) -> None:  # fmt: skip
-        found = metrics.compare(summary(source), reference, world.device)
+        found = metrics.scalars(metrics.compare(summary(source), reference, world.device))
         row = {"step": step, "weights": weights, "change": change, "amount": amount, "seed": seed, "images": source.count}
-        rows.append(row | {key: float(f"{found[key]:.5g}") for key in ("fid", "kid", "precision", "recall", "accuracy")})
+        rows.append(row | {key: float(f"{value:.5g}") for key, value in found.items()})
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
 
     note(image_sets.of_array(*mnist5k("val"), {}), 0, "real")

@@ -85,16 +85,16 @@ def _sample(arguments: argparse.Namespace) -> None:
         arguments.params = arguments.load_dir / arguments.load_def_file if arguments.load_def_file else arguments.params
     if file is None:
         raise InputError("fastdit sample needs --checkpoint PATH, or the base command's --loadDir and --loadFile")
-    from fastdit.sampling.command import Request, run
+    from fastdit.sampling.command import SampleRequest, sample
 
     keys = ("steps", "solver", "guidance", "guidance_low", "guidance_high", "time_shift")
     settings = {key: given[key] for key in keys if given[key] is not None}
-    named = {f.name: given[f.name] for f in dataclasses.fields(Request) if f.name not in ("checkpoint", "settings")}
-    run(Request(checkpoint=file, settings=settings, **named))
+    named = {f.name: given[f.name] for f in dataclasses.fields(SampleRequest) if f.name not in ("checkpoint", "settings")}
+    sample(SampleRequest(checkpoint=file, settings=settings, **named))
 
 
 def _request(arguments: argparse.Namespace):
-    from fastdit.evaluation.command import Request
+    from fastdit.evaluation.command import EvaluationRequest
 
     keys = ("source", "features", "feature_sha256", "spatial", "reference", "split", "image_size", "samples", "labels", "seed",
             "weights", "dtype")  # fmt: skip
@@ -104,11 +104,11 @@ def _request(arguments: argparse.Namespace):
             raise InputError("--reference is needed: an .npz of statistics or images, a folder, an index or mnist5k")
         given["reference"] = "mnist5k"
     sampler = {f.name: getattr(arguments, f.name, None) for f in dataclasses.fields(SampleConfig)}
-    return Request(**given, sampler={key: value for key, value in sampler.items() if value is not None})
+    return EvaluationRequest(**given, sampler={key: value for key, value in sampler.items() if value is not None})
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from fastdit.evaluation.command import evaluate, table
+    from fastdit.evaluation.command import evaluate, metrics_table
 
     path = lambda text: Path(text) if text else None
     request = _request(arguments)
@@ -117,19 +117,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     result = evaluate(request, path(arguments.out), path(arguments.save_reference))
     if os.environ.get("RANK", "0") == "0":
         if "metrics" in result:
-            print(table(result))
+            print(metrics_table(result))
             print(f"result: {arguments.out} (every choice behind these numbers; again: {result['command']})")
         if arguments.save_reference:
             print(f"reference: {arguments.save_reference}")
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from fastdit.evaluation.sweep import parse_axes, sweep, table
+    from fastdit.evaluation.sweep import parse_axes, sweep, sweep_table
 
     out = Path(arguments.out)
     rows = sweep(_request(arguments), parse_axes(arguments.axes), out)
     if os.environ.get("RANK", "0") == "0":
-        print(table(rows))
+        print(sweep_table(rows))
         print(f"table: {out}; picture: {out.with_suffix('.png')} (the same seeds under each setting)")
 
 

@@ -20,7 +20,9 @@ from fastdit.config import InputError
 from fastdit.device import device_name, versions
 from fastdit.distributed import World, world_of_this_process
 from fastdit.evaluation import features, image_sets, metrics
+from fastdit.evaluation.image_sets import ImageSet
 from fastdit.files import check_writable, sha256, write_atomically
+from fastdit.sampling.sampler import Sampler
 
 KEPT, REFERENCE_KEPT = 50_000, 10_000  # features kept for KID, precision and recall: ADM's counts
 SAMPLES = 50_000  # as papers do; of digits DIGITS
@@ -28,7 +30,7 @@ DIGITS = 500
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What is evaluated, and how; as the options of `fastdit evaluate`. source None: only the reference is made."""
 
     features: str
@@ -58,26 +60,31 @@ class Request:
 
 
 def is_checkpoint(path: Path) -> bool:
-    return path.suffix == ".safetensors" or (path / MANIFEST).exists() or (path / "checkpoints").is_dir()
+    """Whether samples can be drawn from what lies at a path: a run, a checkpoint, an exported file or the base model's .pkl."""
+    return path.suffix in (".safetensors", ".pkl") or (path / MANIFEST).exists() or (path / "checkpoints").is_dir()
 
 
-def open_source(request: Request, device: torch.device) -> tuple[image_sets.Source, Request]:
-    """The images of a request, and the request with every choice that was left open made. Raises InputError."""
-    path = Path(request.source)
-    if not is_checkpoint(path):
-        return image_sets.open_images(request.source, request.image_size, request.split, device), replace(request, samples=None)
+def samples_of(sampler: Sampler, request: EvaluationRequest) -> ImageSet:
+    """Return the samples that a request asks for, nothing drawn yet. Raises InputError for a bad value."""
     count = request.samples or (DIGITS if request.features == "digits" else SAMPLES)
     if not 0 <= request.seed < 2**63:
         raise InputError(f"--seed {request.seed} must be at least 0 and below 2^63")
     if count < 2:
         raise InputError(f"--samples {count} must be at least 2")
-    source = image_sets.of_checkpoint(
-        path, count, request.labels, request.sampler, request.seed, request.weights, request.dtype, device
-    )
-    return source, replace(request, samples=count, sampler=source.about["sampler"], dtype=source.about["dtype"])
+    return image_sets.of_checkpoint(sampler, count, request.labels, request.sampler, request.seed)
 
 
-def measure(source: image_sets.Source, network: features.FeatureNetwork, keep: int, world: World, what: str) -> metrics.Summary:
+def open_source(request: EvaluationRequest, device: torch.device) -> tuple[ImageSet, EvaluationRequest]:
+    """Return the images of a request, and the request with every choice that was left open made. Raises InputError."""
+    path = Path(request.source)
+    if not is_checkpoint(path):
+        images = image_sets.open_images(request.source, request.image_size, request.split, device)
+        return images, replace(request, samples=None)
+    samples = samples_of(Sampler(path, request.weights, device, request.dtype), request)
+    return samples, replace(request, samples=samples.count, sampler=samples.about["sampler"], dtype=samples.about["dtype"])
+
+
+def summarize(source: ImageSet, network: features.FeatureNetwork, keep: int, world: World, what: str) -> metrics.Summary:
     """The statistics of a source's images, by all ranks: complete on rank 0. Raises InputError."""
     if source.count < 2:
         raise InputError(f"{source.about.get('path')} holds {source.count} image: statistics need at least 2")
@@ -114,7 +121,7 @@ def _check_fits(found: metrics.Summary, path: Path, network: features.FeatureNet
         )
 
 
-def open_reference(request: Request, network: features.FeatureNetwork, world: World) -> metrics.Summary:
+def open_reference(request: EvaluationRequest, network: features.FeatureNetwork, world: World) -> metrics.Summary:
     """The statistics of a request's reference, read from an .npz of statistics or taken of images. Raises InputError."""
     path = Path(request.reference)
     found = world.together(lambda: metrics.load(path)) if path.is_file() else None
@@ -122,13 +129,13 @@ def open_reference(request: Request, network: features.FeatureNetwork, world: Wo
     if found is None:
         source = world.together(lambda: image_sets.open_images(request.reference, request.image_size, request.split, world.device))
         world.together(lambda: network.probe(source.shape))
-        found = measure(source, network, REFERENCE_KEPT, world, "reference")
+        found = summarize(source, network, REFERENCE_KEPT, world, "reference")
         return replace(found, about={**found.about, **about})
     world.together(lambda: _check_fits(found, path, network))
     if found.features is None and image_sets.has_images(path):  # ADM's: 10,000 images beside the statistics of all
         source = world.together(lambda: image_sets.of_npz(path))
         world.together(lambda: network.probe(source.shape))
-        found = replace(found, features=measure(source, network, REFERENCE_KEPT, world, "reference").features)
+        found = replace(found, features=summarize(source, network, REFERENCE_KEPT, world, "reference").features)
     return replace(found, about={"kind": "statistics", **found.about, **about, "sha256": sha256(path)})
 
 
@@ -142,7 +149,7 @@ def too_few(count: int | None, width: int, of: str) -> list[str]:
     ]
 
 
-def say_dtype(source: image_sets.Source, world: World) -> None:
+def say_dtype(source: ImageSet, world: World) -> None:
     """Print on rank 0 what a checkpoint's samples are computed in."""
     if world.rank == 0 and "dtype" in source.about:
         print(f"model: {source.about['dtype']} on {device_name(world.device)}", flush=True)
@@ -153,7 +160,7 @@ def warn(warnings: list[str]) -> None:
         tqdm.write(f"fastdit: warning: {warning}", file=sys.stderr)
 
 
-def evaluate(request: Request, out: Path | None = None, save_reference: Path | None = None) -> dict:
+def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference: Path | None = None) -> dict:
     """Evaluate as asked; the result, on rank 0 complete and written to `out` as JSON. save_reference: an .npz to write the
     reference's statistics to. All ranks must call it. Raises InputError."""
     began = time.perf_counter()
@@ -177,7 +184,7 @@ def evaluate(request: Request, out: Path | None = None, save_reference: Path | N
     if source is not None:
         world.together(lambda: network.probe(source.shape))
         warnings += too_few(source.count, network.widths[0], "samples")
-        samples = measure(source, network, KEPT, world, "evaluate")
+        samples = summarize(source, network, KEPT, world, "evaluate")
         if world.rank == 0:
             result = {"metrics": metrics.compare(samples, reference, world.device), "samples": samples.about, **result}
     if world.rank == 0:
@@ -193,14 +200,10 @@ def evaluate(request: Request, out: Path | None = None, save_reference: Path | N
     return result
 
 
-def table(result: dict) -> str:
-    """The metrics of a result, a line each."""
-    names = {
-        "fid": "Fréchet distance", "sfid": "sFID (unverified)", "kid": "KID", "inception_score": "Inception score",
-        "precision": "precision", "recall": "recall", "accuracy": "accuracy",
-    }  # fmt: skip
-    found = result["metrics"]
-    lines = [f"{name:18} {found[key]:.6g}" for key, name in names.items() if key in found]
-    if "accuracy_by_class" in found:
-        lines.append(f"{'by class':18} " + " ".join(f"{share:.1%}" for share in found["accuracy_by_class"]))
+def metrics_table(result: dict) -> str:
+    """Return the metrics of a result, one per line."""
+    lines = []
+    for name, value in result["metrics"].items():
+        text = " ".join(f"{share:.1%}" for share in value) if isinstance(value, list) else f"{value:.6g}"
+        lines.append(f"{metrics.METRICS[name].label:18} {text}")
     return "\n".join(lines)

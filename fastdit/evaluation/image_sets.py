@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor
 
 from fastdit import files, kernels
 from fastdit.config import InputError, SampleConfig
@@ -21,14 +21,14 @@ from fastdit.data.order import center_crops
 from fastdit.distributed import World
 from fastdit.evaluation.metrics import BAD_NPZ
 from fastdit.flow import Stream
-from fastdit.sampling.sampler import Sampler, stream
+from fastdit.sampling.sampler import Sampler, image_shape, shares
 
 BATCH = 100  # images read at a time
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSet:
     """A set of images: batches(world) yields a rank's share, ids int64 [b] with images uint8 [b,S,S,C]."""
 
     count: int
@@ -38,26 +38,26 @@ class Source:
     labels: np.ndarray | None = None  # int64 [n]: the classes asked for
 
 
-def of_array(images: np.ndarray, labels: np.ndarray | None, about: dict) -> Source:
+def of_array(images: np.ndarray, labels: np.ndarray | None, about: dict) -> ImageSet:
     """images uint8 [n,S,S,C]."""
 
     def batches(world: World) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for ids in _shares(len(images), world):
             yield ids, images[ids]
 
-    return Source(len(images), images.shape[1:], batches, {**about, "images": len(images)}, labels)
+    return ImageSet(len(images), images.shape[1:], batches, {**about, "images": len(images)}, labels)
 
 
 def _shares(count: int, world: World) -> Iterator[np.ndarray]:
     """This rank's ids, BATCH at most at a time."""
-    for first in range(world.rank * BATCH, count, world.size * BATCH):
-        yield np.arange(first, min(first + BATCH, count))
+    for ids in shares(count, world, BATCH):
+        yield np.arange(ids.start, ids.stop)
 
 
-def evaluation_labels(how: str, count: int, num_classes: int, seed: int) -> torch.Tensor:
+def evaluation_labels(balance: str, count: int, num_classes: int, seed: int) -> Tensor:
     """int64 [n]: "balanced", each class equally often and one after the other, as `fastdit sample --per-class` draws; or "random",
     named by the seed. Raises InputError when they cannot be balanced."""
-    if how == "random":
+    if balance == "random":
         u = kernels.counter_uniform(seed, Stream.EVALUATION_LABEL, torch.arange(count), ())
         return (u * num_classes).long().clamp(max=num_classes - 1)
     if count % num_classes:
@@ -68,43 +68,32 @@ def evaluation_labels(how: str, count: int, num_classes: int, seed: int) -> torc
     return torch.arange(count) // (count // num_classes)
 
 
-def of_model(
-    model: nn.Module, codec, config: SampleConfig, labels: torch.Tensor, seed: int, shape: tuple[int, int, int], about: dict
-) -> Source:
-    """Samples of a model, of classes int64 [n], drawn as they are asked for: the same on any number of ranks, to rounding."""
-    device = next(model.parameters()).device
+def of_sampler(sampler: Sampler, settings: SampleConfig, labels: Tensor, seed: int, about: dict) -> ImageSet:
+    """Return the samples of classes int64 [n], drawn as they are read: the same on any number of ranks, to rounding."""
 
     def batches(world: World) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        ids, first = torch.arange(world.rank, len(labels), world.size), 0
-        if len(ids) == 0:
-            return
-        mine = labels[ids].to(device), ids.to(device)
-        for images in stream(model, codec, config, *mine, seed, model.config.num_classes):
-            yield ids[first : first + len(images)].numpy(), images
-            first += len(images)
+        for ids, images in sampler.stream(labels, seed, settings, world=world):
+            yield np.arange(ids.start, ids.stop), images
 
-    return Source(len(labels), shape, batches, about, labels.numpy())
+    return ImageSet(len(labels), image_shape(sampler.config, sampler.codec), batches, about, labels.numpy())
 
 
-def of_checkpoint(
-    path: Path, count: int, how: str, overrides: dict, seed: int, weights: str, dtype: str, device: torch.device
-) -> Source:
-    """`of_model` of a checkpoint. overrides: of SampleConfig; dtype: as of sample.Sampler. Raises InputError."""
-    sampler = Sampler(path, weights, device, dtype)
-    config, codec, sampling = sampler.config, sampler.codec, sampler.settings(**overrides)
-    labels = evaluation_labels(how, count, config.model.num_classes, seed)
-    decay = config.train.ema_decay if weights == "ema" else float(weights[4:]) if weights.startswith("ema_") else None
+def of_checkpoint(sampler: Sampler, count: int, balance: str, overrides: dict, seed: int) -> ImageSet:
+    """Return `of_sampler` of a checkpoint, with all that the samples depend on in its `about`.
+
+    balance: as in `evaluation_labels`; overrides: values of SampleConfig that replace the run's. Raises InputError.
+    """
+    config, codec, settings = sampler.config, sampler.codec, sampler.settings(**overrides)
+    labels = evaluation_labels(balance, count, sampler.null, seed)
     about = {
-        "kind": "checkpoint", "path": str(sampler.checkpoint.path), "step": sampler.step,
-        "sha256": sampler.checkpoint.sha256(),
-        "weights": weights, "ema_decay": decay, "sampler": asdict(sampling), "guidance_scale": 1 + sampling.guidance,
-        "guided_channels": "all", "labels": how, "seed": seed, "images": count, "classes": config.model.num_classes,
-        "dtype": sampler.dtype, "autoencoder": config.data.autoencoder,
+        "kind": "checkpoint", "path": str(sampler.path), "step": sampler.step, "sha256": sampler.sha256,
+        "weights": sampler.weights, "ema_decay": sampler.ema_decay, "sampler": asdict(settings),
+        "guidance_scale": 1 + settings.guidance, "guided_channels": "all", "labels": balance, "seed": seed, "images": count,
+        "classes": sampler.null, "dtype": sampler.dtype, "autoencoder": config.data.autoencoder,
         "autoencoder_sha256": codec.sha256() if hasattr(codec, "sha256") else None,
         "autoencoder_dtype": str(codec.vae.dtype).removeprefix("torch.") if hasattr(codec, "vae") else None,
     }  # fmt: skip
-    shape = (config.data.image_size, config.data.image_size, codec.channels if config.data.autoencoder == "pixels" else 3)
-    return of_model(sampler.model, codec, sampling, labels, seed, shape, about)
+    return of_sampler(sampler, settings, labels, seed, about)
 
 
 def _header(file) -> tuple[tuple[int, ...], np.dtype]:
@@ -122,7 +111,7 @@ def has_images(path: Path) -> bool:
         return "arr_0.npy" in archive.namelist()
 
 
-def of_npz(path: Path) -> Source:
+def of_npz(path: Path) -> ImageSet:
     """An .npz of the ADM evaluator's format: arr_0 uint8 [n,S,S,C], perhaps arr_1 labels [n]; read batch after batch. Raises
     InputError when it is corrupt."""
     corrupt = lambda error: InputError(f"{path} cannot be read as an .npz of images: {error}: fetch or make it again")
@@ -151,7 +140,7 @@ def of_npz(path: Path) -> Source:
             raise corrupt(error) from error
 
     about = {"kind": "npz", "path": str(path), "sha256": files.sha256(path), "images": shape[0]}
-    return Source(shape[0], shape[1:], batches, about, labels)
+    return ImageSet(shape[0], shape[1:], batches, about, labels)
 
 
 def _pixels(path: Path, mode: str) -> np.ndarray:
@@ -164,7 +153,7 @@ def _pixels(path: Path, mode: str) -> np.ndarray:
     return pixels[..., None] if mode == "L" else pixels
 
 
-def of_folder(folder: Path) -> Source:
+def of_folder(folder: Path) -> ImageSet:
     """The image files below a folder, all of one size; grey if the first is. Raises InputError when there are none."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
     if not paths:
@@ -186,10 +175,10 @@ def of_folder(folder: Path) -> Source:
                     )
             yield ids, np.stack(images)
 
-    return Source(len(paths), shape, batches, {"kind": "folder", "path": str(folder), "images": len(paths)})
+    return ImageSet(len(paths), shape, batches, {"kind": "folder", "path": str(folder), "images": len(paths)})
 
 
-def of_index(folder: Path, size: int, split: str, device: torch.device, at_most: int | None = None) -> Source:
+def of_index(folder: Path, size: int, split: str, device: torch.device, at_most: int | None = None) -> ImageSet:
     """A split of an index, or `at_most` evenly spread images of it, resized (antialiased, cubic) and cut to size x size as for
     training. Raises InputError."""
     from fastdit.data.loader import Decoder
@@ -216,10 +205,10 @@ def of_index(folder: Path, size: int, split: str, device: torch.device, at_most:
             yield ids, images.permute(0, 2, 3, 1).cpu().numpy()
 
     about = {"kind": "index", "path": str(folder), "split": split, "image_size": size, "images": len(rows)}
-    return Source(len(rows), (size, size, 3), batches, about, np.asarray(rows["label"], np.int64))
+    return ImageSet(len(rows), (size, size, 3), batches, about, np.asarray(rows["label"], np.int64))
 
 
-def open_images(path: str, size: int | None, split: str, device: torch.device) -> Source:
+def open_images(path: str, size: int | None, split: str, device: torch.device) -> ImageSet:
     """The images of "mnist5k", an index (in `size` pixels), an .npz or a folder. Raises InputError for anything else."""
     place = Path(path)
     if path == "mnist5k":

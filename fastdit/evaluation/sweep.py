@@ -10,19 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
 from fastdit import distributed, files
 from fastdit.config import InputError, SampleConfig, nearest
 from fastdit.distributed import World
 from fastdit.evaluation import command as evaluate_command
-from fastdit.evaluation import features, image_sets, metrics
+from fastdit.evaluation import features, metrics
+from fastdit.evaluation.command import EvaluationRequest
+from fastdit.evaluation.image_sets import ImageSet
 from fastdit.files import write_atomically
 from fastdit.sampling import pictures
+from fastdit.sampling.sampler import Sampler, gather
 
 SHOWN = 10  # samples of each setting in the picture
-METRICS = ("fid", "kid", "inception_score", "precision", "recall", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Row:
     """A setting, its metrics, and the first images drawn under it."""
 
     setting: dict
-    found: dict
+    metrics: dict
     images: np.ndarray  # uint8 [at most SHOWN,S,S,C]
 
 
@@ -52,7 +53,7 @@ def parse_axes(words: list[str]) -> dict[str, list]:
     return axes
 
 
-def _watched(source: image_sets.Source, shown: dict[int, np.ndarray]) -> image_sets.Source:
+def _watched(source: ImageSet, shown: dict[int, np.ndarray]) -> ImageSet:
     """The same source, which keeps evenly spread samples in `shown` on their way."""
     wanted = set(np.linspace(0, source.count - 1, min(SHOWN, source.count)).round().astype(int).tolist())
 
@@ -64,38 +65,36 @@ def _watched(source: image_sets.Source, shown: dict[int, np.ndarray]) -> image_s
     return replace(source, batches=batches)
 
 
-def _gathered(shown: dict[int, np.ndarray], world: World) -> np.ndarray:
-    """All ranks' images in the order of their ids, on rank 0."""
-    parts: list | None = [shown]
-    if world.size > 1:
-        parts = [None] * world.size if world.rank == 0 else None
-        dist.gather_object(shown, parts, group=world.control)
-    whole = {i: image for part in parts or [] for i, image in part.items()}
-    return np.stack([whole[i] for i in sorted(whole)]) if whole else np.empty(0)
-
-
 def best(rows: list[Row]) -> int:
-    return min(range(len(rows)), key=lambda i: rows[i].found["fid"])
+    """Return the index of the row that is the best by the first metric."""
+    name, metric = next(iter(metrics.METRICS.items()))
+    return (max if metric.larger_is_better else min)(range(len(rows)), key=lambda i: rows[i].metrics[name])
+
+
+def _cells(rows: list[Row]) -> list[list[str]]:
+    """Return the table as text, the names of the columns first; the last column is 1 in the best row, else 0."""
+    shown = metrics.scalars(rows[0].metrics) if rows else {}
+    lines = [[*rows[0].setting, *shown, "best"]] if rows else []
+    for i, row in enumerate(rows):
+        values = [f"{row.metrics[name]:.6g}" for name in shown]
+        lines.append([*map(str, row.setting.values()), *values, str(int(i == best(rows)))])
+    return lines
 
 
 def as_csv(rows: list[Row]) -> str:
-    """The rows, the best of them marked by a 1 in the column `best`."""
-    text, first = io.StringIO(), best(rows)
-    writer = csv.DictWriter(text, [*rows[0].setting, *(m for m in METRICS if m in rows[0].found), "best"], lineterminator="\n")
-    writer.writeheader()
-    for i, row in enumerate(rows):
-        writer.writerow({**row.setting, **{m: f"{row.found[m]:.6g}" for m in METRICS if m in row.found}, "best": int(i == first)})
+    """Return the rows as CSV, the best of them marked by a 1 in the column `best`."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(_cells(rows))
     return text.getvalue()
 
 
-def table(rows: list[Row]) -> str:
-    """Aligned columns, the best row behind a *."""
-    lines = [line.split(",") for line in as_csv(rows).splitlines()]
+def sweep_table(rows: list[Row]) -> str:
+    """Return the rows in aligned columns, the best of them behind a *; nothing without rows, as on other ranks than 0."""
+    lines = _cells(rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
-    marks = ["*" if line[-1] == "1" else " " for line in lines]
     return "\n".join(
-        mark + " " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=False))
-        for mark, line in zip(marks, lines, strict=True)
+        ("* " if line[-1] == "1" else "  ") + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=False))
+        for line in lines
     )
 
 
@@ -104,7 +103,7 @@ def picture(rows: list[Row]) -> Image.Image:
     grids = [pictures.grid(row.images, len(row.images)).convert("RGB") for row in rows]
     font = ImageFont.load_default(max(11, min(20, grids[0].height // 4)))
     setting = lambda row: "  ".join(f"{key} {value}" for key, value in row.setting.items())
-    texts = [f"{setting(row)}\ndistance {row.found['fid']:.4g}" for row in rows]
+    texts = [f"{setting(row)}\ndistance {row.metrics['fid']:.4g}" for row in rows]
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     boxes = [pen.multiline_textbbox((0, 0), text, font=font) for text in texts]
     left = 16 + max(int(box[2]) for box in boxes)
@@ -119,44 +118,51 @@ def picture(rows: list[Row]) -> Image.Image:
     return sheet
 
 
-def sweep(request: evaluate_command.Request, axes: dict[str, list], out: Path) -> list[Row]:
-    """Evaluate request.source under every combination of the axes. After each, on rank 0, the CSV `out` and the PNG beside it are
-    written again. All ranks must call it. Raises InputError."""
+def sweep(request: EvaluationRequest, axes: dict[str, list], out: Path) -> list[Row]:
+    """Evaluate request.source under every combination of the axes. Returns the rows on rank 0, none on the others.
+
+    After each row, on rank 0, the CSV `out` and the PNG beside it are written again. All ranks must call it. Raises InputError.
+    """
     world = distributed.world_of_this_process()
     world.together(lambda: files.check_writable(out))
     if not evaluate_command.is_checkpoint(Path(request.source)):
         raise InputError(f"{request.source} is no checkpoint: a sweep draws its samples anew under each setting")
     network = world.together(lambda: features.load(request.features, world.device, request.feature_sha256, request.spatial))
-    reference, rows = None, []
     settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    asked = [
-        replace(
-            request, weights=setting.get("weights", request.weights),
-            sampler={**request.sampler, **{key: value for key, value in setting.items() if key != "weights"}},
-        )
-        for setting in settings
-    ]  # fmt: skip
-    for each in asked:  # all bad values now, not after an hour
-        world.together(lambda each=each: evaluate_command.open_source(each, world.device))
-    for setting, each in zip(settings, asked, strict=True):
-        source, _ = world.together(lambda each=each: evaluate_command.open_source(each, world.device))
-        world.together(lambda source=source: network.probe(source.shape))
-        if reference is None:
-            evaluate_command.say_dtype(source, world)
-            reference = evaluate_command.open_reference(request, network, world)
-            world.together(lambda source=source: network.probe(source.shape))
-            if world.rank == 0:
-                evaluate_command.warn(evaluate_command.too_few(source.count, network.widths[0], "samples"))
+    samples = world.together(lambda: _samples_of_settings(request, settings, world.device))
+    world.together(lambda: network.probe(samples[0].shape))
+    evaluate_command.say_dtype(samples[0], world)
+    reference = evaluate_command.open_reference(request, network, world)
+    world.together(lambda: network.probe(samples[0].shape))
+    if world.rank == 0:
+        evaluate_command.warn(evaluate_command.too_few(samples[0].count, network.widths[0], "samples"))
+    rows: list[Row] = []
+    for setting, images in zip(settings, samples, strict=True):
         shown: dict[int, np.ndarray] = {}
         name = f"{len(rows) + 1}/{len(settings)} " + " ".join(f"{key}={value}" for key, value in setting.items())
-        samples = evaluate_command.measure(_watched(source, shown), network, evaluate_command.KEPT, world, name)
-        images = _gathered(shown, world)
-        found = metrics.compare(samples, reference, world.device) if world.rank == 0 else {"fid": 0.0}
-        rows.append(Row(setting, found, images))
+        summary = evaluate_command.summarize(_watched(images, shown), network, evaluate_command.KEPT, world, name)
+        shown = gather(shown, world)
         if world.rank == 0:
+            rows.append(Row(setting, metrics.compare(summary, reference, world.device), np.stack(list(shown.values()))))
             write_atomically(out, as_csv(rows))
             pictures.save_picture(picture(rows), out.with_suffix(".png"))
-        del source, samples
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
     return rows
+
+
+def _samples_of_settings(request: EvaluationRequest, settings: list[dict], device: torch.device) -> list[ImageSet]:
+    """Return the samples of each setting, nothing drawn yet. A bad value raises InputError now, not after an hour.
+
+    The checkpoint is opened once, and loaded once for each kind of weights.
+    """
+    samplers: dict[str, Sampler] = {}
+    samples = []
+    for setting in settings:
+        sampler_settings = {key: value for key, value in setting.items() if key != "weights"}
+        weights = setting.get("weights", request.weights)
+        if weights not in samplers:
+            first = next(iter(samplers.values()), None)
+            source, codec = (first.source, first.codec) if first else (Path(request.source), None)
+            samplers[weights] = Sampler(source, weights, device, request.dtype, codec=codec)
+        asked = replace(request, sampler={**request.sampler, **sampler_settings})
+        samples.append(evaluate_command.samples_of(samplers[weights], asked))
+    return samples

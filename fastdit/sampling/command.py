@@ -1,4 +1,4 @@
-"""`fastdit sample`: what is drawn, by one rank or several, and the files it is written to."""
+"""`fastdit sample`: the samples that are drawn, by one rank or several, and the files that they are written to."""
 
 import os
 import secrets
@@ -8,29 +8,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastdit import distributed, files
 from fastdit.config import InputError, SampleConfig
-from fastdit.device import choose_device, device_name, native_bf16
+from fastdit.device import choose_device, device_name, native_bf16, synchronize
 from fastdit.distributed import World
 from fastdit.files import check_writable
 from fastdit.progress import progress_bar
 from fastdit.sampling.class_names import parse_classes
 from fastdit.sampling.npz import Parts
 from fastdit.sampling.pictures import grid, save_animation, save_picture
-from fastdit.sampling.sampler import BATCH, Sampler, to_images
+from fastdit.sampling.sampler import BATCH, Sampler, gather, shares
 from fastdit.sampling.solvers import SOLVERS
 
-SHOWN = 10  # images a class in the grid, at most
-FEW_CLASSES = 100  # up to here, all classes are drawn where none is named
-FRAME_COLUMNS = 4
+SHOWN = 10  # images per class in the grid, and classes named in the output, at most
+FEW_CLASSES = 100  # up to here, all classes are drawn if none is named
+FRAME_COLUMNS = 4  # images per row of an animation
 
 
 @dataclass
-class Request:
-    """What the user asked for; the flags of the command line by the same names tell more."""
+class SampleRequest:
+    """The options of `fastdit sample`, whose help describes them; settings: values of SampleConfig that replace the run's."""
 
     checkpoint: Path
     params: Path | None = None
@@ -69,7 +68,7 @@ class Request:
                 check_writable(target)
 
     def in_gif(self, n: int) -> list[int]:
-        """Which of n samples the animation shows. Raises InputError."""
+        """Return the ids of the samples, of n, that the animation shows. Raises InputError."""
         if not self.gif or self.gif_of is None:
             return list(range(min(n, FRAME_COLUMNS))) if self.gif else []
         chosen = [part.strip() for part in self.gif_of.split(",")]
@@ -80,20 +79,21 @@ class Request:
 
 
 class Clock:
-    """Tells the warm start, by how much the first step (which compiles, captures and tunes) is slower than the second, from the
-    rest."""
+    """Separates warm-up time (first step minus second: compilation, capture, tuning) from steady-state time."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.start, self.ticks = device, time.perf_counter(), []
+        self.device = device
+        self.start = time.perf_counter()
+        self.ticks: list[float] = []
 
     def tick(self) -> None:
-        """After each step."""
+        """Note the end of a solver step; only the first two count."""
         if len(self.ticks) < 2:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(self.device)
             self.ticks.append(time.perf_counter())
 
     def report(self, images: int) -> str:
+        """Return the speed of drawing `images` images in words."""
         seconds = time.perf_counter() - self.start
         if len(self.ticks) < 2:
             return f"{images} images in {seconds:.1f} s"
@@ -102,28 +102,30 @@ class Clock:
 
 
 class Drawing:
-    """One call of the command: samples 0 .. n−1 in batches, batch k on rank k modulo the ranks."""
+    """One call of the command: samples 0 .. n−1, their batches shared by the ranks, and the files that they are written to."""
 
-    def __init__(self, sampler: Sampler, request: Request, world: World) -> None:
+    def __init__(self, sampler: Sampler, request: SampleRequest, world: World) -> None:
         """Raises InputError before anything is written."""
-        self.sampler, self.request, self.world = sampler, request, world
-        self.config: SampleConfig = sampler.settings(**request.settings)
+        self.sampler = sampler
+        self.request = request
+        self.world = world
+        self.settings: SampleConfig = sampler.settings(**request.settings)
         default = "all" if sampler.null <= FEW_CLASSES else "-1"
         self.classes = parse_classes(request.classes or default, sampler.null, sampler.names, request.seed)
         self.labels = [c for c in self.classes for _ in range(request.per_class)]
         self.in_gif = request.in_gif(len(self.labels))
         self.parts = Parts(request.npz, len(self.labels), request.at_once) if request.npz else None
-        self.pixels = bool(request.out or request.folder or request.npz)  # of final latents
-        # what is written at the end, by batch or by sample
+        self.needs_images = bool(request.out or request.folder or request.npz)  # of final latents
+        # what is written at the end: latents by the first sample of their batch, images and an animation's latents by sample
         self.latents: dict[int, Tensor] = {}
         self.images: dict[int, np.ndarray] = {}
-        self.frames: dict[int, list[Tensor]] = {i: [] for i in self.in_gif}
+        self.frames: dict[int, list[Tensor]] = {}
 
     def begin(self) -> None:
-        """Load the codec if it is going to be needed and make the folders. Raises InputError."""
-        request, sampler = self.request, self.sampler
-        if self.pixels or request.gif:
-            _ = sampler.codec
+        """Load the codec if it is needed and make the folders. Raises InputError."""
+        request = self.request
+        if self.needs_images or request.gif:
+            _ = self.sampler.codec
         if self.world.rank > 0:
             return
         if request.folder:
@@ -132,102 +134,101 @@ class Drawing:
             except OSError as error:
                 raise InputError(f"--folder {request.folder} cannot be made: {error.strerror}: choose another place") from error
         if self.parts:
-            settings = {key: getattr(request, key) for key in ("weights", "seed", "seed_per_sample", "at_once", "per_class")}
-            settings |= {"checkpoint": str(request.checkpoint.resolve()), "step": sampler.step, "dtype": sampler.dtype}
-            self.parts.begin({**settings, "classes": self.classes, **vars(self.config)})
+            self.parts.begin(self._npz_settings())
 
-    def describe(self) -> str:
-        sampler, config, names = self.sampler, self.config, self.sampler.names
+    def _npz_settings(self) -> dict:
+        """Return all that the bytes of the npz depend on."""
+        settings = {key: getattr(self.request, key) for key in ("weights", "seed", "seed_per_sample", "at_once", "per_class")}
+        settings |= {"checkpoint": str(self.request.checkpoint.resolve()), "step": self.sampler.step, "dtype": self.sampler.dtype}
+        return {**settings, "classes": self.classes, **vars(self.settings)}
+
+    def announcement(self) -> str:
+        """Return what is going to be drawn in words."""
+        sampler, settings, names = self.sampler, self.settings, self.sampler.names
         named = [f"{c} ({names[c].split(', ')[0]})" if names and c < len(names) else str(c) for c in self.classes[:SHOWN]]
-        shift = f", time shift {config.time_shift:g}" if config.time_shift != 1 else ""
-        interval = (config.guidance_low, config.guidance_high)
+        shift = f", time shift {settings.time_shift:g}" if settings.time_shift != 1 else ""
+        interval = (settings.guidance_low, settings.guidance_high)
         within = f" for t in {list(interval)}" if interval != (0, 1) else ""
         seed = f"seed {self.request.seed}{' per sample' * self.request.seed_per_sample}"
         return (
             f"classes: {', '.join(named)}{', …' * (len(self.classes) > SHOWN)}\n"
-            f"{seed}; {config.solver}, {config.steps} steps{shift}, guidance {config.guidance:g} (papers' scale "
-            f"{1 + config.guidance:g}){within}; {sampler.dtype} on {device_name(sampler.device)}"
+            f"{seed}; {settings.solver}, {settings.steps} steps{shift}, guidance {settings.guidance:g} (papers' scale "
+            f"{1 + settings.guidance:g}){within}; {sampler.dtype} on {device_name(sampler.device)}"
         )
 
     def draw(self) -> str:
-        """Compute this rank's batches, and write what is a file of one batch or image; the speed in words."""
-        request, at_once, n = self.request, self.request.at_once, len(self.labels)
-        resumes = self.parts and not (request.out or request.folder or request.gif or request.latents)
-        skip = lambda k: k % self.world.size != self.world.rank or bool(resumes and self.parts.has(k))
-        mine = [k for k in range(-(-n // at_once)) if not skip(k)]
+        """Compute this rank's batches and write the files of one batch or one image. Returns the speed in words."""
+        request, at_once, steps = self.request, self.request.at_once, self.settings.steps
+        adaptive = SOLVERS[self.settings.solver].adaptive
+        only_npz = self.parts and not (request.out or request.folder or request.gif or request.latents)
+        skip = lambda ids: bool(only_npz and self.parts.has(ids.start // at_once))
+        mine = [ids for ids in shares(len(self.labels), self.world, at_once) if not skip(ids)]
         clock = Clock(self.sampler.device)
 
-        def watch(k: int, i: int, x: Tensor) -> None:
+        def watch(ids: range, step: int, x: Tensor) -> None:
             for sample in self.in_gif:
-                if sample // at_once == k:
-                    self.frames[sample].append(x[sample % at_once].cpu())
-            if i:
+                if sample in ids:
+                    self.frames.setdefault(sample, []).append(x[sample - ids.start].cpu())
+            if step:
                 bar.update()
-            if i == self.config.steps or (i and not SOLVERS[self.config.solver].adaptive):  # which yields at its end
+            if step == steps or (step and not adaptive):  # an adaptive solver yields all steps at its end
                 clock.tick()
 
-        samples = self.sampler.latents(
-            self.config, self.labels, request.seed, request.seed_per_sample, at_once=at_once, skip=skip, watch=watch
-        )
-        total = len(mine) * self.config.steps
-        with progress_bar(total, description=f"{n} images", disable=self.world.rank > 0) as bar:
-            for k, x in samples:
-                self._keep(k, x)
-        return clock.report(sum(min(at_once, n - k * at_once) for k in mine))
+        batches = self.sampler.latents(
+            self.labels, request.seed, self.settings, per_sample=request.seed_per_sample, at_once=at_once, world=self.world,
+            skip=skip, watch=watch,
+        )  # fmt: skip
+        description = f"{len(self.labels)} images"
+        with progress_bar(len(mine) * steps, description=description, disable=self.world.rank > 0) as bar:
+            for ids, x in batches:
+                self._keep(ids, x)
+        return clock.report(sum(map(len, mine)))
 
-    def _keep(self, k: int, x: Tensor) -> None:
-        """Batch k's final latents."""
-        request, first = self.request, k * self.request.at_once
+    def _keep(self, ids: range, x: Tensor) -> None:
+        """Write or keep the final latents of a batch."""
+        request = self.request
         if request.latents:
-            self.latents[k] = x.cpu()
-        if not self.pixels:
+            self.latents[ids.start] = x.cpu()
+        if not self.needs_images:
             return
-        images = to_images(self.sampler.codec, x)
+        images = self.sampler.decode(x)
         if self.parts:
-            self.parts.write(k, images)
-        for i, image in enumerate(images, first):
+            self.parts.write(ids.start // request.at_once, images)
+        for i, image in zip(ids, images, strict=True):
             if request.folder:
                 save_picture(grid(image[None], 1, gap=0), request.folder / f"{i:06d}_class_{self.labels[i]}.png")
             if request.out and i % request.per_class < SHOWN:
                 self.images[i] = image
 
     def write(self) -> None:
-        """Gather what the ranks kept and write the files that hold all of it; all ranks must call it."""
+        """Gather what the ranks kept and write the files that hold all of it. All ranks must call it."""
         request = self.request
-        for kept in (self.latents, self.images, self.frames):
-            _gather(kept, self.world)
+        latents, images, frames = (gather(kept, self.world) for kept in (self.latents, self.images, self.frames))
         if self.world.rank > 0:
             return
         if request.out:
-            images = np.stack([image for _, image in sorted(self.images.items())])
-            save_picture(grid(images, min(request.per_class, SHOWN)), request.out)
+            save_picture(grid(np.stack(list(images.values())), min(request.per_class, SHOWN)), request.out)
         if request.latents:
-            whole = torch.cat([x for _, x in sorted(self.latents.items())])
             with files.replacing(request.latents) as temporary, temporary.open("wb") as file:
-                np.savez(file, latents=whole.numpy())
+                np.savez(file, latents=torch.cat(list(latents.values())).numpy())
         if self.parts:
             self.parts.join(np.array(self.labels))
         if request.gif:
-            steps = [torch.stack(step).to(self.sampler.device) for step in zip(*(self.frames[i] for i in self.in_gif), strict=True)]
-            with progress_bar(len(steps), description="animation", unit="frame") as bar:
-                frames = []
-                for step in steps:
-                    frames.append(grid(to_images(self.sampler.codec, step), min(len(step), FRAME_COLUMNS)))
-                    bar.update()
-            save_animation(frames, request.gif, request.gif_fps)
+            self._write_animation([frames[i] for i in self.in_gif])
+
+    def _write_animation(self, frames: list[list[Tensor]]) -> None:
+        """Write the animation of some samples, each given as its latents [C,h,w] after each step."""
+        steps = [torch.stack(step).to(self.sampler.device) for step in zip(*frames, strict=True)]
+        with progress_bar(len(steps), description="animation", unit="frame") as bar:
+            pictures = []
+            for x in steps:
+                pictures.append(grid(self.sampler.decode(x), min(len(x), FRAME_COLUMNS)))
+                bar.update()
+        save_animation(pictures, self.request.gif, self.request.gif_fps)
 
 
-def _gather(kept: dict, world: World) -> None:
-    """Join what the ranks kept under their own keys; what is empty is another rank's."""
-    if world.size > 1:
-        everyone: list = [None] * world.size
-        dist.all_gather_object(everyone, kept, group=world.control)
-        for other in everyone:
-            kept.update({key: value for key, value in other.items() if len(value)})
-
-
-def run(request: Request) -> None:
-    """What `fastdit sample` does. Raises InputError for bad input, before any work."""
+def sample(request: SampleRequest) -> None:
+    """Draw samples and write them to files, as `fastdit sample` does. Raises InputError for bad input, before any work."""
     start = time.perf_counter()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         world = distributed.start("cuda" if request.device == "gpu" else request.device)
@@ -239,7 +240,7 @@ def run(request: Request) -> None:
     drawing = world.together(lambda: Drawing(sampler, request, world))
     world.together(drawing.begin)
     if world.rank == 0:
-        print(f"{drawing.describe()}, loaded in {time.perf_counter() - start:.1f} s", flush=True)
+        print(f"{drawing.announcement()}, loaded in {time.perf_counter() - start:.1f} s", flush=True)
         if sampler.dtype == "bf16" and not native_bf16(world.device):
             print("warning: bf16 matmuls are emulated on this device, and far slower than --dtype fp32")
     speed = drawing.draw()

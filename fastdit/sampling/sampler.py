@@ -1,17 +1,22 @@
-"""From a model to pictures: samples of given classes, on one rank or shared by all, and the grid they are shown in."""
+"""From weights to samples: the only way to draw images, of `fastdit sample`, evaluation, validation, previews and Python code.
+
+n samples, B batch size, C/h/w channels, rows and columns of a latent, S height and width of an image.
+"""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdit import attention, autoencoder, checkpoint, kernels
-from fastdit.checkpoint import Checkpoint
-from fastdit.config import SampleConfig
+from fastdit import attention, autoencoder, checkpoint, files, kernels
+from fastdit.checkpoint import Checkpoint, RunState
+from fastdit.config import Config, InputError, SampleConfig
 from fastdit.convert import base
 from fastdit.data.imagenet import imagenet_names
 from fastdit.device import DTYPES, choose_device, native_bf16
@@ -23,14 +28,42 @@ from fastdit.sampling import solvers
 from fastdit.sampling.class_names import parse_classes
 from fastdit.sampling.fast import fast_velocity
 
-BATCH = 100  # images a batch; twice that with guidance
-
+T = TypeVar("T")
 Noise = Callable[[Tensor, int], Tensor]
+
+BATCH = 100  # images per batch; with guidance the model sees twice as many
+ONE_PROCESS = World(0, 1, torch.device("cpu"), None)
+
+
+def batch_size(count: int, world: World) -> int:
+    """Return the images per batch of `count` samples: BATCH on one rank; on several at most BATCH, with equal work for all."""
+    if world.size == 1:
+        return BATCH
+    batches_per_rank = -(-count // (world.size * BATCH))
+    return -(-count // (world.size * batches_per_rank))
+
+
+def shares(count: int, world: World, at_once: int) -> Iterator[range]:
+    """Yield the batches of samples 0 .. count−1 that this rank computes: batch k, of `at_once` samples, is rank k modulo size's."""
+    for first in range(world.rank * at_once, count, world.size * at_once):
+        yield range(first, min(first + at_once, count))
+
+
+def gather(parts: dict[int, T], world: World) -> dict[int, T]:
+    """Return on rank 0 the parts of all ranks in the order of their keys, on the others an empty dict. All ranks must call it."""
+    everyone: list | None = [parts]
+    if world.size > 1:
+        everyone = [None] * world.size if world.rank == 0 else None
+        dist.gather_object(parts, everyone, group=world.control)
+    merged = {key: part for each in everyone or [] for key, part in each.items()}
+    return dict(sorted(merged.items()))
 
 
 def per_sample_noise(seed: int, shape: tuple[int, ...]) -> Noise:
-    """Noise of the samples ids int64 [B], fp32 [1+steps,B,*shape]: the start, then each step's. A sample's depends on (seed, its
-    id, step) and not on its batch or rank."""
+    """Return a function from ids int64 [B] and a number of steps to noise fp32 [1+steps,B,*shape]: of the start, then of each step.
+
+    The noise of a sample depends on (seed, its id, step), not on its batch or rank.
+    """
 
     def draw(ids: Tensor, steps: int) -> Tensor:
         start = kernels.counter_normal(seed, Stream.SAMPLE, ids, shape)
@@ -41,8 +74,8 @@ def per_sample_noise(seed: int, shape: tuple[int, ...]) -> Noise:
 
 
 def one_generator_noise(seed: int, shape: tuple[int, ...]) -> Noise:
-    """The same shape, as the base command draws it: from one CPU generator, batch after batch in their order, of each batch first
-    its start and then each step's."""
+    """As `per_sample_noise`, but drawn as the base command does: from one CPU generator, batch after batch, of each batch first the
+    start and then each step."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(ids: Tensor, steps: int) -> Tensor:
@@ -52,137 +85,198 @@ def one_generator_noise(seed: int, shape: tuple[int, ...]) -> Noise:
     return draw
 
 
-@torch.no_grad()
-def latents(
-    model: nn.Module, config: SampleConfig, labels: Tensor, ids: Tensor, noise: Noise, null: int, at_once: int = BATCH,
-    skip: Callable[[int], bool] = lambda k: False, watch: Callable[[int, int, Tensor], object] = lambda k, i, x: None,
-    run: Callable | None = None,
-) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
-    """(k, final latents fp32 [b,C,h,w]) of batch k of `at_once` samples, of the classes labels int64 [n], in their order.
-
-    ids int64 [n] name the samples. The noise of every batch is drawn, but those that `skip` names are not computed. `watch` is
-    given (k, 0, start) and (k, i, x after step i). run: as of samplers.guided.
-    """
-    solver = solvers.SOLVERS[config.solver]
-    steps_with_noise = config.steps if solver.stochastic else 0
-    interval = (config.guidance_low, config.guidance_high)
-    for k, (batch_labels, batch_ids) in enumerate(zip(labels.split(at_once), ids.split(at_once), strict=True)):
-        drawn = noise(batch_ids, steps_with_noise)
-        if skip(k):
-            continue
-        velocity = solvers.guided(model, batch_labels, null, config.guidance, interval, run)
-        x = drawn[0]
-        watch(k, 0, x)
-        for i, point in enumerate(solver.solve(velocity, x, config.steps, config.time_shift, drawn[1:]), 1):
-            x = point
-            watch(k, i, x)
-        yield k, x
-
-
-def to_images(codec, x: Tensor) -> np.ndarray:
-    """Latents [b,C,h,w] as pixels, uint8 [b,S,S,1 or 3]."""
-    pixels = ((codec.decode(x) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def latent_shape(model: nn.Module) -> tuple[int, int, int]:
-    return (model.config.in_channels, model.config.input_size, model.config.input_size)
-
-
-def stream(
-    model: nn.Module, codec, config: SampleConfig, labels: Tensor, ids: Tensor, seed: int, null: int,
-    advance: Callable[[], object] = lambda: None,
-) -> Iterator[np.ndarray]:  # fmt: skip
-    """Images uint8 [b,S,S,C] of the classes labels int64 [n], batch after batch in their order.
-
-    ids int64 [n] name the noise: image i depends on (seed, ids[i], labels[i]) and not on its batch or rank. `advance`
-    is called after each solver step of each batch. The model is made fast for it, as `fast_velocity` does.
-    """
-    noise, run = per_sample_noise(seed, latent_shape(model)), fast_velocity(model, ids.device)
-    watch = lambda k, i, x: i and advance()
-    for _, x in latents(model, config, labels, ids, noise, null, BATCH, watch=watch, run=run):
-        yield to_images(codec, x)
-
-
-def generate(*arguments) -> np.ndarray:
-    """All images of `stream`, uint8 [n,S,S,C]."""
-    return np.concatenate(list(stream(*arguments)))
-
-
-def generate_on_all_ranks(
-    model: nn.Module, codec, config: SampleConfig, labels: Tensor, seed: int, null: int, world: World
-) -> np.ndarray:
-    """`generate` with ids 0 .. n−1, every rank doing its share; all ranks get all images and must call it."""
-    ids = torch.arange(len(labels), device=labels.device)
-    mine = ids[world.rank :: world.size]
-    images = generate(model, codec, config, labels[mine], mine, seed, null) if len(mine) else None
-    shares: list = [None] * world.size
-    dist.all_gather_object(shares, images, group=world.control)
-    whole = np.empty((len(labels), *shares[0].shape[1:]), np.uint8)
-    for rank, share in enumerate(shares):
-        if share is not None:
-            whole[rank :: world.size] = share
-    return whole
+def image_shape(config: Config, codec) -> tuple[int, int, int]:
+    """Return (S, S, channels) of the images that a run's codec decodes."""
+    return (config.data.image_size, config.data.image_size, codec.channels if config.data.autoencoder == "pixels" else 3)
 
 
 class Sampler:
-    """A model with its codec and class names, loaded once to be sampled from again and again."""
+    """A model with its codec and class names, loaded once to draw samples again and again by the fastest path of its device.
+
+    Attributes:
+        config: Config of the run.
+        model: DiT on `device`; it can be used only for inference.
+        dtype: precision of the model, "fp32" or "bf16".
+        step: training steps of the weights.
+        null: id of the null class, which is the number of classes.
+        names: names of the classes, or None.
+        source: Checkpoint, or path of the base model's .pkl; None for a model in memory.
+        weights: kind of the weights, such as "ema"; None for a model in memory.
+        ema_decay: decay of the average; None for raw or imported weights and for a model in memory.
+    """
 
     def __init__(
         self, source: Checkpoint | Path | str, weights: str = "ema", device: torch.device | str = "auto", dtype: str = "auto",
-        parameters: Path | None = None,
+        parameters: Path | None = None, codec=None,
     ) -> None:  # fmt: skip
-        """source: a checkpoint, a path that `open_checkpoint` reads, or the base model's .pkl with its parameters (default: the
-        JSON beside it).
+        """Load the weights of a run, a checkpoint, an exported file or the base model's model_Ns.pkl.
 
-        dtype: "fp32" | "bf16" | "auto", what it was trained in where that is fast here (imports: fp32). Raises InputError.
+        Args:
+            source: opened checkpoint, path as in `checkpoint.open_checkpoint`, or path of a .pkl.
+            weights: "ema" | "raw" | a further average of train.ema_more, such as "ema_0.9999".
+            device: "auto" (CUDA if there is a GPU) | "cpu" | "cuda", or a torch.device.
+            dtype: "fp32" | "bf16" | "auto", the precision of the run if the device has fast matmuls in it (imported weights: fp32).
+            parameters: JSON file of a .pkl (default: model_params_Ns.json beside it).
+            codec: codec of another sampler of the same run and dtype, which is then not loaded again.
+
+        Raises InputError if the source cannot be read or does not hold these weights.
         """
-        self.device = device if isinstance(device, torch.device) else choose_device(device)
-        self.vae = None
+        device = device if isinstance(device, torch.device) else choose_device(device)
+        vae = None
         if str(source).endswith(".pkl"):
-            self.checkpoint = None
-            self.config, tensors, step, self.vae = base.load_run(Path(source), parameters)
-            model, state = DiT(self.config.model), checkpoint.RunState(step)
+            source = Path(source)
+            if weights != "ema":
+                raise InputError(f"{source} holds no {weights} weights, only one set of the base model's: leave --weights out")
+            config, tensors, step, vae = base.load_run(source, parameters)
+            model = DiT(config.model)
             model.load_state_dict(tensors)
+            state = RunState(step, origin=source.name)
         else:
-            opened = source if isinstance(source, Checkpoint) else checkpoint.open_checkpoint(Path(source))
-            self.checkpoint, self.config, state = opened, opened.config, opened.state
-            model = opened.load_model(weights, self.device)
+            source = source if isinstance(source, Checkpoint) else checkpoint.open_checkpoint(Path(source))
+            config = source.config
+            state = source.state
+            model = source.load_model(weights, device)
         if dtype == "auto":
-            native = native_bf16(self.device) and self.config.train.precision != "fp32" and not state.origin
+            native = native_bf16(device) and config.train.precision != "fp32" and not state.origin
             dtype = "bf16" if native else "fp32"
-        attention.check(self.config.model, DTYPES[dtype], self.device, training=False)
-        self.dtype, self.step, self.null = dtype, state.step, self.config.model.num_classes
-        self.names = state.class_names or (imagenet_names() if self.null == 1000 else None)
-        self.model = model.to(self.device, DTYPES[dtype]).eval().requires_grad_(False)
-        self.run = fast_velocity(self.model, self.device)
+        attention.check(config.model, DTYPES[dtype], device, training=False)
+        self._hold(model.to(device, DTYPES[dtype]), config)
+        self.step = state.step
+        self.names = state.class_names or self.names
+        self.source = source
+        self.weights = weights
+        if not state.origin and weights != "raw":
+            self.ema_decay = config.train.ema_decay if weights == "ema" else float(weights.removeprefix("ema_"))
+        self._vae = vae
+        self._codec = codec
+
+    @classmethod
+    def of_model(cls, model: DiT, config: Config, codec) -> "Sampler":
+        """Return a sampler of a model in memory, in the model's dtype and on its device.
+
+        model: becomes the sampler's, which may change it in place: it cannot be trained, saved or cast any more.
+        codec: decodes as it is set up, because a run that trains also encodes with it; None if only latents are drawn.
+        """
+        sampler = cls.__new__(cls)
+        sampler._hold(model, config)
+        sampler._codec = codec
+        return sampler
+
+    def _hold(self, model: DiT, config: Config) -> None:
+        self.config = config
+        self.model = model.eval().requires_grad_(False)
+        self.device = model.output.weight.device
+        self.dtype = next(name for name, dtype in DTYPES.items() if dtype == model.output.weight.dtype)
+        self.null = config.model.num_classes
+        self.names = imagenet_names() if self.null == 1000 else None
+        self.step = 0
+        self.source = None
+        self.weights = None
+        self.ema_decay = None
+        self._vae = None
+        self._codec = None
+        self._velocity = fast_velocity(self.model, self.device)
+
+    @property
+    def codec(self):
+        """Codec, loaded at the first use. It decodes in `dtype` on CUDA, in fp32 on a CPU."""
+        if self._codec is None:
+            codec = autoencoder.load(self.config.data, self.config.model, self.config.model.in_channels, self.device, vae=self._vae)
+            self._codec = codec.for_decoding(DTYPES[self.dtype if self.device.type == "cuda" else "fp32"])
+        return self._codec
+
+    @property
+    def path(self) -> Path | None:
+        """Path of the checkpoint, exported file or .pkl that was opened."""
+        return self.source.path if isinstance(self.source, Checkpoint) else self.source
 
     @functools.cached_property
-    def codec(self):
-        """Loaded when it is first asked for. On a CPU it decodes in fp32."""
-        codec = autoencoder.load(self.config.data, self.config.model, self.config.model.in_channels, self.device, vae=self.vae)
-        on_gpu = self.device.type == "cuda"
-        return codec.for_decoding(DTYPES[self.dtype if on_gpu else "fp32"])
+    def sha256(self) -> str | None:
+        """Hash of what was opened: of a checkpoint's manifest, or of the one file."""
+        if isinstance(self.source, Checkpoint):
+            return self.source.sha256()
+        return files.sha256(self.source) if self.source else None
 
     def settings(self, **overrides) -> SampleConfig:
-        """The run's settings with some replaced. Raises InputError."""
-        return SampleConfig(**{**self.config.to_dict()["sample"], **overrides})
+        """Return the run's sample settings with some replaced. Raises InputError for a bad value."""
+        return replace(self.config.sample, **overrides)
 
+    @torch.no_grad()
     def latents(
-        self, config: SampleConfig, labels: list[int], seed: int = 0, per_sample: bool = False, **options
-    ) -> Iterator[tuple[int, Tensor]]:
-        """`latents` of samples 0 .. n−1 with the noise of a seed."""
-        draw = (per_sample_noise if per_sample else one_generator_noise)(seed, latent_shape(self.model))
-        places = torch.tensor(labels, device=self.device)
-        ids = torch.arange(len(labels), device=self.device)
-        return latents(self.model, config, places, ids, draw, self.null, run=self.run, **options)
+        self, labels: Tensor | Sequence[int], seed: int = 0, settings: SampleConfig | None = None, *, per_sample: bool = True,
+        at_once: int | None = None, world: World = ONE_PROCESS, skip: Callable[[range], bool] = lambda ids: False,
+        watch: Callable[[range, int, Tensor], object] = lambda ids, step, x: None,
+    ) -> Iterator[tuple[range, Tensor]]:  # fmt: skip
+        """Yield (ids, final latents fp32 [B,C,h,w]) of this rank's batches of samples 0 .. n−1.
+
+        Args:
+            labels: classes of the samples, int64 [n].
+            seed: seed of the noise.
+            settings: sample settings (default: the run's).
+            per_sample: noise as in `per_sample_noise`, so that a sample depends on its batch and rank only by rounding; False:
+                as in `one_generator_noise`.
+            at_once: images per batch (default: `batch_size`).
+            world: ranks that share the samples, as in `shares` (default: this process draws all of them).
+            skip: function of a batch's ids that is true if the batch need not be computed.
+            watch: function called with (ids, 0, start) and (ids, i, x after step i) of each batch.
+        """
+        settings = settings or self.config.sample
+        solver = solvers.SOLVERS[settings.solver]
+        interval = (settings.guidance_low, settings.guidance_high)
+        shape = (self.config.model.in_channels, self.config.model.input_size, self.config.model.input_size)
+        noise = (per_sample_noise if per_sample else one_generator_noise)(seed, shape)
+        labels = torch.as_tensor(labels, device=self.device)
+        names = torch.arange(len(labels), device=self.device)
+        at_once = at_once or batch_size(len(labels), world)
+        mine = set(shares(len(labels), world, at_once))
+        for ids in shares(len(labels), ONE_PROCESS, at_once):
+            computed = ids in mine and not skip(ids)
+            if computed or not per_sample:  # the one generator also draws for batches that others compute
+                drawn = noise(names[ids.start : ids.stop], settings.steps if solver.stochastic else 0)
+            if not computed:
+                continue
+            velocity = solvers.guided(
+                self.model, labels[ids.start : ids.stop], self.null, settings.guidance, interval, self._velocity
+            )
+            x = drawn[0]
+            watch(ids, 0, x)
+            for i, point in enumerate(solver.solve(velocity, x, settings.steps, settings.time_shift, drawn[1:]), 1):
+                x = point
+                watch(ids, i, x)
+            yield ids, x
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Return the images uint8 [B,S,S,1 or 3] of latents [B,C,h,w]."""
+        pixels = ((self.codec.decode(latents) + 1) * 127.5).round().to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+    def stream(
+        self, labels: Tensor | Sequence[int], seed: int = 0, settings: SampleConfig | None = None, **options
+    ) -> Iterator[tuple[range, np.ndarray]]:
+        """Yield (ids, images uint8 [B,S,S,1 or 3]) of this rank's batches of samples 0 .. n−1. Arguments as in `latents`."""
+        for ids, x in self.latents(labels, seed, settings, **options):
+            yield ids, self.decode(x)
+
+    def draw(
+        self, labels: Tensor | Sequence[int], seed: int = 0, settings: SampleConfig | None = None, *, world: World = ONE_PROCESS,
+        **options,
+    ) -> np.ndarray | None:  # fmt: skip
+        """Return all images uint8 [n,S,S,1 or 3] on rank 0, None on the others. Arguments as in `latents`.
+
+        All ranks of `world` must call it.
+        """
+        batches = {ids.start: images for ids, images in self.stream(labels, seed, settings, world=world, **options)}
+        batches = gather(batches, world)
+        return np.concatenate(list(batches.values())) if batches else None
 
     def images(self, classes: str, count: int = 1, seed: int = 0, per_sample: bool = False, **overrides) -> np.ndarray:
-        """uint8 [n,S,S,1 or 3], `count` of each of the classes ("207,otter"); overrides: of the run's sample settings."""
-        config = self.settings(**overrides)
+        """Return images uint8 [n,S,S,1 or 3], `count` of each class.
+
+        classes: as in `fastdit sample --class`, such as "207,otter"; overrides: values of the run's sample settings.
+        """
+        settings = self.settings(**overrides)
         chosen = parse_classes(classes, self.null, self.names, seed)
         labels = [c for c in chosen for _ in range(count)]
-        with progress_bar(-(-len(labels) // BATCH) * config.steps, description=f"{len(labels)} images") as bar:
-            advance = lambda k, i, x: i and bar.update()
-            batches = self.latents(config, labels, seed, per_sample, watch=advance)
-            return np.concatenate([to_images(self.codec, x) for _, x in batches])
+        with progress_bar(-(-len(labels) // BATCH) * settings.steps, description=f"{len(labels)} images") as bar:
+            advance = lambda ids, step, x: step and bar.update()
+            return self.draw(labels, seed, settings, per_sample=per_sample, watch=advance)

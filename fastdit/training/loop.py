@@ -23,7 +23,8 @@ from fastdit.config import Config, InputError, Stopped, TrainConfig
 from fastdit.device import DTYPES, native_bf16
 from fastdit.graphs import release_recorded
 from fastdit.model import DiT
-from fastdit.sampling import pictures, sampler
+from fastdit.sampling import pictures
+from fastdit.sampling.sampler import Sampler
 from fastdit.training import engine, saver, telemetry
 from fastdit.training.ema import ShardedEma, gather
 from fastdit.training.validation import Validation
@@ -331,14 +332,12 @@ class Trainer:
         return model if self.world.device.type == "cpu" else model.to(DTYPES[self.config.train.precision])
 
     def _draw(self, done: int) -> None:
-        """Write a grid of EMA samples, from a copy of the model that lives as long as the drawing."""
-        config, world = self.config, self.world
-        model = self._averaged_model()
-        classes = config.model.num_classes
-        rows = torch.linspace(0, classes - 1, min(classes, GRID_CLASSES)).round().long()
-        labels = rows.repeat_interleave(GRID_COLUMNS).to(world.device)
-        images = sampler.generate_on_all_ranks(model, self.codec, config.sample, labels, config.train.seed, classes, world)
-        if world.rank == 0:
+        """Write a grid of samples of the EMA weights, drawn from a copy of the model that lives as long as the drawing."""
+        classes = self.config.model.num_classes
+        shown = torch.linspace(0, classes - 1, min(classes, GRID_CLASSES)).round().long()
+        sampler = Sampler.of_model(self._averaged_model(), self.config, self.codec)
+        images = sampler.draw(shown.repeat_interleave(GRID_COLUMNS), self.config.train.seed, world=self.world)
+        if self.world.rank == 0:
             path = self.run / "samples" / f"{checkpoint.folder_name(done)}.png"
             pictures.save_picture(pictures.grid(images, GRID_COLUMNS), path)
             self.log.picture(done, path)

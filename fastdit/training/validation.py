@@ -26,6 +26,7 @@ from fastdit.evaluation import command as evaluate_command
 from fastdit.evaluation import features, image_sets, metrics
 from fastdit.files import replacing
 from fastdit.flow import Stream
+from fastdit.sampling.sampler import Sampler, image_shape
 from fastdit.training.telemetry import Log
 
 TIMESTEPS = tuple((k + 0.5) / 8 for k in range(8))
@@ -113,12 +114,10 @@ class Validation:
         reference = settings.reference or ("mnist5k" if settings.features == "digits" else None)
         if reference is None:
             raise InputError("validate.features needs validate.reference: statistics or images, as of `fastdit evaluate`")
-        channels = self.codec.channels if self.config.data.autoencoder == "pixels" else 3
         self.network = self.world.together(lambda: features.load(settings.features, self.world.device))
-        self.shape = (self.config.data.image_size, self.config.data.image_size, channels)
-        request = evaluate_command.Request(settings.features, reference, image_size=self.config.data.image_size)
+        request = evaluate_command.EvaluationRequest(settings.features, reference, image_size=self.config.data.image_size)
         self.labels_drawn = image_sets.evaluation_labels("balanced", settings.samples, self.config.model.num_classes, SEED)
-        self.world.together(lambda: self.network.probe(self.shape))
+        self.world.together(lambda: self.network.probe(image_shape(self.config, self.codec)))
         self.reference = evaluate_command.open_reference(request, self.network, self.world)
 
     @torch.no_grad()
@@ -139,10 +138,10 @@ class Validation:
     def _distances(self, model: nn.Module) -> dict:
         """FID and its kin of samples of the model, on rank 0."""
         config = self.config
-        source = image_sets.of_model(model, self.codec, config.sample, self.labels_drawn, SEED, self.shape, {})
-        samples = evaluate_command.measure(source, self.network, evaluate_command.KEPT, self.world, "FID")
-        found = metrics.compare(samples, self.reference, self.world.device) if self.world.rank == 0 else {}
-        return {key: value for key, value in found.items() if not isinstance(value, list)}
+        sampler = Sampler.of_model(model, config, self.codec)
+        drawn = image_sets.of_sampler(sampler, config.sample, self.labels_drawn, SEED, {})
+        samples = evaluate_command.summarize(drawn, self.network, evaluate_command.KEPT, self.world, "FID")
+        return metrics.scalars(metrics.compare(samples, self.reference, self.world.device)) if self.world.rank == 0 else {}
 
     def step(self, done: int, last: bool, averaged: Callable[[], nn.Module], log: Log) -> None:
         """After step `done`, if it is time: validate the model that `averaged` makes, log, draw. All ranks must call it."""
@@ -155,13 +154,13 @@ class Validation:
             line |= self._distances(model)
         log.event({"step": done, **line})
         if self.world.rank == 0:
-            plot(self.run)
+            plot_validation(self.run)
         if log.wandb:
             by_timestep = {f"val_loss_t{t:.2f}": loss for t, loss in zip(TIMESTEPS, line.pop("val_losses"), strict=True)}
             log.wandb.log({f"validation/{key}": value for key, value in (line | by_timestep).items()}, step=done)
 
 
-def plot(run: Path) -> None:
+def plot_validation(run: Path) -> None:
     """Draw validation.png of a run's metrics.jsonl: loss over steps, loss by timestep, FID where it was taken."""
     from matplotlib.figure import Figure
 

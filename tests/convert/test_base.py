@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import inception
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import base_files
-from fastdit import autoencoder, checkpoint, cli, kernels
+from commands import complains
+from fastdit import autoencoder, checkpoint, cli, files, kernels
 from fastdit.config import InputError
 from fastdit.convert.base import PUBLISHED_VAE, convert, load
 from fastdit.model import DiT
@@ -124,6 +126,47 @@ def test_import_and_sample_from_the_command_line(case, tmp_path, capsys):
         opened.load_model("raw", torch.device("cpu"))
     with pytest.raises(InputError, match="can be sampled from, not continued"):
         saver.check(opened, config, None)
+
+
+class Enlarged:
+    """A codec without weights: the first three channels, each element as 8x8 pixels."""
+
+    channels, size, image_channels, dtype, needs_noise = 4, 32, 3, None, False
+
+    def sha256(self):
+        return None
+
+    def for_decoding(self, dtype):
+        return self
+
+    def decode(self, latents):
+        return latents[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3).clamp(-1, 1)
+
+
+def test_a_pickle_is_evaluated_and_swept_as_its_import_is(case, tmp_path, monkeypatch):
+    """The same numbers; the result says which file the weights are of."""
+    monkeypatch.setattr(autoencoder, "load", lambda *_, **__: Enlarged())
+    network, folder, out = inception.save(tmp_path / "net.pt"), tmp_path / "run", tmp_path / "out.json"
+    np.savez(tmp_path / "ref.npz", arr_0=np.random.default_rng(0).integers(0, 256, (4, 256, 256, 3), np.uint8))
+    assert cli.main(["import-base", str(case.pickle), "--out", str(folder)]) == 0
+    words = ["--features", str(network), "--reference", str(tmp_path / "ref.npz"), "--samples", "4", "--labels", "random"]
+    results = []
+    for source in (folder, case.pickle):
+        assert cli.main(["evaluate", str(source), *words, "--steps", "1", "--solver", "euler", "--out", str(out)]) == 0
+        results.append(json.loads(out.read_text()))
+    imported, direct = results
+    assert direct["metrics"] == imported["metrics"] and direct["metrics"]["fid"] > 0
+    of = direct["samples"]
+    assert of["path"] == str(case.pickle) and of["sha256"] == files.sha256(case.pickle) and of["step"] == 10
+    assert (of["weights"], of["ema_decay"], of["dtype"]) == ("ema", None, "fp32") and imported["samples"]["ema_decay"] is None
+    table = tmp_path / "sweep.csv"
+    assert cli.main(["sweep", str(case.pickle), "steps=1,2", "solver=euler", *words, "--out", str(table)]) == 0
+    assert float(table.read_text().splitlines()[1].split(",")[2]) == pytest.approx(direct["metrics"]["fid"], rel=1e-5)
+
+
+def test_a_pickle_holds_one_set_of_weights(case, tmp_path, capsys):
+    words = ["--weights", "raw", "--latents", tmp_path / "l.npz"]
+    complains(capsys, ["sample", "--checkpoint", case.pickle, *words], "holds no raw weights", "leave --weights out")
 
 
 class Code:

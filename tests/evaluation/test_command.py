@@ -1,40 +1,32 @@
-"""Evaluation of a tiny run: the same numbers by every way, bad input, validation while training, the sweep."""
+"""`fastdit evaluate` of a tiny run: the same numbers by every way, what the result says, bad input."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import fast_paths
+import inception as inception_net
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from runs import TINY_RUN
 
-import autoencoders
 import photographs
 from commands import environment
-from fastdit import autoencoder, cli, files
-from fastdit.config import InputError, parse
+from fastdit import cli, files
+from fastdit.config import parse
 from fastdit.data.builtin import mnist5k
-from fastdit.distributed import World
-from fastdit.evaluation import features, image_sets, metrics
 from fastdit.sampling import sampler
 from fastdit.training.loop import train
-from fastdit.training.validation import _held_out
-
-TINY = [
-    "model.preset=test/4", "train.batch_size=8", "train.warmup_steps=1", "train.lr=1e-3", "train.log_steps=2",
-    "train.save_steps=2", "train.sample_steps=0", "sample.steps=2", "sample.solver=euler", "train.total_steps=4",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Four steps, validated after every second, with FID on the digits' features."""
+    """Four training steps."""
     out = tmp_path_factory.mktemp("runs")
-    validation = ["validate.steps=2", "validate.images=20", "validate.features=digits", "validate.samples=20"]
-    train(parse(None, [*TINY, *validation, f"train.out={out}", "train.name=r"]))
+    train(parse(None, [*TINY_RUN, f"train.out={out}", "train.name=r"]))
     return out / "r"
 
 
@@ -58,32 +50,9 @@ def numbers(result):
     return {key: value for key, value in result["metrics"].items() if key != "accuracy_by_class"} | by_class
 
 
-class Inception(nn.Module):
-    """The interface of inception-2015-12-05.pt in small: features by convolutions, one inside a named block."""
-
-    def __init__(self, width: int = 6) -> None:
-        super().__init__()
-        self.layers = nn.Sequential()
-        self.layers.add_module("conv", nn.Conv2d(3, 4, 3, stride=8))
-        self.layers.add_module("mixed", nn.Sequential(nn.Conv2d(4, 9, 3, stride=4), nn.ReLU()))
-        self.output = nn.Linear(width, 5)
-        self.scale = nn.Parameter(torch.linspace(0.5, 1, width))
-
-    def forward(self, images: torch.Tensor, return_features: bool = False, no_output_bias: bool = False) -> torch.Tensor:
-        x = images.float() / 255
-        spread = torch.stack([x.mean((1, 2, 3)), x[:, 0].std((1, 2)), x[:, :, :4].mean((1, 2, 3)), x[:, 1].amax((1, 2))], 1)
-        features = torch.cat((spread, spread[:, :2].square()), 1) * self.scale
-        if return_features:
-            return features
-        return self.output(features).softmax(1)
-
-
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("net") / "inception.pt"
-    torch.jit.script(Inception()).save(str(path))
-    return path
+    return inception_net.save(tmp_path_factory.mktemp("net") / "inception.pt")
 
 
 def test_a_checkpoint_and_its_npz_give_the_same(trained, reference, tmp_path, monkeypatch):
@@ -100,6 +69,18 @@ def test_a_checkpoint_and_its_npz_give_the_same(trained, reference, tmp_path, mo
     assert other_batches["metrics"]["fid"] == pytest.approx(streamed["metrics"]["fid"], rel=1e-3)
     another = run(trained, reference, tmp_path / "d.json", *fp32, "--seed", "8")
     assert another["metrics"]["fid"] != pytest.approx(streamed["metrics"]["fid"], rel=1e-3)
+
+
+def test_evaluation_takes_the_fast_path(trained, reference, tmp_path, monkeypatch):
+    """It calls the fast velocity at each step of each batch; the numbers are those of the plain path as far as rounding allows."""
+    features = fast_paths.recorded_features(monkeypatch)
+    words = ["--dtype", "fp32", "--samples", "150", "--labels", "random"]
+    plain = run(trained, reference, tmp_path / "a.json", *words)
+    calls = fast_paths.install(monkeypatch)
+    fast = run(trained, reference, tmp_path / "b.json", *words)
+    assert calls.prepared == 1 and calls.velocity == 2 * 2  # batches of 100 and 50, two steps each
+    difference = abs(plain["metrics"]["fid"] ** 0.5 - fast["metrics"]["fid"] ** 0.5)
+    assert difference <= fast_paths.root_distance_bound(*features)
 
 
 def test_the_result_says_what_it_is_of_and_its_command_repeats_it(trained, reference, tmp_path, monkeypatch):
@@ -186,49 +167,6 @@ def test_a_torchscript_network_on_a_folder_and_adms_reference(inception, tmp_pat
     assert result["metrics"]["sfid"] > 0 and "unverified" in result["sfid"]
 
 
-def test_spatial_input_is_resized_as_tensorflow_1_did():
-    """Output pixel i shows input position i·S/299, between its neighbours."""
-    images = torch.arange(0, 250, 10, dtype=torch.uint8).expand(1, 3, 25, 25)
-    row = features._resized(images)[0, 0, 7] * 128 + 128
-    position = torch.arange(299) * 25 / 299
-    assert torch.allclose(row, (position * 10).clamp(max=240), atol=1e-2)
-    assert torch.allclose(features._resized(images.mT)[0, 0, :, 7] * 128 + 128, row, atol=1e-2)
-
-
-def test_the_network_runs_in_fp32_on_batches_of_one_shape(monkeypatch):
-    """And what it says of an image does not depend on its place or on what fills the batch."""
-    seen = []
-    network = features.load("digits", torch.device("cpu"))
-    compute = network._compute
-
-    def watched(images):
-        flags = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        seen.append((tuple(images.shape), images.dtype, *flags))
-        return compute(images)
-
-    network._compute = watched
-    torch.set_float32_matmul_precision("high")
-    try:
-        network.probe((32, 32, 1))
-        images = mnist5k("val")[0][:230]
-        whole = torch.cat([part.features for part in network(images)])
-        parts = torch.cat([part.features for at in range(0, 230, 41) for part in network(images[at : at + 41])])
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert set(seen) == {((features.BATCH, 1, 32, 32), torch.uint8, "highest", False)}
-    assert len(whole) == 230 and torch.allclose(whole, parts, rtol=1e-5, atol=1e-6)
-
-
-def test_labels():
-    balanced = image_sets.evaluation_labels("balanced", 40, 10, 0)
-    assert balanced.bincount().tolist() == [4] * 10
-    drawn = image_sets.evaluation_labels("random", 4000, 10, 0)
-    assert torch.equal(drawn[:100], image_sets.evaluation_labels("random", 100, 10, 0)) and drawn.max() == 9
-    assert ((drawn.bincount() - 400).abs() < 5 * 400**0.5).all() and len(set(drawn.bincount().tolist())) > 1
-    assert not torch.equal(drawn, image_sets.evaluation_labels("random", 4000, 10, 1))
-
-
 def small_folder(path):
     path.mkdir()
     for i, size in enumerate((32, 32, 31)):
@@ -284,76 +222,3 @@ def test_bad_input_is_one_sentence(trained, reference, inception, tmp_path, caps
         error = capsys.readouterr().err.strip().split("\n")[-1]
         assert error.startswith("fastdit: ") and message in error, (words, error)
     assert not (tmp_path / "out.json").exists()
-
-
-def test_validation_is_logged_drawn_and_deterministic(trained, tmp_path):
-    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    found = [line for line in lines if "val_loss" in line]
-    assert [line["step"] for line in found] == [2, 4] and all(len(line["val_losses"]) == 8 for line in found)
-    assert all(line["val_loss"] == pytest.approx(np.mean(line["val_losses"])) for line in found)
-    assert found[1]["val_loss"] < found[0]["val_loss"] and found[0]["fid"] > 1 and "accuracy" in found[0]
-    assert Image.open(trained / "validation.png").size == (1620, 480)
-    # the same training once more, without FID: the same losses to the bit
-    out = tmp_path / "runs"
-    again = [f"train.out={out}", "train.name=r", "train.total_steps=2", "validate.steps=2", "validate.images=20"]
-    train(parse(None, [*TINY, *again]))
-    lines = [json.loads(line) for line in (out / "r/metrics.jsonl").read_text().splitlines()]
-    (line,) = [line for line in lines if "val_loss" in line]
-    assert line["val_losses"] == found[0]["val_losses"] and "fid" not in line
-
-
-def test_sweep(trained, reference, tmp_path, capsys):
-    out = tmp_path / "sweep.csv"
-    words = ["--features", "digits", "--reference", str(reference), "--samples", "20", "--out", str(out)]
-    assert cli.main(["sweep", str(trained), "guidance=0,3", "weights=ema,raw", *words]) == 0
-    rows = out.read_text().splitlines()
-    assert rows[0].startswith("guidance,weights,fid,kid") and len(rows) == 5
-    values = [row.split(",") for row in rows[1:]]
-    assert [value[:2] for value in values] == [["0.0", "ema"], ["0.0", "raw"], ["3.0", "ema"], ["3.0", "raw"]]
-    fids = [float(value[2]) for value in values]
-    assert [value[-1] for value in values].index("1") == fids.index(min(fids)) and len(set(fids)) == 4
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("*")]
-    assert len(printed) == 1 and f"{min(fids):.6g}" in printed[0]
-    picture = Image.open(out.with_suffix(".png"))
-    assert picture.height == 4 * 36 and picture.width > 10 * 34
-    alone = run(trained, reference, tmp_path / "a.json", "--samples", "20", "--guidance", "3", "--weights", "raw")
-    assert alone["metrics"]["fid"] == pytest.approx(fids[3], rel=1e-5)
-    for word in ("guidance", "guidanse=1", "steps=1,x"):
-        assert cli.main(["sweep", str(trained), word, *words]) == 2
-
-
-@pytest.mark.slow
-def test_held_out_images_of_an_index_and_of_its_latents(tmp_path, capsys):
-    """The same latents to fp16, on one rank or shared by two; and an index as a reference."""
-    train_tar, val_tar, devkit = photographs.imagenet(tmp_path / "archives")
-    index, latents, vae = tmp_path / "index", tmp_path / "val", autoencoders.tiny(tmp_path / "vae")
-    prepared = ["prepare", str(train_tar), "--val", str(val_tar), "--devkit", str(devkit), "--out", str(index)]
-    encoded = ["encode", str(index), "--split", "val", "--out", str(latents), "--autoencoder", str(vae), "--image-size", "32"]
-    for words in (prepared, [*encoded, "--dtype", "fp32"]):
-        assert cli.main(words) == 0
-    settings = [
-        *TINY, f"data.source={index}", f"data.autoencoder={vae}", "model.in_channels=4", "model.input_size=16", "validate.steps=2",
-        "validate.images=8",
-    ]  # fmt: skip
-    config = parse(None, settings)
-    cpu = torch.device("cpu")
-    codec = autoencoder.load(config.data, config.model, 3, cpu)
-    ids, x0, labels = _held_out(config, index, codec, World(0, 1, cpu, None))
-    assert ids.tolist() == list(range(8)) and x0.shape == (8, 4, 16, 16)
-    of_latents = parse(None, [*settings, f"validate.source={latents}"])
-    for rank in range(2):
-        mine, cached, cached_labels = _held_out(of_latents, index, codec, World(rank, 2, cpu, None))
-        assert torch.allclose(cached, x0[mine], atol=5e-3) and torch.equal(cached_labels, labels[mine])
-        assert mine.tolist() == list(range(rank, 8, 2))
-    with pytest.raises(InputError, match=r"set validate\.source to those of"):
-        _held_out(config, latents, codec, World(0, 1, cpu, None))
-    with pytest.raises(InputError, match="another autoencoder"):
-        _held_out(of_latents, index, autoencoder.Pixels(4, 16), World(0, 1, cpu, None))
-    reference = ["--reference", str(index), "--image-size", "32", "--save-reference", str(tmp_path / "ref.npz")]
-    torch.jit.script(Inception()).save(str(tmp_path / "net.pt"))
-    assert cli.main(["evaluate", "--features", str(tmp_path / "net.pt"), *reference]) == 0
-    found = metrics.load(tmp_path / "ref.npz")
-    assert found.about["kind"] == "index" and len(found.features) == found.about["images"] > 20
-    reference = ["--reference", str(index), "--save-reference", str(tmp_path / "other.npz")]
-    assert cli.main(["evaluate", "--features", str(tmp_path / "net.pt"), *reference]) == 2
-    assert "--image-size" in capsys.readouterr().err

@@ -1,0 +1,82 @@
+"""`fastdit sweep`: a table, a CSV and a picture over a grid of settings, from one opened checkpoint by the fast path."""
+
+import json
+
+import fast_paths
+import pytest
+from PIL import Image
+from runs import TINY_RUN
+
+from fastdit import checkpoint, cli
+from fastdit.config import parse
+from fastdit.evaluation import sweep as sweep_command
+from fastdit.evaluation.command import EvaluationRequest
+from fastdit.evaluation.sweep import Row, best, sweep_table
+from fastdit.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Four training steps."""
+    out = tmp_path_factory.mktemp("runs")
+    train(parse(None, [*TINY_RUN, f"train.out={out}", "train.name=r"]))
+    return out / "r"
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Statistics of the held-out digits."""
+    path = tmp_path_factory.mktemp("reference") / "digits.npz"
+    words = ["--features", "digits", "--reference", "mnist5k", "--split", "val", "--save-reference", str(path)]
+    assert cli.main(["evaluate", *words]) == 0
+    return path
+
+
+def test_sweep(trained, reference, tmp_path, capsys, monkeypatch):
+    """Its numbers are those of `fastdit evaluate`; the checkpoint is verified once, and loaded once for each kind of weights."""
+    verified, loaded = [], []
+    is_whole, load_model = checkpoint.is_whole, checkpoint.Checkpoint.load_model
+    monkeypatch.setattr(checkpoint, "is_whole", lambda folder: verified.append(folder) or is_whole(folder))
+    monkeypatch.setattr(
+        checkpoint.Checkpoint, "load_model", lambda self, kind, device: loaded.append(kind) or load_model(self, kind, device)
+    )
+    out = tmp_path / "sweep.csv"
+    words = ["--features", "digits", "--reference", str(reference), "--samples", "20", "--out", str(out)]
+    assert cli.main(["sweep", str(trained), "guidance=0,3", "weights=ema,raw", *words]) == 0
+    assert len(verified) == 1 and loaded == ["ema", "raw"]
+    rows = out.read_text().splitlines()
+    assert rows[0].startswith("guidance,weights,fid,kid") and len(rows) == 5
+    values = [row.split(",") for row in rows[1:]]
+    assert [value[:2] for value in values] == [["0.0", "ema"], ["0.0", "raw"], ["3.0", "ema"], ["3.0", "raw"]]
+    fids = [float(value[2]) for value in values]
+    assert [value[-1] for value in values].index("1") == fids.index(min(fids)) and len(set(fids)) == 4
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("*")]
+    assert len(printed) == 1 and f"{min(fids):.6g}" in printed[0]
+    picture = Image.open(out.with_suffix(".png"))
+    assert picture.height == 4 * 36 and picture.width > 10 * 34
+    single = ["--samples", "20", "--guidance", "3", "--weights", "raw", "--out", str(tmp_path / "a.json")]
+    assert cli.main(["evaluate", str(trained), "--features", "digits", "--reference", str(reference), *single]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["metrics"]["fid"] == pytest.approx(fids[3], rel=1e-5)
+    for word in ("guidance", "guidanse=1", "steps=1,x"):
+        assert cli.main(["sweep", str(trained), word, *words]) == 2
+
+
+def test_a_sweep_draws_by_the_fast_path(trained, reference, tmp_path, monkeypatch):
+    """All settings of one kind of weights by one model that was made fast once; numbers as of the plain path."""
+    features = fast_paths.recorded_features(monkeypatch)
+    request = EvaluationRequest("digits", str(reference), str(trained), samples=20, dtype="fp32")
+    axes = {"guidance": [0.0, 3.0], "weights": ["ema", "raw"]}
+    plain = sweep_command.sweep(request, axes, tmp_path / "plain.csv")
+    calls = fast_paths.install(monkeypatch)
+    fast = sweep_command.sweep(request, axes, tmp_path / "fast.csv")
+    assert calls.prepared == 2 and calls.velocity == 4 * 2  # settings, each one batch of two steps
+    for i, (one, other) in enumerate(zip(plain, fast, strict=True)):
+        difference = abs(one.metrics["fid"] ** 0.5 - other.metrics["fid"] ** 0.5)
+        assert difference <= fast_paths.root_distance_bound(features[i], features[4 + i])
+
+
+def test_the_first_metric_decides_and_lists_are_no_column():
+    rows = [Row({"steps": n}, {"fid": fid, "recall": 0.5, "accuracy_by_class": [0.5]}, None) for n, fid in ((8, 3.0), (15, 2.0))]
+    assert best(rows) == 1
+    assert sweep_table(rows).splitlines() == ["  steps  fid  recall", "      8    3     0.5", "*    15    2     0.5"]
+    assert sweep_table([]) == ""
