@@ -93,7 +93,7 @@ def main() -> None:
     world = distributed.world_of_this_process()
     network = features.load("digits", world.device)
     network.probe((32, 32, 1))
-    summary = lambda source: evaluate_command.summarize(source, network, evaluate_command.KEPT, world, "features")
+    summary = lambda source: evaluate_command.summarize(source, network, world, "features")
     reference = summary(image_sets.of_array(*mnist5k("train"), {}))
     rows = []
 

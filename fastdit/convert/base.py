@@ -1,6 +1,6 @@
-"""Checkpoints of the published base model: read, checked and converted into this model's layout. Same function, fast layout.
+"""Checkpoints of the published base model, converted into the layout of DiT: the same function, computed faster.
 
-A base checkpoint is two files, model_Ns.pkl (a state_dict) and model_params_Ns.json. H width, D head dim, C channels, p patch.
+A base checkpoint is two files, model_Ns.pkl (a state_dict) and model_params_Ns.json. D head dim.
 """
 
 import json
@@ -14,15 +14,18 @@ from torch import Tensor
 from fastdit.config import Config, DataConfig, InputError, ModelConfig, TrainConfig
 from fastdit.model import DiT
 
-POSITION_TABLE_SIDE = 256  # the base model crops its position table from the centre of 256 x 256
-PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"  # what the base model was trained on, for checkpoints that do not carry it
-# the small modulation Linears of a block, in the order in which DiT.modulation packs them
+POSITION_TABLE_SIDE = 256  # rows and columns of the base model's position table, of which it uses the centre
+PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"  # autoencoder of the base model, for checkpoints that do not contain it
+# The small modulation Linears of a block, in the order in which DiT.modulation packs them.
 MODULATION = ("norm1.c_shift", "norm1.c_scale", "scale1", "norm2.c_shift", "norm2.c_scale", "scale2")
 POSITIONS = {"absolute": "absolute", "RoPE": "rope_1d"}
 
 
 def model_config(parameters: dict, input_size: int) -> ModelConfig:
-    """The ModelConfig of model_params_Ns.json. Raises KeyError for a missing parameter, InputError for a value out of range."""
+    """Return the ModelConfig of the contents of model_params_Ns.json.
+
+    Raises KeyError for a missing parameter and InputError for a value out of range.
+    """
     return ModelConfig(
         preset="base/2",
         width=parameters["dim"],
@@ -42,15 +45,15 @@ def model_config(parameters: dict, input_size: int) -> ModelConfig:
 
 
 def half_split(rows: Tensor, heads: int) -> Tensor:
-    """Reorder the first dimension, `heads` heads of D, from interleaved rotary pairs (2j, 2j+1) to half-split (j, j + D/2)."""
+    """Reorder rows [heads·D,...] from interleaved rotary pairs (2j, 2j+1) of each head to half-split ones (j, j + D/2)."""
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def convert(base: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The state_dict of a DiT from that of a base model (without its VAE.* part).
+    """Return the state_dict of a DiT from that of a base model, whose VAE.* part is ignored.
 
-    The two linear maps of the base model's patch embedding become one, and its position table goes through the second, both
-    multiplied in fp64. Null class rows of the base model are zero vectors. Raises KeyError for a missing tensor.
+    The two linear maps of the base model's patch embedding become one, and its position table is mapped by the second; both
+    products are computed in fp64. The row of the null class is zero, as in the base model. Raises KeyError for a missing tensor.
     """
     rope = config.positions != "absolute"
     embed = base["patch_emb.weight"].double()
@@ -87,7 +90,7 @@ def convert(base: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _modulations(base: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The base model's six small Linears a block, packed into the groups of DiT.modulation."""
+    """Return the base model's six small Linears per block, packed into the groups of DiT.modulation."""
     out, first = {}, 0
     for group, blocks in enumerate(config.group_sizes):
         for part in ("weight", "bias"):
@@ -100,11 +103,10 @@ def _modulations(base: dict[str, Tensor], config: ModelConfig) -> dict[str, Tens
 
 
 def load(file: Path, parameters_file: Path, input_size: int = 32) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Tensor]]:
-    """The config, the converted state_dict and the autoencoder's state_dict (empty if it carries none) of a base checkpoint.
+    """Return the config, the converted state_dict and the autoencoder's state_dict (empty if there is none) of a base checkpoint.
 
-    Code in the pickle is never run.
-
-    Raises InputError when a file is missing, damaged, holds code, or does not hold the model that the JSON describes.
+    Code in the pickle is never run. Raises InputError if a file is missing or damaged, contains code, or does not contain the model
+    that the JSON describes.
     """
     try:
         parameters = json.loads(parameters_file.read_text())
@@ -118,7 +120,7 @@ def load(file: Path, parameters_file: Path, input_size: int = 32) -> tuple[Model
     except OSError as error:
         raise InputError(f"base checkpoint {file} cannot be read: {error.strerror}") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise InputError(f"{file} is not a state_dict of tensors alone, or is damaged: it was not loaded") from error
+        raise InputError(f"{file} is damaged or contains more than tensors: it was not loaded") from error
     try:
         weights = convert(base, config)
     except (KeyError, RuntimeError) as error:
@@ -132,14 +134,15 @@ def load(file: Path, parameters_file: Path, input_size: int = 32) -> tuple[Model
 
 
 def beside(file: Path) -> Path:
-    """Where the parameters of model_Ns.pkl lie unless told otherwise: model_params_Ns.json in the same folder."""
+    """Return the default path of the parameters of model_Ns.pkl: model_params_Ns.json in the same folder."""
     return file.with_name(file.stem.replace("model_", "model_params_", 1) + ".json")
 
 
 def load_run(file: Path, parameters_file: Path | None, vae_folder: Path | None = None):
-    """A base checkpoint as a run: its Config, converted weights, step and AutoencoderKL (None if it carries none).
+    """Return the Config, the converted weights, the step and the AutoencoderKL (None if there is none) of a base checkpoint.
 
-    parameters_file: by default `beside(file)`; vae_folder: where the autoencoder is going to be saved. Raises InputError.
+    parameters_file: path of the JSON (default: `beside(file)`); vae_folder: folder that the Config names as the autoencoder's,
+    if the caller saves it. Raises InputError.
     """
     parameters_file = parameters_file or beside(file)
     model, weights, vae_weights = load(file, parameters_file)
@@ -154,12 +157,12 @@ def load_run(file: Path, parameters_file: Path | None, vae_folder: Path | None =
 
 
 def import_run(file: Path, parameters_file: Path | None, out: Path) -> Path:
-    """What `fastdit import-base` does: write a base checkpoint as the run `out`, with its autoencoder as out/autoencoder.
+    """Write a base checkpoint as the run `out`, with its autoencoder as out/autoencoder: `fastdit import-base`.
 
-    Returns the checkpoint's folder. Raises InputError for bad files or when `out` holds checkpoints already, before anything is
+    Returns the checkpoint's folder. Raises InputError for bad files or if `out` holds checkpoints already, before anything is
     written.
     """
-    from fastdit import checkpoint  # safetensors, which converting alone does not need
+    from fastdit import checkpoint  # needs safetensors, which converting does not
 
     if checkpoint.find(out):
         raise InputError(f"--out {out} holds checkpoints already: choose another folder")
@@ -170,11 +173,11 @@ def import_run(file: Path, parameters_file: Path | None, out: Path) -> Path:
             vae.save_pretrained(out / "autoencoder")
         return checkpoint.save_weights(out / "checkpoints", weights, config, step, file.name)
     except OSError as error:
-        raise InputError(f"--out {out} cannot be written: {error.strerror}: choose another place") from error
+        raise InputError(f"--out {out} cannot be written: {error.strerror}: choose another folder") from error
 
 
 def _autoencoder(weights: dict[str, Tensor], file: Path):
-    """The SD-VAE whose weights a base checkpoint carries. Raises InputError when they are another autoencoder's."""
+    """Return the SD-VAE whose weights a base checkpoint contains. Raises InputError if they are another autoencoder's."""
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):

@@ -1,7 +1,7 @@
-"""`fastdit evaluate`: FID and its kin of samples against a reference, with every choice behind the numbers written beside them.
+"""`fastdit evaluate`: FID, KID, Inception score, precision and recall of samples against a reference.
 
-Samples go from the sampler straight into the metrics. Known evaluators differ; this one follows the ADM evaluator where they do
-(fastdit/evaluation/metrics.py), and its feature network is the file that is given.
+Samples go from the sampler straight into the metrics, and every choice behind the numbers is written beside them. Where known
+evaluators differ, this one follows the ADM evaluator (fastdit/evaluation/metrics.py). Its feature network is the given file.
 """
 
 import json
@@ -24,31 +24,32 @@ from fastdit.evaluation.image_sets import ImageSet
 from fastdit.files import check_writable, sha256, write_atomically
 from fastdit.sampling.sampler import Sampler
 
-KEPT, REFERENCE_KEPT = 50_000, 10_000  # features kept for KID, precision and recall: ADM's counts
-SAMPLES = 50_000  # as papers do; of digits DIGITS
-DIGITS = 500
+SAMPLE_FEATURES = 50_000  # features kept for KID, precision and recall, at most: the ADM evaluator's numbers
+REFERENCE_FEATURES = 10_000
+SAMPLES = 50_000  # samples drawn by default, as in papers
+DIGITS = 500  # the same for the built-in digits
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What is evaluated, and how; as the options of `fastdit evaluate`. source None: only the reference is made."""
+    """The options of `fastdit evaluate`, whose help describes them. source None: only the reference's statistics are taken."""
 
     features: str
     reference: str
     source: str | None = None
     feature_sha256: str | None = None
     spatial: str | None = None
-    split: str = "train"  # of a reference that is an index or mnist5k
-    image_size: int | None = None  # that an index' images are cut to
+    split: str = "train"
+    image_size: int | None = None
     samples: int | None = None
     labels: str = "balanced"
     seed: int = 0
     weights: str = "ema"
     dtype: str = "auto"
-    sampler: dict = field(default_factory=dict)  # values of SampleConfig; the run's where there are none
+    sampler: dict = field(default_factory=dict)  # values of SampleConfig that replace the run's
 
     def command(self, *more: str) -> str:
-        """The line that does it again."""
+        """Return the command line of this request; more: further words."""
         words = ["fastdit", "evaluate", *([self.source] if self.source else []), "--features", self.features]
         options = ["reference", "feature_sha256", "spatial", "image_size", "split"]
         if self.samples:  # a checkpoint
@@ -75,7 +76,7 @@ def samples_of(sampler: Sampler, request: EvaluationRequest) -> ImageSet:
 
 
 def open_source(request: EvaluationRequest, device: torch.device) -> tuple[ImageSet, EvaluationRequest]:
-    """Return the images of a request, and the request with every choice that was left open made. Raises InputError."""
+    """Return the images of a request, and the request with every open choice made. Raises InputError."""
     path = Path(request.source)
     if not is_checkpoint(path):
         images = image_sets.open_images(request.source, request.image_size, request.split, device)
@@ -84,15 +85,20 @@ def open_source(request: EvaluationRequest, device: torch.device) -> tuple[Image
     return samples, replace(request, samples=samples.count, sampler=samples.about["sampler"], dtype=samples.about["dtype"])
 
 
-def summarize(source: ImageSet, network: features.FeatureNetwork, keep: int, world: World, what: str) -> metrics.Summary:
-    """The statistics of a source's images, by all ranks: complete on rank 0. Raises InputError."""
+def summarize(
+    source: ImageSet, network: features.FeatureNetwork, world: World, description: str, keep: int = SAMPLE_FEATURES
+) -> metrics.Summary:
+    """Return the statistics of a set of images, computed by all ranks and complete on rank 0.
+
+    description: text of the progress bar; keep: largest number of features to keep. All ranks must call it. Raises InputError.
+    """
     if source.count < 2:
         raise InputError(f"{source.about.get('path')} holds {source.count} image: statistics need at least 2")
     statistics = metrics.Statistics(source.count, keep, network.widths, world.device)
     labels = torch.from_numpy(source.labels) if network.knows_classes and source.labels is not None else None
     if labels is not None and not (labels.min() >= 0 and labels.max() < network.widths[1]):
         raise InputError(f"{source.about.get('path')} has labels up to {labels.max()}: {network.name} knows {network.widths[1]}")
-    with progress.progress_bar(source.count, description=what, unit="image", disable=world.rank > 0) as bar:
+    with progress.progress_bar(source.count, description=description, unit="image", disable=world.rank > 0) as bar:
 
         def work() -> None:
             for ids, images in source.batches(world):
@@ -105,64 +111,70 @@ def summarize(source: ImageSet, network: features.FeatureNetwork, keep: int, wor
     return replace(statistics.summary(world), about={**source.about, "size": list(source.shape)})
 
 
-def _check_fits(found: metrics.Summary, path: Path, network: features.FeatureNetwork) -> None:
-    """Raise InputError where statistics of a file are of another feature network."""
-    width = len(found.mu)
+def _check_fits(summary: metrics.Summary, path: Path, network: features.FeatureNetwork) -> None:
+    """Raise InputError if the statistics of a file are of another feature network."""
+    width = len(summary.mu)
     if width != network.widths[0]:
         raise InputError(
             f"{path} holds statistics of features of width {width}, but {network.name} makes {network.widths[0]}: give the "
             "statistics of this network, or the network that they were made with"
         )
-    made = found.about.get("features", {}).get("sha256")
-    if made and made != network.sha256:
+    expected = summary.about.get("features", {}).get("sha256")
+    if expected and expected != network.sha256:
         raise InputError(
-            f"{path} was made with another feature network (SHA-256 {made[:12]}…, {network.name} has {network.sha256[:12]}…): make "
-            "it again with this one"
+            f"{path} was made with another feature network (SHA-256 {expected[:12]}…, {network.name} has {network.sha256[:12]}…): "
+            "make it again with this one"
         )
 
 
 def open_reference(request: EvaluationRequest, network: features.FeatureNetwork, world: World) -> metrics.Summary:
-    """The statistics of a request's reference, read from an .npz of statistics or taken of images. Raises InputError."""
+    """Return the statistics of a request's reference, read from an .npz of statistics or taken of images.
+
+    All ranks must call it. Raises InputError.
+    """
     path = Path(request.reference)
-    found = world.together(lambda: metrics.load(path)) if path.is_file() else None
+    summary = world.together(lambda: metrics.load(path)) if path.is_file() else None
     about = {"features": network.about(), "path": request.reference}
-    if found is None:
+    if summary is None:
         source = world.together(lambda: image_sets.open_images(request.reference, request.image_size, request.split, world.device))
         world.together(lambda: network.probe(source.shape))
-        found = summarize(source, network, REFERENCE_KEPT, world, "reference")
-        return replace(found, about={**found.about, **about})
-    world.together(lambda: _check_fits(found, path, network))
-    if found.features is None and image_sets.has_images(path):  # ADM's: 10,000 images beside the statistics of all
+        summary = summarize(source, network, world, "reference", REFERENCE_FEATURES)
+        return replace(summary, about={**summary.about, **about})
+    world.together(lambda: _check_fits(summary, path, network))
+    if summary.features is None and image_sets.has_images(path):  # ADM's: 10,000 images beside the statistics of all
         source = world.together(lambda: image_sets.of_npz(path))
         world.together(lambda: network.probe(source.shape))
-        found = replace(found, features=summarize(source, network, REFERENCE_KEPT, world, "reference").features)
-    return replace(found, about={"kind": "statistics", **found.about, **about, "sha256": sha256(path)})
+        summary = replace(summary, features=summarize(source, network, world, "reference", REFERENCE_FEATURES).features)
+    return replace(summary, about={"kind": "statistics", **summary.about, **about, "sha256": sha256(path)})
 
 
-def too_few(count: int | None, width: int, of: str) -> list[str]:
-    """A warning where a covariance is singular for want of images."""
+def too_few(count: int | None, width: int, kind: str) -> list[str]:
+    """Return a warning if there are too few images for a covariance that is not singular. kind: their name in the warning."""
     if count is None or count > width:
         return []
     return [
-        f"{count} {of} for features of width {width}: the covariance is singular and the Fréchet distance far too large; use at "
+        f"{count} {kind} for features of width {width}: the covariance is singular and the Fréchet distance far too large; use at "
         f"least {width + 1}, better {10 * width:,}"
     ]
 
 
 def say_dtype(source: ImageSet, world: World) -> None:
-    """Print on rank 0 what a checkpoint's samples are computed in."""
+    """Print on rank 0 the dtype and the device of the model that draws a checkpoint's samples."""
     if world.rank == 0 and "dtype" in source.about:
         print(f"model: {source.about['dtype']} on {device_name(world.device)}", flush=True)
 
 
 def warn(warnings: list[str]) -> None:
+    """Print warnings to stderr, above the progress bars."""
     for warning in warnings:
         tqdm.write(f"fastdit: warning: {warning}", file=sys.stderr)
 
 
 def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference: Path | None = None) -> dict:
-    """Evaluate as asked; the result, on rank 0 complete and written to `out` as JSON. save_reference: an .npz to write the
-    reference's statistics to. All ranks must call it. Raises InputError."""
+    """Evaluate a request. Returns the result, complete on rank 0, which also writes it to `out` as JSON.
+
+    save_reference: path of an .npz for the reference's statistics. All ranks must call it. Raises InputError.
+    """
     began = time.perf_counter()
     world = world_of_this_process()
     for path in (out, save_reference):
@@ -175,7 +187,7 @@ def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference
         say_dtype(source, world)
         world.together(lambda: network.probe(source.shape))
     elif Path(request.reference).is_file() and metrics.load(Path(request.reference)) is not None:
-        raise InputError(f"--reference {request.reference} holds statistics already: give a source to evaluate")
+        raise InputError(f"--reference {request.reference} contains statistics already: give a source to evaluate")
     reference = open_reference(request, network, world)
     warnings = too_few(reference.about.get("images"), network.widths[0], "reference images")
     if save_reference is not None and world.rank == 0:
@@ -184,7 +196,7 @@ def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference
     if source is not None:
         world.together(lambda: network.probe(source.shape))
         warnings += too_few(source.count, network.widths[0], "samples")
-        samples = summarize(source, network, KEPT, world, "evaluate")
+        samples = summarize(source, network, world, "evaluate")
         if world.rank == 0:
             result = {"metrics": metrics.compare(samples, reference, world.device), "samples": samples.about, **result}
     if world.rank == 0:

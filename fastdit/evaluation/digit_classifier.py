@@ -1,7 +1,7 @@
-"""The small classifier of the built-in digits: does a generated digit look like the class that was asked for?
+"""A small classifier of the built-in digits: the feature network "digits", and the judge of whether a generated digit is right.
 
-Its weights lie beside this file, so that every machine judges by the same network;
-`python -m fastdit.evaluation.digit_classifier` trains them again.
+Its weights lie beside this file, so that every machine judges by the same network; `python -m fastdit.evaluation.digit_classifier`
+trains them again.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from fastdit.data.builtin import mnist5k
 from fastdit.files import replacing
 
 WEIGHTS = Path(__file__).with_name("digit_classifier.safetensors")
-WIDTH = 128  # of the features
+WIDTH = 128  # feature width
 
 
 class Classifier(nn.Module):
@@ -32,19 +32,21 @@ class Classifier(nn.Module):
         self.output = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(WIDTH * 16, 10))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images uint8 [n,1,32,32] -> features fp32 [n,WIDTH], the last activations averaged over the image; logits fp32 [n,10]."""
+        """Return features fp32 [n,WIDTH], the mean of the last activations over the image, and logits fp32 [n,10] of images uint8
+        [n,1,32,32]."""
         maps = self.layers((images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last))
         return maps.mean((2, 3)), self.output(maps)
 
 
 def load() -> Classifier:
+    """Return the classifier with its trained weights, in eval mode."""
     net = Classifier().to(memory_format=torch.channels_last)
     net.load_state_dict(load_file(WEIGHTS))
     return net.eval().requires_grad_(False)
 
 
 def train_classifier(epochs: int = 8, seed: int = 0) -> Classifier:
-    """Trained on the real training digits, shifted by up to two pixels: some 10 s on two cores."""
+    """Return a classifier trained on the real training digits, shifted by up to two pixels: some 10 s on two cores."""
     generator = torch.Generator().manual_seed(seed)
     images, labels = mnist5k("train")
     images, labels = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
@@ -67,7 +69,7 @@ def train_classifier(epochs: int = 8, seed: int = 0) -> Classifier:
 
 @torch.inference_mode()
 def accuracy(net: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
-    """Share of images (uint8 [n,32,32,1]) that the classifier assigns to their labels (int [n])."""
+    """Return the share of images uint8 [n,32,32,1] that the classifier assigns to their labels, int [n]."""
     guesses = [net(part)[1].argmax(1) for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(500)]
     return (torch.cat(guesses) == torch.from_numpy(labels)).float().mean().item()
 

@@ -1,8 +1,8 @@
-"""Feature networks: what the metrics see of an image. B batch, S image size, C channels, d feature width.
+"""Feature networks, from images to the vectors that metrics compare. B batch size, S image size, C channels, d feature width.
 
-"digits" is the classifier of the built-in digits; anything else a TorchScript file with the interface of inception-2015-12-05.pt:
-net(images uint8 [B,3,S,S], return_features=True) -> fp32 [B,d], its last Linear named `output`. fp32 throughout, TF32 off, and
-batches of one shape, the last filled up.
+"digits" is the classifier of the built-in digits, anything else a TorchScript file with the interface of inception-2015-12-05.pt,
+net(images uint8 [B,3,S,S], return_features=True) -> fp32 [B,d], with its last Linear named `output`. Networks run in fp32 with TF32
+off, on batches of one shape, the last of which is filled up.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,13 +19,13 @@ from fastdit.evaluation import digit_classifier
 from fastdit.evaluation.metrics import Outputs
 from fastdit.files import sha256
 
-BATCH = 100  # images of every call of the network
-SPATIAL = 7  # channels of a spatial feature map that sFID sees, as ADM's evaluator
+BATCH = 100  # images per call of the network
+SPATIAL = 7  # channels of a spatial feature map that sFID uses, as in the ADM evaluator
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """fp32 matmuls and convolutions without TF32."""
+    """Run the block with fp32 matmuls and convolutions, without TF32."""
     matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -37,12 +37,21 @@ def full_precision() -> Iterator[None]:
 
 
 class FeatureNetwork:
-    """Images in, features out."""
+    """A network from images to features.
+
+    name: "digits" or the path of the file.
+    sha256: hash of the file of the weights.
+    widths: widths of features, probabilities and spatial features (0: none), set by `probe`.
+    knows_classes: whether the probabilities are of the classes of the samples.
+    """
 
     def __init__(self, compute: Callable[[Tensor], Outputs], path: Path, name: str, device: torch.device) -> None:
-        """compute: uint8 [BATCH,C,S,S] on `device` -> Outputs; path: of its weights."""
-        self._compute, self.name, self.sha256, self.device = compute, name, sha256(path), device
-        self.knows_classes = False  # whether its probabilities are of the classes that samples are drawn of
+        """compute: function from images uint8 [BATCH,C,S,S] on `device` to Outputs; path: file of the weights."""
+        self._compute = compute
+        self.name = name
+        self.sha256 = sha256(path)
+        self.device = device
+        self.knows_classes = False
         self.widths = (0, 0, 0)
 
     @torch.inference_mode()
@@ -51,8 +60,10 @@ class FeatureNetwork:
             return self._compute(images)
 
     def probe(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Widths of features, probabilities and spatial features (0: none) of images [S,S,C]. Raises InputError when the network
-        does not take them."""
+        """Return the widths of features, probabilities and spatial features (0: none) for images of shape (S, S, C).
+
+        Raises InputError if the network does not take such images.
+        """
         rows, columns, channels = shape
         try:
             outputs = self._batch(torch.zeros(BATCH, channels, rows, columns, dtype=torch.uint8, device=self.device))
@@ -60,18 +71,21 @@ class FeatureNetwork:
             last = str(error).strip().split("\n")[-1]
             raise InputError(f"feature network {self.name} fails on images of {rows}x{columns}x{channels}: {last}") from error
         if any(o is not None and (o.ndim != 2 or len(o) != BATCH) for o in outputs):
-            raise InputError(f"feature network {self.name} must give a vector an image, but gives {list(outputs.features.shape)}")
+            raise InputError(
+                f"feature network {self.name} must give one vector per image, but gives {list(outputs.features.shape)}"
+            )
         self.widths = tuple(0 if o is None else o.shape[1] for o in outputs)
         return self.widths
 
     def __call__(self, images: np.ndarray) -> Iterator[Outputs]:
-        """Outputs of images uint8 [n,S,S,C], BATCH at most at a time."""
+        """Yield the Outputs of images uint8 [n,S,S,C], at most BATCH at a time."""
         for first in range(0, len(images), BATCH):
             part = torch.from_numpy(np.ascontiguousarray(images[first : first + BATCH])).permute(0, 3, 1, 2).to(self.device)
             padded = F.pad(part, (0, 0, 0, 0, 0, 0, 0, BATCH - len(part)))
             yield Outputs(*(None if o is None else o[: len(part)] for o in self._batch(padded)))
 
     def about(self) -> dict:
+        """Return what results say of the network, as JSON types."""
         return {
             "network": self.name, "sha256": self.sha256, "width": self.widths[0], "dtype": "fp32", "tf32": False, "batch": BATCH,
         }  # fmt: skip
@@ -92,25 +106,25 @@ def _digits(device: torch.device) -> FeatureNetwork:
 
 
 def _prefix(net: torch.jit.ScriptModule, module: str) -> list[Callable]:
-    """The chain of submodules up to the one called `module`, such as layers.mixed_6.conv: those of `layers` before it, and it."""
+    """Return the submodules up to `module`, such as layers.mixed_6.conv: those of `layers` before it, then itself."""
     chain, parent = [], net
     names = module.split(".")
     for depth, name in enumerate(names):
         children = dict(parent.named_children())
         if name not in children:
             raise InputError(f"--spatial {module}: the network has no {name} there, but {', '.join(children) or 'nothing'}")
-        if depth == 1:  # the layers before; inside of a block, branches lie side by side
+        if depth == 1:  # the layers before it; inside a block, branches lie side by side
             chain += [child for other, child in list(children.items())[: list(children).index(name)]]
         parent = children[name]
     return [*chain, parent]
 
 
 def _resized(images: Tensor) -> Tensor:
-    """uint8 [B,3,S,S] -> fp32 [B,3,299,299] around 0: bilinear by corners, as TensorFlow 1 resized for the Inception of 2015."""
+    """Return images uint8 [B,3,S,S] as fp32 [B,3,299,299] around 0: bilinear by corners, as TensorFlow 1 resized for Inception."""
     count, _, rows, columns = images.shape
     at = lambda size: (torch.arange(299, device=images.device) * size / 299 + 0.5) * 2 / size - 1  # align_corners=False
-    place = torch.stack(torch.meshgrid(at(columns), at(rows), indexing="xy"), -1)
-    resized = F.grid_sample(images.float(), place.expand(count, -1, -1, -1), padding_mode="border", align_corners=False)
+    grid = torch.stack(torch.meshgrid(at(columns), at(rows), indexing="xy"), -1)
+    resized = F.grid_sample(images.float(), grid.expand(count, -1, -1, -1), padding_mode="border", align_corners=False)
     return (resized - 128) / 128
 
 
@@ -126,7 +140,7 @@ def _torchscript(path: Path, spatial: str | None, device: torch.device) -> Featu
     def compute(images: Tensor) -> Outputs:
         images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
         features = net(images, return_features=True).float()
-        probabilities = None if weight is None else (features @ weight.float().T).softmax(1)  # no bias, as ADM's evaluator
+        probabilities = None if weight is None else (features @ weight.float().T).softmax(1)  # no bias, as in the ADM evaluator
         maps = None
         if chain:
             maps = _resized(images)
@@ -139,12 +153,15 @@ def _torchscript(path: Path, spatial: str | None, device: torch.device) -> Featu
 
 
 def load(source: str, device: torch.device, wanted_sha256: str | None = None, spatial: str | None = None) -> FeatureNetwork:
-    """source: "digits" or a TorchScript file; spatial: its submodule whose first SPATIAL channels sFID takes (unverified: not run
-    on the real file). Raises InputError when the file is not there or its SHA-256 is not the one wanted."""
+    """Return the feature network of a source, "digits" or a TorchScript file.
+
+    wanted_sha256: required SHA-256 of the file; spatial: submodule whose first SPATIAL channels sFID uses (unverified: not
+    run on the real file). Raises InputError if the file does not exist, cannot be read or has another SHA-256.
+    """
     path = digit_classifier.WEIGHTS if source == "digits" else Path(source)
     if not path.is_file():
         raise InputError(f"--features {source} is neither 'digits' nor a file: give the path of inception-2015-12-05.pt, say")
-    found = sha256(path)
-    if wanted_sha256 and found != wanted_sha256.lower():
-        raise InputError(f"--features {source} has SHA-256 {found}, not {wanted_sha256}: it is another or a damaged file")
+    digest = sha256(path)
+    if wanted_sha256 and digest != wanted_sha256.lower():
+        raise InputError(f"--features {source} has SHA-256 {digest}, not {wanted_sha256}: it is another or a damaged file")
     return _digits(device) if source == "digits" else _torchscript(path, spatial, device)

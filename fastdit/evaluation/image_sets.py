@@ -1,6 +1,6 @@
-"""Sets of images to take statistics of: samples drawn from a checkpoint, an .npz, a folder, an index, the built-in digits.
+"""Sets of images to take statistics of: samples drawn from a model, an .npz, a folder, an index, the built-in digits.
 
-n images, S size, C channels.
+n images, b batch size, S height and width, C channels.
 """
 
 import zipfile
@@ -29,17 +29,25 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".p
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A set of images: batches(world) yields a rank's share, ids int64 [b] with images uint8 [b,S,S,C]."""
+    """A set of images that are read or drawn as they are needed. A new kind of set is one more function that returns one.
+
+    count: number of images.
+    shape: (S, S, C) of each.
+    batches: function that yields the share of this rank of a World, as ids int64 [b] with images uint8 [b,S,S,C]; each id of 0 ..
+        count−1 comes once on one of the ranks.
+    about: where the images are from, as JSON types; measured results contain it.
+    labels: classes of the images, int64 [n], or None.
+    """
 
     count: int
-    shape: tuple[int, int, int]  # S, S, C
+    shape: tuple[int, int, int]
     batches: Callable[[World], Iterator[tuple[np.ndarray, np.ndarray]]]
     about: dict
-    labels: np.ndarray | None = None  # int64 [n]: the classes asked for
+    labels: np.ndarray | None = None
 
 
 def of_array(images: np.ndarray, labels: np.ndarray | None, about: dict) -> ImageSet:
-    """images uint8 [n,S,S,C]."""
+    """Return the set of images uint8 [n,S,S,C] with labels int64 [n] or None."""
 
     def batches(world: World) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for ids in _shares(len(images), world):
@@ -49,14 +57,17 @@ def of_array(images: np.ndarray, labels: np.ndarray | None, about: dict) -> Imag
 
 
 def _shares(count: int, world: World) -> Iterator[np.ndarray]:
-    """This rank's ids, BATCH at most at a time."""
+    """Yield the ids int64 [b] of this rank, at most BATCH at a time."""
     for ids in shares(count, world, BATCH):
         yield np.arange(ids.start, ids.stop)
 
 
 def evaluation_labels(balance: str, count: int, num_classes: int, seed: int) -> Tensor:
-    """int64 [n]: "balanced", each class equally often and one after the other, as `fastdit sample --per-class` draws; or "random",
-    named by the seed. Raises InputError when they cannot be balanced."""
+    """Return the classes of `count` samples, int64 [n].
+
+    balance: "balanced", each class equally often and one after the other, as in `fastdit sample --per-class`; or "random", drawn
+    from the seed. Raises InputError if they cannot be balanced.
+    """
     if balance == "random":
         u = kernels.counter_uniform(seed, Stream.EVALUATION_LABEL, torch.arange(count), ())
         return (u * num_classes).long().clamp(max=num_classes - 1)
@@ -97,7 +108,7 @@ def of_checkpoint(sampler: Sampler, count: int, balance: str, overrides: dict, s
 
 
 def _header(file) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of an open .npy."""
+    """Return shape and dtype of an open .npy. Raises ValueError for Fortran order."""
     read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
     shape, fortran, dtype = read[np.lib.format.read_magic(file)[0]](file)
     if fortran:
@@ -106,14 +117,16 @@ def _header(file) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def has_images(path: Path) -> bool:
-    """Whether an .npz holds images too."""
+    """Whether an .npz contains images."""
     with zipfile.ZipFile(path) as archive:
         return "arr_0.npy" in archive.namelist()
 
 
 def of_npz(path: Path) -> ImageSet:
-    """An .npz of the ADM evaluator's format: arr_0 uint8 [n,S,S,C], perhaps arr_1 labels [n]; read batch after batch. Raises
-    InputError when it is corrupt."""
+    """Return the images of an .npz in the ADM evaluator's format: arr_0 uint8 [n,S,S,C] and, optionally, labels arr_1 [n].
+
+    It is read batch after batch. Raises InputError if it is corrupt.
+    """
     corrupt = lambda error: InputError(f"{path} cannot be read as an .npz of images: {error}: fetch or make it again")
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
@@ -123,7 +136,7 @@ def of_npz(path: Path) -> ImageSet:
         with np.load(path) as arrays:
             labels = arrays["arr_1"].astype(np.int64) if "arr_1" in arrays else None
         if labels is not None and labels.shape != shape[:1]:
-            raise ValueError(f"arr_1 holds {list(labels.shape)} labels of {shape[0]} images")
+            raise ValueError(f"arr_1 holds {list(labels.shape)} labels for {shape[0]} images")
     except BAD_NPZ as error:
         raise corrupt(error) from error
 
@@ -144,17 +157,17 @@ def of_npz(path: Path) -> ImageSet:
 
 
 def _pixels(path: Path, mode: str) -> np.ndarray:
-    """uint8 [S,S,C] of an image file in a mode, "L" or "RGB". Raises InputError when it cannot be decoded."""
+    """Return an image file as uint8 [S,S,C] in a mode, "L" or "RGB". Raises InputError if it cannot be decoded."""
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert(mode))
     except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path} cannot be decoded: {error}: take it out, or write it again") from error
+        raise InputError(f"{path} cannot be decoded: {error}: remove it, or write it again") from error
     return pixels[..., None] if mode == "L" else pixels
 
 
 def of_folder(folder: Path) -> ImageSet:
-    """The image files below a folder, all of one size; grey if the first is. Raises InputError when there are none."""
+    """Return the image files below a folder, all of one size; grey if the first is. Raises InputError if there are none."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
     if not paths:
         raise InputError(f"{folder} holds no checkpoint and no images ({', '.join(IMAGES)}): give a folder that does")
@@ -179,8 +192,10 @@ def of_folder(folder: Path) -> ImageSet:
 
 
 def of_index(folder: Path, size: int, split: str, device: torch.device, at_most: int | None = None) -> ImageSet:
-    """A split of an index, or `at_most` evenly spread images of it, resized (antialiased, cubic) and cut to size x size as for
-    training. Raises InputError."""
+    """Return a split of an index, or at most `at_most` evenly spread images of it.
+
+    They are resized (antialiased, cubic) and cut to size x size pixels as for training. Raises InputError.
+    """
     from fastdit.data.loader import Decoder
 
     index = open_index(folder)
@@ -209,16 +224,16 @@ def of_index(folder: Path, size: int, split: str, device: torch.device, at_most:
 
 
 def open_images(path: str, size: int | None, split: str, device: torch.device) -> ImageSet:
-    """The images of "mnist5k", an index (in `size` pixels), an .npz or a folder. Raises InputError for anything else."""
-    place = Path(path)
+    """Return the images of "mnist5k", an index (in `size` pixels), an .npz or a folder. Raises InputError for anything else."""
+    location = Path(path)
     if path == "mnist5k":
         return of_array(*mnist5k(split), {"kind": "builtin", "path": path, "split": split})
-    if is_index(place):
+    if is_index(location):
         if size is None:
             raise InputError(f"{path} is an index, whose images have many sizes: say which to cut them to with --image-size")
-        return of_index(place, size, split, device)
-    if place.is_dir():
-        return of_folder(place)
-    if place.is_file():
-        return of_npz(place)
-    raise InputError(f"{path} is not there: give an .npz, a folder of images, an index of `fastdit prepare` or mnist5k")
+        return of_index(location, size, split, device)
+    if location.is_dir():
+        return of_folder(location)
+    if location.is_file():
+        return of_npz(location)
+    raise InputError(f"{path} does not exist: give an .npz, a folder of images, an index of `fastdit prepare` or mnist5k")

@@ -1,9 +1,11 @@
-"""Statistics of image features, streamed over batches and ranks, and the distances between two sets of them. No I/O but .npz.
+"""Statistics of image features, summed over batches and ranks, and the distances between two sets of them. No I/O but .npz.
 
-n samples, d feature width. Sums, covariances and distances are fp64. The Fréchet distance follows the ADM evaluator
-(guided-diffusion, evaluations/evaluator.py: unbiased covariance, matrix square root in fp64), precision and recall its third
-neighbours. torchmetrics 1.9.0 was tried first: its Fréchet distance of 300 samples to themselves at d = 512 is -4e-6 (eigenvalues
-of an unsymmetric product), its KID is fp32 (1.5e-3 off) and of random subsets, and neither takes statistics from a file.
+n samples, b batch size, d feature width, k classes. Sums, covariances and distances are fp64.
+
+The Fréchet distance follows the ADM evaluator (guided-diffusion, evaluations/evaluator.py: unbiased covariance, square root in
+fp64), and precision and recall use its third neighbours. torchmetrics 1.9.0 was tried first: its Fréchet distance of 300 samples to
+themselves at d = 512 is -4e-6 (eigenvalues of an unsymmetric product), its KID is fp32 (1.5e-3 off) and of random subsets, and
+neither takes statistics from a file.
 """
 
 import json
@@ -24,15 +26,15 @@ from fastdit.distributed import World
 from fastdit.files import replacing
 from fastdit.progress import progress_bar
 
-NEIGHBOUR = 3  # whose distance is a sample's radius, arXiv:1904.06991
-SPLIT = 5000  # samples of which one Inception score is taken; the mean over the splits is reported
-BLOCK = 2048  # rows of a block of pairwise distances
-BAD_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # what a corrupt one raises
+NEIGHBOUR = 3  # the neighbour whose distance is the radius of a sample, arXiv:1904.06991
+SPLIT = 5000  # samples per Inception score; the mean over the splits is reported
+BLOCK = 2048  # rows and columns per block of pairwise distances
+BAD_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)  # raised for a corrupt file
 
 
 class Outputs(NamedTuple):
-    """What a feature network says of a batch: features fp32 [b,d]; class probabilities fp32 [b,k] and spatial features fp32 [b,s]
-    where it has them."""
+    """The outputs of a feature network: features fp32 [b,d]; class probabilities fp32 [b,k] and spatial features fp32 [b,s],
+    None if it has none."""
 
     features: Tensor
     probabilities: Tensor | None = None
@@ -41,8 +43,14 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """The statistics of a set of images: mean fp64 [d] and covariance fp64 [d,d], of spatial features too where there are any
-    (mu_s, sigma_s); features fp32 [m,d] of evenly spread samples; about: what they are of."""
+    """The statistics of a set of images.
+
+    mu, sigma: mean fp64 [d] and covariance fp64 [d,d] of the features.
+    mu_s, sigma_s: the same of spatial features, None without them.
+    features: features fp32 [m,d] of evenly spread samples.
+    hits: int64 [k,k], how many samples of the class of a row were recognised as the class of a column.
+    about: where the images are from, as JSON types.
+    """
 
     mu: Tensor
     sigma: Tensor
@@ -50,7 +58,7 @@ class Summary:
     sigma_s: Tensor | None = None
     features: Tensor | None = None
     inception_score: float | None = None
-    hits: Tensor | None = None  # int64 [k, k], samples asked for and recognised
+    hits: Tensor | None = None
     about: dict = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Summary":
@@ -67,28 +75,30 @@ class Moments:
         self.outer = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def update(self, vectors: Tensor) -> None:
-        """vectors [b,d]"""
+        """Add vectors [b,d]."""
         vectors = vectors.double()
         self.count += len(vectors)
         self.sum += vectors.sum(0)
         self.outer.addmm_(vectors.T, vectors)
 
     def sums(self) -> list[Tensor]:
+        """Return the tensors to be added over ranks."""
         return [self.count, self.sum, self.outer]
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Mean [d] and unbiased covariance [d,d]."""
+        """Return the mean [d] and the unbiased covariance [d,d]."""
         mean = self.sum / self.count
         return mean, (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
 
 
 class Statistics:
-    """The statistics of `count` images, whose batches may come in any order and on any rank."""
+    """Accumulates the statistics of `count` images, whose batches may come in any order and on any rank."""
 
     def __init__(self, count: int, keep: int, widths: tuple[int, int, int], device: torch.device) -> None:
-        """keep: features to keep for KID, precision and recall, at most; widths: of features, of probabilities and of spatial
-        features, 0 where there are none."""
-        self.count, self.every = count, -(-count // keep)
+        """keep: largest number of features that are kept for KID, precision and recall; widths: widths of features, of
+        probabilities and of spatial features, 0 without them."""
+        self.count = count
+        self.every = -(-count // keep)
         features, classes, spatial = widths
         self.moments = Moments(features, device)
         self.spatial = Moments(spatial, device) if spatial else None
@@ -97,12 +107,15 @@ class Statistics:
         self.entropies = torch.zeros(self.splits, dtype=torch.float64, device=device)  # sums of Σ p·log p
         self.members = torch.zeros(self.splits, dtype=torch.float64, device=device)
         self.hits = torch.zeros(classes, classes, dtype=torch.float64, device=device)
-        self.kept: list[tuple[Tensor, Tensor]] = []  # ids and features
+        self.chosen: list[tuple[Tensor, Tensor]] = []  # ids and features of every `every`-th image
 
     def update(self, ids: Tensor, outputs: Outputs, labels: Tensor | None = None) -> None:
-        """ids int64 [b], each of 0 .. count−1 once; labels int64 [b]: the classes asked for, where the network knows them.
+        """Add the outputs of a batch.
 
-        The Inception score's splits take every SPLITth sample, not SPLIT in a row as ADM's do: samples may be sorted by class.
+        ids: int64 [b], each of 0 .. count−1 once; labels: classes of the samples, int64 [b], if the network knows them.
+
+        A split of the Inception score takes samples at equal distances, not SPLIT in a row as in the ADM evaluator, because samples
+        may be sorted by class.
         """
         self.moments.update(outputs.features)
         if self.spatial:
@@ -113,23 +126,23 @@ class Statistics:
             self.entropies.index_add_(0, split, torch.xlogy(p, p).sum(1))
             self.members.index_add_(0, split, torch.ones_like(p[:, 0]))
             if labels is not None:
-                place = labels.to(p.device), p.argmax(1)
-                self.hits.index_put_(place, torch.ones_like(p[:, 0]), accumulate=True)
+                index = labels.to(p.device), p.argmax(1)
+                self.hits.index_put_(index, torch.ones_like(p[:, 0]), accumulate=True)
         chosen = ids.cpu() % self.every == 0
-        self.kept.append((ids.cpu()[chosen], outputs.features.float().cpu()[chosen]))
+        self.chosen.append((ids.cpu()[chosen], outputs.features.float().cpu()[chosen]))
 
     def summary(self, world: World) -> Summary:
-        """Of all ranks' images, on rank 0 alone complete: the others get no features. All ranks must call it, once."""
-        kept = self.kept
+        """Return the statistics of all ranks' images. Ranks other than 0 get no features. All ranks must call it, once."""
+        chosen = self.chosen
         if world.size > 1:
             sums = [*self.moments.sums(), self.probabilities, self.entropies, self.members, self.hits]
             for tensor in sums + (self.spatial.sums() if self.spatial else []):
                 dist.all_reduce(tensor)
             parts: list | None = [None] * world.size if world.rank == 0 else None
-            dist.gather_object(kept, parts, group=world.control)
-            kept = [pair for part in parts for pair in part] if parts else []
+            dist.gather_object(chosen, parts, group=world.control)
+            chosen = [pair for part in parts for pair in part] if parts else []
         if int(self.moments.count) != self.count:
-            raise RuntimeError(f"{int(self.moments.count)} of {self.count} images came")
+            raise RuntimeError(f"{int(self.moments.count)} of {self.count} images were added")
         score = None
         if self.probabilities.shape[1]:
             p = self.probabilities / self.members[:, None]
@@ -137,37 +150,37 @@ class Statistics:
         return Summary(
             *(t.cpu() for t in self.moments.result()),
             *((t.cpu() for t in self.spatial.result()) if self.spatial else (None, None)),
-            _in_order(kept), score,
+            _in_order(chosen), score,
             self.hits.long().cpu() if self.hits.any() else None,
         )  # fmt: skip
 
 
-def _in_order(kept: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """The features of pairs (ids, features) in the order of their ids; None of no pairs."""
-    if not kept:
+def _in_order(pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """Return the features of pairs (ids, features) in the order of their ids; None without pairs."""
+    if not pairs:
         return None
-    ids, features = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    ids, features = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return features[ids.argsort()]
 
 
 def _factor(sigma: Tensor) -> Tensor:
-    """L with L·Lᵀ = sigma, symmetric and positive semidefinite up to rounding."""
+    """Return L with L·Lᵀ = sigma, which is symmetric and, up to rounding, positive semidefinite."""
     values, vectors = torch.linalg.eigh(sigma)
     return vectors * values.clamp(min=0).sqrt()
 
 
 def frechet_distance(mu: Tensor, sigma: Tensor, mu_r: Tensor, sigma_r: Tensor) -> float:
-    """|μ−μᵣ|² + tr(Σ + Σᵣ − 2·√(Σ·Σᵣ)) (arXiv:1706.08500, equation 6), fp64; means [d], covariances [d,d].
+    """Return |μ−μᵣ|² + tr(Σ + Σᵣ − 2·√(Σ·Σᵣ)) (arXiv:1706.08500, equation 6) of means [d] and covariances [d,d], fp64.
 
-    The eigenvalues of √(Σ·Σᵣ) are the singular values of LᵀLᵣ for Σ = L·Lᵀ: exact to rounding where covariances are singular, where
-    the square root of a product's small eigenvalues is not.
+    The eigenvalues of √(Σ·Σᵣ) are the singular values of LᵀLᵣ for Σ = L·Lᵀ. These are exact to rounding even if covariances are
+    singular, when the square roots of the product's small eigenvalues are not.
     """
     root = torch.linalg.svdvals(_factor(sigma).T @ _factor(sigma_r)).sum()
     return ((mu - mu_r).square().sum() + sigma.trace() + sigma_r.trace() - 2 * root).item()
 
 
 def _blocks(a: Tensor, b: Tensor, bar):
-    """Slices of rows of a and their inner products with those of b, fp64 [at most BLOCK, at most BLOCK]."""
+    """Yield slices of the rows of a and of b with the inner products of these rows, fp64 [at most BLOCK, at most BLOCK]."""
     for i in range(0, len(a), BLOCK):
         rows = a[i : i + BLOCK].double()
         for j in range(0, len(b), BLOCK):
@@ -175,23 +188,37 @@ def _blocks(a: Tensor, b: Tensor, bar):
             bar.update()
 
 
-def _bar(what: str, *pairs: tuple[Tensor, Tensor]):
+def _bar(description: str, *pairs: tuple[Tensor, Tensor]):
+    """Return a progress bar over the blocks of pairs of sets of rows, shown after 5 s."""
     blocks = sum(-(-len(a) // BLOCK) * -(-len(b) // BLOCK) for a, b in pairs)
-    return progress_bar(blocks, description=what, unit="block", delay=5)
+    return progress_bar(blocks, description=description, unit="block", delay=5)
 
 
 def kernel_distance(x: Tensor, y: Tensor) -> float:
-    """KID: the squared maximum mean discrepancy of features [n,d] and [m,d] under k(a,b) = (a·b/d + 1)³, unbiased
-    (arXiv:1801.01401, section 4), over all pairs, where others average random subsets: the same expectation, no random numbers."""
+    """Return KID, the unbiased squared maximum mean discrepancy of features [n,d] and [m,d] under k(a,b) = (a·b/d + 1)³
+    (arXiv:1801.01401, section 4).
+
+    It is taken over all pairs. Other evaluators average random subsets, which has the same expectation.
+    """
     with _bar("KID", (x, x), (y, y), (x, y)) as bar:
-        total = lambda a, b: sum(((block / x.shape[1] + 1) ** 3).sum().item() for *_, block in _blocks(a, b, bar))
-        own = lambda a: (total(a, a) - ((a.double().square().sum(1) / a.shape[1] + 1) ** 3).sum().item()) / (len(a) * (len(a) - 1))
-        return own(x) + own(y) - 2 * total(x, y) / (len(x) * len(y))
+
+        def total(a: Tensor, b: Tensor) -> float:
+            return sum(((block / x.shape[1] + 1) ** 3).sum().item() for *_, block in _blocks(a, b, bar))
+
+        def mean_of_pairs(a: Tensor) -> float:
+            """The mean of k over pairs of different rows."""
+            diagonal = ((a.double().square().sum(1) / a.shape[1] + 1) ** 3).sum().item()
+            return (total(a, a) - diagonal) / (len(a) * (len(a) - 1))
+
+        return mean_of_pairs(x) + mean_of_pairs(y) - 2 * total(x, y) / (len(x) * len(y))
 
 
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
-    """Shares of fake samples in the real manifold and of real ones in the fake manifold (arXiv:1904.06991, equations 1 and 2):
-    within a sample's distance to its NEIGHBOURth neighbour. Features [n,d] and [m,d], n and m above NEIGHBOUR."""
+    """Return the share of fake samples in the real manifold and of real ones in the fake manifold (arXiv:1904.06991, equations 1
+    and 2), of features [n,d] and [m,d] with n and m above NEIGHBOUR.
+
+    A manifold is the union of balls around its samples whose radius is the distance to the NEIGHBOURth neighbour.
+    """
     norms = {id(side): side.double().square().sum(1) for side in (real, fake)}
     with _bar("precision and recall", (real, real), (fake, fake), (real, fake)) as bar:
 
@@ -288,22 +315,22 @@ def scalars(values: dict) -> dict[str, float]:
 
 
 def save(summary: Summary, path: Path) -> None:
-    """Write an .npz as the ADM evaluator reads it (mu, sigma, mu_s, sigma_s), with the kept features and what they are of."""
+    """Write an .npz as the ADM evaluator reads it (mu, sigma, mu_s, sigma_s), with the kept features and `about`."""
     arrays = {key: getattr(summary, key) for key in ("mu", "sigma", "mu_s", "sigma_s", "features")}
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, about=json.dumps(summary.about), **{k: v.numpy() for k, v in arrays.items() if v is not None})
 
 
 def load(path: Path) -> Summary | None:
-    """The statistics of an .npz, None where it holds none. Raises InputError when it is corrupt."""
+    """Return the statistics of an .npz, None if it contains none. Raises InputError if it is corrupt."""
     try:
         if path.exists() and not zipfile.is_zipfile(path):
             raise zipfile.BadZipFile("no zip archive")
-        with np.load(path) as found:
-            if "mu" not in found or "sigma" not in found:
+        with np.load(path) as file:
+            if "mu" not in file or "sigma" not in file:
                 return None
-            arrays = {key: torch.from_numpy(found[key]) for key in ("mu", "sigma", "mu_s", "sigma_s", "features") if key in found}
-            about = json.loads(str(found["about"])) if "about" in found else {}
+            arrays = {key: torch.from_numpy(file[key]) for key in ("mu", "sigma", "mu_s", "sigma_s", "features") if key in file}
+            about = json.loads(str(file["about"])) if "about" in file else {}
     except BAD_NPZ as error:
         raise InputError(f"{path} cannot be read as an .npz: {error}: it is damaged or not one; fetch or make it again") from error
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):

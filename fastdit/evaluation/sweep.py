@@ -1,5 +1,7 @@
-"""`fastdit sweep`: one checkpoint's metrics over a grid of sampler settings and EMA decays: a table, a CSV, and the same seeds
-drawn under each setting."""
+"""`fastdit sweep`: the metrics of one checkpoint over a grid of sampler settings and weights.
+
+It makes a table, a CSV, and a picture of the same seeds under each setting.
+"""
 
 import csv
 import io
@@ -23,12 +25,12 @@ from fastdit.files import write_atomically
 from fastdit.sampling import pictures
 from fastdit.sampling.sampler import Sampler, gather
 
-SHOWN = 10  # samples of each setting in the picture
+SHOWN = 10  # samples per setting in the picture
 
 
 @dataclass(frozen=True)
 class Row:
-    """A setting, its metrics, and the first images drawn under it."""
+    """A setting, its metrics by name, and evenly spread samples."""
 
     setting: dict
     metrics: dict
@@ -36,7 +38,7 @@ class Row:
 
 
 def parse_axes(words: list[str]) -> dict[str, list]:
-    """ "guidance=0,1.5" "weights=ema,raw" as {"guidance": [0.0, 1.5], "weights": ["ema", "raw"]}. Raises InputError."""
+    """Return {"guidance": [0.0, 1.5], "weights": ["ema", "raw"]} of "guidance=0,1.5" "weights=ema,raw". Raises InputError."""
     kinds = {**typing.get_type_hints(SampleConfig), "weights": str}
     kinds = {name: kinds[name] for name in [*(f.name for f in fields(SampleConfig)), "weights"]}
     axes: dict[str, list] = {}
@@ -54,7 +56,7 @@ def parse_axes(words: list[str]) -> dict[str, list]:
 
 
 def _watched(source: ImageSet, shown: dict[int, np.ndarray]) -> ImageSet:
-    """The same source, which keeps evenly spread samples in `shown` on their way."""
+    """Return the same set; evenly spread samples are also put into `shown` when they are drawn."""
     wanted = set(np.linspace(0, source.count - 1, min(SHOWN, source.count)).round().astype(int).tolist())
 
     def batches(world: World):
@@ -99,7 +101,7 @@ def sweep_table(rows: list[Row]) -> str:
 
 
 def picture(rows: list[Row]) -> Image.Image:
-    """A row of images a setting, its values and distance on the left, the best on green."""
+    """Return a picture with one row of images per setting, its values and distance on the left, the best on green."""
     grids = [pictures.grid(row.images, len(row.images)).convert("RGB") for row in rows]
     font = ImageFont.load_default(max(11, min(20, grids[0].height // 4)))
     setting = lambda row: "  ".join(f"{key} {value}" for key, value in row.setting.items())
@@ -140,7 +142,7 @@ def sweep(request: EvaluationRequest, axes: dict[str, list], out: Path) -> list[
     for setting, images in zip(settings, samples, strict=True):
         shown: dict[int, np.ndarray] = {}
         name = f"{len(rows) + 1}/{len(settings)} " + " ".join(f"{key}={value}" for key, value in setting.items())
-        summary = evaluate_command.summarize(_watched(images, shown), network, evaluate_command.KEPT, world, name)
+        summary = evaluate_command.summarize(_watched(images, shown), network, world, name)
         shown = gather(shown, world)
         if world.rank == 0:
             rows.append(Row(setting, metrics.compare(summary, reference, world.device), np.stack(list(shown.values()))))

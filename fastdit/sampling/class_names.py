@@ -1,4 +1,4 @@
-"""Classes as a user names them, as class ids."""
+"""Class ids from the ids and names that a user gives."""
 
 import torch
 
@@ -8,22 +8,23 @@ from fastdit.flow import Stream
 
 
 def _class_of_name(name: str, names: list[str]) -> int:
-    """The class one of whose names (ImageNet's have several, "tench, Tinca tinca") is `name`. Raises InputError."""
+    """Return the class that has `name` among its names (ImageNet's have several, "tench, Tinca tinca"). Raises InputError."""
     ids: dict[str, list[int]] = {}
     for i, synonyms in enumerate(names):
         for synonym in synonyms.lower().split(", "):
             ids.setdefault(synonym, []).append(i)
-    found = ids.get(name.lower(), [])
-    if len(found) != 1:
-        fix = f"it names classes {' and '.join(map(str, found))}: give the id" if found else nearest(name.lower(), list(ids))
+    matches = ids.get(name.lower(), [])
+    if len(matches) != 1:
+        several = f"it names classes {' and '.join(map(str, matches))}: give the id"
+        fix = several if matches else nearest(name.lower(), list(ids))
         raise InputError(f"--class {name!r} is not one class of this model: {fix}")
-    return found[0]
+    return matches[0]
 
 
 def parse_classes(text: str, num_classes: int, names: list[str] | None = None, seed: int = 0) -> list[int]:
-    """ "3", "207,360", "golden retriever,otter", "all" or "-1" (a random class, drawn from the seed) as class ids.
+    """Return the class ids of "3", "207,360", "golden retriever,otter", "all" or "-1" (a random class, drawn from the seed).
 
-    names: of the classes, where they are known. Raises InputError for anything else or an id out of range.
+    names: names of the classes, if they are known. Raises InputError for anything else or an id out of range.
     """
     if text == "all":
         return list(range(num_classes))
@@ -35,7 +36,7 @@ def parse_classes(text: str, num_classes: int, names: list[str] | None = None, s
         elif part.lstrip("-").isdecimal():
             if not 0 <= int(part) < num_classes:
                 raise InputError(
-                    f"--class {part} is out of range: this model's classes are 0 to {num_classes - 1}, and -1 a random one"
+                    f"--class {part} is out of range: this model's classes are 0 to {num_classes - 1}, and -1 is a random one"
                 )
             classes.append(int(part))
         elif names:

@@ -116,7 +116,7 @@ class Drawing:
         self.in_gif = request.in_gif(len(self.labels))
         self.parts = Parts(request.npz, len(self.labels), request.at_once) if request.npz else None
         self.needs_images = bool(request.out or request.folder or request.npz)  # of final latents
-        # what is written at the end: latents by the first sample of their batch, images and an animation's latents by sample
+        # Written at the end: latents by the first sample of their batch; images and the latents of an animation by sample.
         self.latents: dict[int, Tensor] = {}
         self.images: dict[int, np.ndarray] = {}
         self.frames: dict[int, list[Tensor]] = {}
@@ -132,7 +132,7 @@ class Drawing:
             try:
                 request.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise InputError(f"--folder {request.folder} cannot be made: {error.strerror}: choose another place") from error
+                raise InputError(f"--folder {request.folder} cannot be made: {error.strerror}: choose another folder") from error
         if self.parts:
             self.parts.begin(self._npz_settings())
 
@@ -181,11 +181,11 @@ class Drawing:
         description = f"{len(self.labels)} images"
         with progress_bar(len(mine) * steps, description=description, disable=self.world.rank > 0) as bar:
             for ids, x in batches:
-                self._keep(ids, x)
+                self._take(ids, x)
         return clock.report(sum(map(len, mine)))
 
-    def _keep(self, ids: range, x: Tensor) -> None:
-        """Write or keep the final latents of a batch."""
+    def _take(self, ids: range, x: Tensor) -> None:
+        """Write the final latents of a batch, or hold them for `write`."""
         request = self.request
         if request.latents:
             self.latents[ids.start] = x.cpu()
@@ -201,9 +201,9 @@ class Drawing:
                 self.images[i] = image
 
     def write(self) -> None:
-        """Gather what the ranks kept and write the files that hold all of it. All ranks must call it."""
+        """Gather the results of all ranks and write the files that hold all of them. All ranks must call it."""
         request = self.request
-        latents, images, frames = (gather(kept, self.world) for kept in (self.latents, self.images, self.frames))
+        latents, images, frames = (gather(parts, self.world) for parts in (self.latents, self.images, self.frames))
         if self.world.rank > 0:
             return
         if request.out:

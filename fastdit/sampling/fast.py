@@ -1,4 +1,7 @@
-"""Models that are only sampled from, made fast: CUDA graphs on a GPU, packed blocks on a CPU with AMX."""
+"""Fast paths of models that are used only for inference: CUDA graphs on a GPU, packed blocks on a CPU with AMX.
+
+B batch size, T tokens, H width, C/h/w channels, rows and columns of a latent.
+"""
 
 from collections.abc import Callable
 
@@ -10,11 +13,11 @@ from fastdit.device import native_bf16
 from fastdit.graphs import Recorded, graph_pool, warm_up
 from fastdit.model import QK_EPS, Block, DiT
 
-GRAPHS = 4  # CUDA graphs kept: with and without guidance, of a full and of the last batch
+GRAPHS = 4  # CUDA graphs that are kept: with and without guidance, for a full batch and for the last one
 
 
 class Graphs:
-    """model.velocity as CUDA graphs, one per batch size: a replay costs one launch instead of hundreds.
+    """DiT.velocity as CUDA graphs, one per batch size: a replay costs one launch instead of hundreds.
 
     All graphs allocate from one memory pool. That is safe because replays follow each other on one stream and each output is
     copied before the next replay.
@@ -23,15 +26,15 @@ class Graphs:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.pool = graph_pool(torch.device("cuda"))
-        self.captured: dict[int, tuple] = {}  # by batch size, the least recently used first
+        self.captured: dict[int, tuple] = {}  # by batch size, least recently used first
 
     def __call__(self, x: Tensor, t: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
-        """DiT.velocity: x fp32 [B,C,h,w], t fp32 [], classes [U,H] with U <= B, rows int64 [B]. Returns [B,C,h,w]."""
+        """Return the velocity [B,C,h,w] of x fp32 [B,C,h,w], t fp32 [], classes [U,H] with U <= B and rows int64 [B]."""
         batch = len(x)
         if batch not in self.captured:
             if len(self.captured) == GRAPHS:
                 del self.captured[next(iter(self.captured))]
-            # U differs from batch to batch where classes are random: the buffer has room for B, and rows never points past U
+            # U differs from batch to batch if classes are random: the buffer has room for B, and rows never points past U
             self.captured[batch] = self._capture(x.clone(), t.clone(), classes.new_zeros(batch, classes.shape[1]), rows.clone())
         recorded, static = self.captured[batch] = self.captured.pop(batch)
         for buffer, tensor in zip(static, (x, t, classes, rows), strict=True):
@@ -46,7 +49,7 @@ class Graphs:
 
 
 class PackedBlock(nn.Module):
-    """A Block that is only sampled from, by `kernels.dit_block` and with weights packed for it."""
+    """A Block for inference, by `kernels.dit_block` with weights packed for it."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -62,15 +65,17 @@ class PackedBlock(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], cos: Tensor | None, sin: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """Return what Block.forward does: the residual stream and the next block's input, both [B,T,H]."""
         return kernels.dit_block(x, y, modulation, self.weights, cos, sin, self.heads, QK_EPS)
 
 
 class PackedLinear(nn.Module):
-    """A Linear that is only sampled from, on a CPU: weights in oneDNN's own order, faster where they are large and rows are few."""
+    """A Linear for inference on a CPU: weights in the order of oneDNN, which is faster if they are large and rows are few."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight, 8), linear.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight, 8)
+        self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -82,11 +87,12 @@ def _refuse_state(*_) -> None:
 
 @torch.no_grad()
 def fast_velocity(model: DiT, device: torch.device) -> Callable | None:
-    """Makes a model, that is to be sampled from alone, fast, and returns what samplers.guided may call in place of model.velocity.
+    """Prepare a model for inference only. Returns a faster replacement of `model.velocity`, or None if there is none or the model
+    itself was made faster in place.
 
-    On CUDA: CUDA graphs. Blocks are not compiled: Inductor finds nothing to fuse in their forward pass, which is matmuls, attention
-    and library ops, and each batch size would be compiled anew. On a CPU with AMX, in bf16: packed blocks, and nothing to call; the
-    model can then not be saved, copied, cast or trained.
+    On CUDA the replacement is CUDA graphs. Blocks are not compiled: Inductor finds nothing to fuse in their forward pass, which is
+    matmuls, attention and library ops, and each batch size would be compiled anew. On a CPU with AMX, in bf16, blocks are packed in
+    place; the model can then not be saved, copied, cast or trained.
     """
     if device.type == "cuda":
         return Graphs(model)

@@ -1,7 +1,7 @@
 """Samples for evaluators: an npz of arr_0 (uint8 [n,S,S,C]) and arr_1 (class ids int64 [n]), as ADM's evaluation suite reads it.
 
-Batches are written as they are made, by any number of ranks, into a folder beside the file, and joined at the end without ever
-being held together: a command that was killed goes on with the batches that are missing, and the file is the same to the byte.
+Any number of ranks write batches as they are made into a folder beside the file. At the end they are joined without being in memory
+together. A command that was killed resumes with the missing batches, and the file is the same to the byte.
 """
 
 import json
@@ -16,11 +16,13 @@ from fastdit.files import replacing, write_atomically
 
 
 class Parts:
-    """The batches of a file that is being made, in .<name>.parts beside it."""
+    """The batches of an unfinished file, in .<name>.parts beside it."""
 
     def __init__(self, path: Path, images: int, at_once: int) -> None:
-        """images: of the whole file; at_once: of a batch."""
-        self.path, self.images, self.batches = path, images, -(-images // at_once)
+        """path: path of the npz; images: images in it; at_once: images per batch."""
+        self.path = path
+        self.images = images
+        self.batches = -(-images // at_once)
         self.folder = path.with_name(f".{path.name}.parts")
 
     def begin(self, settings: dict) -> None:
@@ -41,15 +43,16 @@ class Parts:
         return self.folder / f"{k:06d}.npy"
 
     def has(self, k: int) -> bool:
+        """Whether batch k has been written."""
         return self._file(k).exists()
 
     def write(self, k: int, images: np.ndarray) -> None:
-        """Batch k, whole or not at all."""
+        """Write the images uint8 [B,S,S,C] of batch k, completely or not at all."""
         with replacing(self._file(k)) as temporary, temporary.open("wb") as file:
             np.save(file, images)
 
     def join(self, labels: np.ndarray) -> None:
-        """Write the npz out of all batches and remove them."""
+        """Write the npz from all batches and the labels int64 [n], and remove the batches."""
         shape = (self.images, *np.load(self._file(0), mmap_mode="r").shape[1:])
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with replacing(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:

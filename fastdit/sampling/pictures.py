@@ -1,4 +1,4 @@
-"""Images as one picture, or one animation, in a file."""
+"""Grids of images and animations, in memory and in files."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from fastdit.files import replacing
 
 
 def grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:
-    """Images uint8 [n,S,S,1 or 3] as one picture, `columns` a row, on white with `gap` pixels between."""
+    """Return images uint8 [n,S,S,1 or 3] as one picture, `columns` per row, on white with `gap` pixels between them."""
     n, size, _, channels = images.shape
     rows = -(-n // columns)
     step = size + gap
@@ -21,13 +21,13 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> Image.Image:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all."""
+    """Write a PNG, completely or not at all."""
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
 
 
 def save_animation(frames: list[Image.Image], path: Path, fps: float) -> None:
-    """Write a GIF or WebP, by the suffix, that shows the last frame for a second and begins again."""
+    """Write a GIF or WebP (by the suffix) of `fps` frames per second that shows the last frame for a second and repeats."""
     durations = [1000 / fps] * (len(frames) - 1) + [max(1000, 1000 / fps)]
     with replacing(path) as temporary:
         frames[0].save(

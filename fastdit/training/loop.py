@@ -324,9 +324,9 @@ class Trainer:
             self.log.say(f"warning: {error}; the checkpoints before it stay")
 
     def _averaged_model(self) -> DiT:
-        """A copy of the model with the EMA weights, on CUDA in the run's precision, on a CPU fp32. All ranks must call it."""
+        """Return a copy of the model with the EMA weights, fp32 on a CPU, else in the run's precision. All ranks must call it."""
         self._settle()
-        release_recorded(self.engine.module)  # what uses the copy needs memory as activations do
+        release_recorded(self.engine.module)  # for whatever uses the copy, which needs memory as activations do
         model = DiT(self.config.model).to(self.world.device).requires_grad_(False).eval()
         model.load_state_dict(gather(self.ema, self.shapes, self.world))
         return model if self.world.device.type == "cpu" else model.to(DTYPES[self.config.train.precision])

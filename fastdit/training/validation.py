@@ -1,7 +1,7 @@
-"""Validation during training: the EMA weights' loss on held-out images, the same at every step and in every run, and their FID.
+"""Validation during training: the loss of the EMA weights on held-out images, and their FID.
 
-n images, c/s latent channels and size. The loss is taken at 8 fixed timesteps, the middles of eight equal bins, each image with the
-same noise at all of them: runs, steps and numbers of ranks differ by the weights alone (and rounding).
+n images, c and s latent channels and size. The loss is taken at 8 fixed timesteps, the middles of eight equal bins, each image with
+the same noise at all of them: between runs, steps and numbers of ranks only the weights differ (and rounding).
 """
 
 import json
@@ -30,11 +30,11 @@ from fastdit.sampling.sampler import Sampler, image_shape
 from fastdit.training.telemetry import Log
 
 TIMESTEPS = tuple((k + 0.5) / 8 for k in range(8))
-SEED = 0  # of the noise, whatever the run's
+SEED = 0  # seed of the noise in every run
 
 
 def _chosen(total: int, wanted: int) -> np.ndarray:
-    """Rows of `wanted` evenly spread images of all, at most."""
+    """Return the rows of at most `wanted` evenly spread images of all."""
     return np.arange(0, total, -(-total // min(wanted, total)))
 
 
@@ -56,17 +56,17 @@ def _latents(folder: Path, codec, wanted: int, world: World) -> tuple[np.ndarray
     return ids, moments, labels[rows[ids]]
 
 
-def _images(config: Config, place: Path | None, world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """This rank's ids int64 [n], images uint8 [n,S,S,C] and labels [n] of the val split of an index, or of the digits (None)."""
-    if place is None:
+def _images(config: Config, index: Path | None, world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return this rank's ids int64 [n], images uint8 [n,S,S,C] and labels [n] of an index' val split, or of the digits (None)."""
+    if index is None:
         images, labels = mnist5k("val")
         rows = _chosen(len(images), config.validate.images)
-        held = image_sets.of_array(images[rows], labels[rows], {})
+        image_set = image_sets.of_array(images[rows], labels[rows], {})
     else:
-        held = image_sets.of_index(place, config.data.image_size, "val", world.device, config.validate.images)
-    parts = [(np.empty(0, np.int64), np.empty((0, *held.shape), np.uint8)), *held.batches(world)]
+        image_set = image_sets.of_index(index, config.data.image_size, "val", world.device, config.validate.images)
+    parts = [(np.empty(0, np.int64), np.empty((0, *image_set.shape), np.uint8)), *image_set.batches(world)]
     ids, images = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return ids, images, held.labels[ids]
+    return ids, images, image_set.labels[ids]
 
 
 def _held_out(config: Config, place: Path | None, codec, world: World) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,13 +99,17 @@ def _held_out(config: Config, place: Path | None, codec, world: World) -> tuple[
 
 
 class Validation:
-    """The held-out images of a run on their rank, encoded, and the reference of its FID."""
+    """The held-out images of this rank, encoded, and the reference of the FID."""
 
     def __init__(self, config: Config, place: Path | None, codec, run: Path, world: World) -> None:
-        """place: of data.locate. All ranks must call it. Raises InputError."""
-        self.config, self.codec, self.run, self.world = config, codec, run, world
+        """place: path from data.locate; run: folder of the run. All ranks must call it. Raises InputError."""
+        self.config = config
+        self.codec = codec
+        self.run = run
+        self.world = world
         self.ids, self.x0, self.labels = world.together(lambda: _held_out(config, place, codec, world))
-        self.network = self.reference = None
+        self.network = None
+        self.reference = None
         if config.validate.features != "none":
             self._open_reference()
 
@@ -113,7 +117,7 @@ class Validation:
         settings = self.config.validate
         reference = settings.reference or ("mnist5k" if settings.features == "digits" else None)
         if reference is None:
-            raise InputError("validate.features needs validate.reference: statistics or images, as of `fastdit evaluate`")
+            raise InputError("validate.features needs validate.reference: statistics or images, as in `fastdit evaluate`")
         self.network = self.world.together(lambda: features.load(settings.features, self.world.device))
         request = evaluate_command.EvaluationRequest(settings.features, reference, image_size=self.config.data.image_size)
         self.labels_drawn = image_sets.evaluation_labels("balanced", settings.samples, self.config.model.num_classes, SEED)
@@ -136,11 +140,11 @@ class Validation:
         return (sums[:-1] / sums[-1]).tolist()
 
     def _distances(self, model: nn.Module) -> dict:
-        """FID and its kin of samples of the model, on rank 0."""
+        """Return the metrics of samples of the model on rank 0, nothing on the others. The model cannot be used afterwards."""
         config = self.config
         sampler = Sampler.of_model(model, config, self.codec)
         drawn = image_sets.of_sampler(sampler, config.sample, self.labels_drawn, SEED, {})
-        samples = evaluate_command.summarize(drawn, self.network, evaluate_command.KEPT, self.world, "FID")
+        samples = evaluate_command.summarize(drawn, self.network, self.world, "FID")
         return metrics.scalars(metrics.compare(samples, self.reference, self.world.device)) if self.world.rank == 0 else {}
 
     def step(self, done: int, last: bool, averaged: Callable[[], nn.Module], log: Log) -> None:
@@ -161,7 +165,7 @@ class Validation:
 
 
 def plot_validation(run: Path) -> None:
-    """Draw validation.png of a run's metrics.jsonl: loss over steps, loss by timestep, FID where it was taken."""
+    """Draw validation.png of a run's metrics.jsonl: loss over steps, loss by timestep, and FID if it was taken."""
     from matplotlib.figure import Figure
 
     lines = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "val_loss" in line]

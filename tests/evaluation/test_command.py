@@ -205,7 +205,7 @@ def test_bad_input_is_one_sentence(trained, reference, inception, tmp_path, caps
         ([tmp_path / "corrupt.npz", *digits, "--reference", reference], "corrupt.npz cannot be read"),
         ([tmp_path / "flipped.npz", *digits, "--reference", reference], "flipped.npz cannot be read"),
         ([tmp_path / "empty", *digits], "no images"),
-        ([tmp_path / "nowhere", *digits], "is not there"),
+        ([tmp_path / "nowhere", *digits], "does not exist"),
         ([tmp_path / "floats.npz", *digits], "not uint8"),
         ([tmp_path / "one.npz", *digits, "--reference", reference], "at least 2"),
         ([tmp_path / "labels.npz", *digits, "--reference", reference], "labels up to 12"),

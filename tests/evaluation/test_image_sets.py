@@ -48,7 +48,7 @@ def test_ranks_read_each_image_once(tmp_path, monkeypatch, kind):
 def test_images_that_are_no_set_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 32, 32, 1)))
-    for path, message in (("empty", "no images"), ("floats.npz", "not uint8"), ("nowhere", "is not there")):
+    for path, message in (("empty", "no images"), ("floats.npz", "not uint8"), ("nowhere", "does not exist")):
         with pytest.raises(InputError, match=message):
             image_sets.open_images(str(tmp_path / path), None, "train", CPU)
 
