@@ -10,11 +10,11 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
-from bench_kernels import BOUND, Turns, batch_above_cache, directions, in_processes, interleave, together
-from eager_reference import EagerDiT, comparable, fastdit_model
+from benchmarks.bench_kernels import BOUND, Turns, batch_above_cache, directions, in_processes, interleave, together
+from benchmarks.eager_reference import EagerDiT, comparable, fastdit_model
+from benchmarks.harness import DEVICE, DTYPE, PRECISION, SWEEPS, Group, Result, Worker
 from fastdit import kernels
 from fastdit.model import DiT
-from measure import DEVICE, DTYPE, PRECISION, SWEEPS, Group, Result, Worker
 
 SUITE = "blocks"
 DIRECTIONS = ("forward", "both")
@@ -87,7 +87,7 @@ def groups(full: bool) -> dict[str, Group]:
     cuda = DEVICE.type == "cuda"
     cases = list(CASES) if cuda else ["S/2", "base/2"]
     names = ("eager", "compile", "fused", "fused+compile") if cuda else ("eager", "compile", "fused")
-    worker = functools.cache(lambda _: Worker("bench_blocks:served"))
+    worker = functools.cache(lambda _: Worker("benchmarks.bench_blocks:served"))
     members = tuple(f"{name} {direction}" for name in names for direction in DIRECTIONS)
 
     def group(case: str, say: Callable[[str], None]) -> dict[str, Result]:

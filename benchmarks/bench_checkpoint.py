@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness import DEVICE, Group, Result, Worker, quantiles, speedup, start, take_turns
 from fastdit import checkpoint, engine
 from fastdit.config import Config, ModelConfig, TrainConfig
 from fastdit.ema import ShardedEma
 from fastdit.model import DiT
-from measure import DEVICE, Group, Result, Worker, quantiles, speedup, start, take_turns
 
 SUITE = "checkpoint"
 PRESETS = {"S/2": (384, 12, 6, 1024), "B/2": (768, 12, 12, 2048)}  # width, depth, heads, hidden
@@ -106,7 +106,7 @@ def provider(name: str, folder: Path, case: str) -> Callable[[], dict]:
 def measure(case: str, turns: int, say: Callable) -> dict[str, Result]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make = lambda name: lambda: Worker("bench_checkpoint:provider", name, folder, case)
+        make = lambda name: lambda: Worker("benchmarks.bench_checkpoint:provider", name, folder, case)
         workers, errors = start({name: make(name) for name in PROVIDERS}, say)
         found, failed = take_turns({name: lambda _, w=w: w() for name, w in workers.items()}, 1 + turns, say)  # the first warms up
         errors |= failed

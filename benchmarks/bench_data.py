@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import eager_reference
-import images
+from benchmarks import eager_reference, fixtures
+from benchmarks.harness import DEVICE, PRECISION, THREADS, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 from fastdit import autoencoder, engine
 from fastdit.config import Config, DataConfig, ModelConfig, TrainConfig
 from fastdit.data import prepare
@@ -27,7 +27,6 @@ from fastdit.data.index import open_index
 from fastdit.data.latents import MANIFEST, LatentLoader
 from fastdit.data.loader import Decoder
 from fastdit.model import DTYPES
-from measure import DEVICE, PRECISION, THREADS, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 
 SUITE = "data"
 BATCH, RESIZE, ENCODED = 32, 256, 4
@@ -102,7 +101,7 @@ def scan(folder: Path) -> Callable[[int], tuple]:
 
 def encoder(precision: str) -> Callable[[int], tuple]:
     """In a worker: encodes a batch and its mirror images -> (wall, CPU) seconds of an image."""
-    codec = autoencoder.KL("SD-VAE", 256, DEVICE, images.autoencoder()).for_encoding(DTYPES[precision])
+    codec = autoencoder.KL("SD-VAE", 256, DEVICE, fixtures.autoencoder()).for_encoding(DTYPES[precision])
     batch = torch.rand(ENCODED, 3, 256, 256, device=DEVICE) * 2 - 1
 
     def run(_: int) -> tuple[float, float]:
@@ -181,8 +180,10 @@ def measure_reading(crop: int, count: int, turns: int, say: Callable) -> dict[st
     case, batches = f"decode, crop {crop}", count // BATCH
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        images.archive(folder, count)
-        makers = {name: functools.partial(Worker, "bench_data:reading", name, folder, crop) for name in ("Pillow", "DALI")}
+        fixtures.archive(folder, count)
+        makers = {
+            name: functools.partial(Worker, "benchmarks.bench_data:reading", name, folder, crop) for name in ("Pillow", "DALI")
+        }
         results, found = compete(case, f"batch {BATCH}", makers, batches, turns, say)
     if all(not result.error for result in results.values()):
         ours, theirs = found["DALI"][-1][2], found["Pillow"][-1][2]
@@ -198,13 +199,13 @@ def measure_reading(crop: int, count: int, turns: int, say: Callable) -> dict[st
 def measure_scan(count: int, turns: int, say: Callable) -> dict[str, Result]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        images.archive(folder, count)
-        makers = {"prepare": functools.partial(Worker, "bench_data:scan", folder)}
+        fixtures.archive(folder, count)
+        makers = {"prepare": functools.partial(Worker, "benchmarks.bench_data:scan", folder)}
         return compete("index", f"{count} images", makers, None, turns, say)[0]
 
 
 def measure_encoding(names: tuple[str, ...], turns: int, say: Callable) -> dict[str, Result]:
-    makers = {name: functools.partial(Worker, "bench_data:encoder", name) for name in names}
+    makers = {name: functools.partial(Worker, "benchmarks.bench_data:encoder", name) for name in names}
     results, _ = compete("encode, 256 pixels", f"batch {ENCODED}", makers, None, turns, say)
     for name, row in results.items():
         row.values["precision"] = name
@@ -216,7 +217,7 @@ def measure_latents(count: int, turns: int, say: Callable) -> dict[str, Result]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "latents"
         write_latents(folder, count)
-        makers = {name: functools.partial(Worker, "bench_data:latents", folder, kept) for name, kept in names.items()}
+        makers = {name: functools.partial(Worker, "benchmarks.bench_data:latents", folder, kept) for name, kept in names.items()}
         return compete("cached latents", f"batch {BATCH}", makers, count // BATCH, turns, say)[0]
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-import eager_reference
-import images
-from bench_train_step import CASES, LR, PARITY, WEIGHT_DECAY, difference, matmul_of
-from eager_reference import comparable, eager_model
+from benchmarks import eager_reference, fixtures
+from benchmarks.bench_train_step import CASES, LR, PARITY, WEIGHT_DECAY, difference, matmul_of
+from benchmarks.eager_reference import comparable, eager_model
+from benchmarks.harness import DEVICE, PRECISION, THREADS, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
+from benchmarks.roofline import flops_per_image, shares
 from fastdit import engine, flow, kernels
 from fastdit.config import Config, DataConfig, TrainConfig
 from fastdit.data.encode import encode
@@ -27,8 +28,6 @@ from fastdit.data.index import open_index
 from fastdit.data.order import Order
 from fastdit.model import DiT
 from fastdit.train import Trainer, open_data
-from limits import flops_per_image, shares
-from measure import DEVICE, PRECISION, THREADS, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 
 SUITE = "end_to_end"
 PIXELS = 256
@@ -133,19 +132,19 @@ def measure(batch: int, count: int, names: tuple[str, ...], turn: int, turns: in
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         say(f"{count} images")
-        images.archive(folder, count)
+        fixtures.archive(folder, count)
         (folder / "few").mkdir()
-        images.archive(folder / "few", batch)
-        images.autoencoder().save_pretrained(folder / "autoencoder")
-        maker, errors = start({CACHE: lambda: Worker("bench_end_to_end:cache_maker", folder, batch)}, say)
+        fixtures.archive(folder / "few", batch)
+        fixtures.autoencoder().save_pretrained(folder / "autoencoder")
+        maker, errors = start({CACHE: lambda: Worker("benchmarks.bench_end_to_end:cache_maker", folder, batch)}, say)
         say(CACHE)
         cache, failed = take_turns({CACHE: lambda _: maker[CACHE]()} if maker else {}, 1, say)
         errors |= failed
-        make = lambda n: lambda: Worker("bench_end_to_end:provider", n, folder, batch, steps, allocator=n != "eager")
+        make = lambda n: lambda: Worker("benchmarks.bench_end_to_end:provider", n, folder, batch, steps, allocator=n != "eager")
         workers, failed = start({name: make(name) for name in names}, say)
         errors |= failed
         calls = {name: lambda k, w=w: w(k * turn, turn) for name, w in workers.items()}
-        limits = Worker("limits:Limits", matmul_of("S/2"))
+        limits = Worker("benchmarks.roofline:Limits", matmul_of("S/2"))
         found, failed = take_turns({"limits": lambda _: limits(), **calls}, 1 + turns, say)
         errors |= failed
         peaks = {name: w.peak_memory() for name, w in workers.items() if name not in errors}

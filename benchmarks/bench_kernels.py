@@ -21,12 +21,8 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
-from eager_reference import rotate_interleaved
-from fastdit import kernels
-from fastdit.rates import COPY
-from kernel_cases import CASES, TOKENS
-from limits import MOVED
-from measure import (
+from benchmarks.eager_reference import rotate_interleaved
+from benchmarks.harness import (
     DEVICE,
     DTYPE,
     PROCESSES,
@@ -41,6 +37,10 @@ from measure import (
     synchronize,
     take_turns,
 )
+from benchmarks.kernel_cases import CASES, TOKENS
+from benchmarks.roofline import MOVED
+from fastdit import kernels
+from fastdit.rates import COPY
 
 SUITE = "kernels"
 DIRECTIONS = ("forward", "backward", "both")
@@ -346,7 +346,7 @@ def groups(full: bool) -> dict[str, Group]:
     cuda = DEVICE.type == "cuda"
     batch = lambda op, size: batch_above_cache(4 * size**2 if op in FLOW else TOKENS * size) if cuda else 8
     widths = {(True, True): (384, 768, 1088, 1152), (True, False): (1152,), (False, True): (384, 1088)}.get((cuda, full), (384,))
-    worker = functools.cache(lambda _: Worker("bench_kernels:served"))
+    worker = functools.cache(lambda _: Worker("benchmarks.bench_kernels:served"))
 
     def group(op: str, size: int, say: Callable[[str], None]) -> dict[str, Result]:
         processes = in_processes(worker, full, say, op, size, batch(op, size), SWEEPS[full])

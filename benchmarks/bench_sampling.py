@@ -18,12 +18,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench_train_step import CASES, matmul_of
-from eager_reference import EagerDiT, comparable, euler, fastdit_model
+from benchmarks.bench_train_step import CASES, matmul_of
+from benchmarks.eager_reference import EagerDiT, comparable, euler, fastdit_model
+from benchmarks.harness import DEVICE, PRECISION, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 from fastdit import autoencoder, sample
 from fastdit.config import SampleConfig
 from fastdit.rates import matmul_rate
-from measure import DEVICE, PRECISION, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 
 SUITE = "sampling"
 SHAPE = CASES["S/2"][0]
@@ -100,9 +100,9 @@ def provider(name: str, decoded: bool) -> Callable[[int], tuple]:
 
 def vae_of_size():
     """images.autoencoder; here, so that latents are compared without diffusers and the packages that photographs come from."""
-    import images
+    from benchmarks import fixtures
 
-    return images.autoencoder()
+    return fixtures.autoencoder()
 
 
 def psnr(found: Tensor, wanted: Tensor) -> float:
@@ -140,7 +140,7 @@ def check(finals: dict[str, Tensor], decoded: bool) -> tuple[dict[str, dict], di
 
 
 def measure(batch: int, decoded: bool, names: tuple[str, ...], turns: int, say: Callable) -> dict[str, Result]:
-    make = lambda name: lambda: Worker("bench_sampling:provider", name, decoded, allocator=name != "eager")
+    make = lambda name: lambda: Worker("benchmarks.bench_sampling:provider", name, decoded, allocator=name != "eager")
     workers, errors = start({name: make(name) for name in names}, say)
     calls = {name: lambda _, w=w: w(batch) for name, w in workers.items()}
     shape = matmul_of("S/2")

@@ -19,12 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from eager_reference import EagerDiT, comparable, fastdit_model, train_step
-from fastdit import engine, flow, kernels
-from fastdit.config import Config, TrainConfig
-from fastdit.model import DiT
-from limits import flops_per_image, shares
-from measure import (
+from benchmarks.eager_reference import EagerDiT, comparable, fastdit_model, train_step
+from benchmarks.harness import (
     DEVICE,
     PRECISION,
     Group,
@@ -38,6 +34,10 @@ from measure import (
     synchronize,
     take_turns,
 )
+from benchmarks.roofline import flops_per_image, shares
+from fastdit import engine, flow, kernels
+from fastdit.config import Config, TrainConfig
+from fastdit.model import DiT
 
 SUITE = "train_step"
 # width, depth, heads, hidden, class width; batch; shape of the matmul whose rate is the bound
@@ -197,7 +197,7 @@ def in_turns(names: tuple[str, ...], make: Callable, matmul: tuple[int, int, int
         first, failed = take_turns({name: lambda _, w=w: w(0, WARM) for name, w in workers.items()}, 1, say)
         errors |= failed
         calls = {n: lambda turn, w=w: w(WARM + turn * TURN, TURN) for n, w in workers.items() if n not in errors}
-        rates = Worker("limits:Limits", matmul)
+        rates = Worker("benchmarks.roofline:Limits", matmul)
         own, failed = take_turns({"limits": lambda _, rates=rates: rates(), **calls}, turns, say)
         errors |= failed
         limits += own.pop("limits")
@@ -215,7 +215,7 @@ def measure(
     case: str, shape: tuple, size: int, matmul: tuple[int, int, int], names: tuple[str, ...], turns: int, say: Callable
 ) -> dict[str, Result]:
     tuned = lambda name: name not in ("eager", "eager compiled")
-    make = lambda name: lambda: Worker("bench_train_step:provider", name, shape, size, allocator=tuned(name))
+    make = lambda name: lambda: Worker("benchmarks.bench_train_step:provider", name, shape, size, allocator=tuned(name))
     found, limits, peaks, busy, errors = in_turns(names, make, matmul, turns, say)
     losses = {n: [x for turn in found[n] for x in turn[0]][:PARITY_STEPS] for n in found if n not in errors}
     parity = {name: difference(own, losses.get("eager", [])) for name, own in losses.items()}

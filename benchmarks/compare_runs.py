@@ -34,7 +34,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import record
+from benchmarks import results_csv
 
 SIGMAS = 4
 SHOWN = ("suite", "case", "provider", "direction", "size", "precision", "threads")
@@ -68,7 +68,7 @@ class Pair(NamedTuple):
 
 
 def keyed(rows: Iterable[Row]) -> dict[Key, Row]:
-    return {tuple(row.get(key) or "" for key in record.KEYS): row for row in rows}
+    return {tuple(row.get(key) or "" for key in results_csv.KEYS): row for row in rows}
 
 
 def references(rows: dict[Key, Row]) -> dict[Key, Key]:
@@ -133,7 +133,7 @@ def with_scatter(pairs: list[Pair]) -> list[Pair]:
 
 def section(title: str, rows: list[Row], columns: tuple[str, ...]) -> None:
     if rows:
-        print(f"\n{title}: {len(rows)}\n{record.table(rows, columns)}")
+        print(f"\n{title}: {len(rows)}\n{results_csv.table(rows, columns)}")
 
 
 def compare(before: dict[Key, Row], after: dict[Key, Row], threshold: float) -> int:
@@ -174,7 +174,7 @@ def main(words: list[str] | None = None) -> int:
     if not options.threshold > 0:
         parser.error(f"--threshold {options.threshold:g} is not a percentage above 0: leave it out for 10")
     try:
-        before, after = (keyed(record.read_suites(path)) for path in (options.before, options.after))
+        before, after = (keyed(results_csv.read_suites(path)) for path in (options.before, options.after))
     except ValueError as error:
         parser.error(str(error))
     devices = [sorted({row["device"] for row in rows.values()}) for rows in (before, after)]

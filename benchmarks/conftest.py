@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import record
-from measure import DEVICE, EXCUSED, PRECISION, THREADS, Group, Result
+from benchmarks import results_csv
+from benchmarks.harness import DEVICE, EXCUSED, PRECISION, THREADS, Group, Result
 
 DEFAULT_CSV = Path("runs/benchmarks.csv")
 
@@ -106,8 +106,8 @@ def replay(request: pytest.FixtureRequest, benchmark, results):
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     path = config.getoption("--csv")
     for suite, rows in config.stash[ROWS].items():
-        record.merge(path, suite, rows, THREADS, DEVICE)
-        terminalreporter.section(f"{suite}, {PRECISION}, {record.device_name(DEVICE)}, {THREADS} threads")
-        terminalreporter.write_line(record.table(rows, record.SHOWN))
+        results_csv.merge(path, suite, rows, THREADS, DEVICE)
+        terminalreporter.section(f"{suite}, {PRECISION}, {results_csv.device_name(DEVICE)}, {THREADS} threads")
+        terminalreporter.write_line(results_csv.table(rows, results_csv.SHOWN))
     if config.stash[ROWS]:
         terminalreporter.write_line(f"\nrows: {path}")

@@ -1,15 +1,12 @@
 """What the suites read and decode: JPEGs in an archive of ImageNet's format, and a random autoencoder of SD-VAE's size."""
 
-import sys
 from pathlib import Path
 
 import torch
 
+from benchmarks import photographs
 from fastdit.data import prepare
 from fastdit.data.index import Index, open_index
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
-import photographs
 
 CLASSES = 10
 

@@ -4,8 +4,8 @@ The public functions run on CPU tensors under a stub driver that names an archit
 specialised and compiled it, so what is read is what a GPU would run, not a hand-written signature. Results of the ops are
 meaningless here. Must run without TRITON_INTERPRET.
 
-    python benchmarks/codegen.py          # all ops and architectures, also into the table of kernels/README.md
-    python benchmarks/codegen.py --arch 90 --ops modulate --csv one.csv
+    python benchmarks/machine_code.py          # all ops and architectures, also into the table of kernels/README.md
+    python benchmarks/machine_code.py --arch 90 --ops modulate --csv one.csv
 """
 
 import argparse
@@ -25,13 +25,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks.kernel_cases import CASES
 from fastdit.kernels import backend, dispatch, tuning
-from kernel_cases import CASES
 
 BATCH = 32
-RESULTS = Path(__file__).parent / "results/codegen.csv"
+RESULTS = Path(__file__).parent / "results/machine_code.csv"
 README = Path(__file__).parents[1] / "kernels/README.md"
-MARKERS = ("<!-- benchmarks/codegen.py writes from here -->", "<!-- to here -->")
+MARKERS = ("<!-- benchmarks/machine_code.py writes from here -->", "<!-- to here -->")
 ARCHITECTURES = (80, 90, 100, 120)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WARPS_PER_SM = {80: 64, 90: 64, 100: 64, 120: 48}

@@ -10,10 +10,10 @@ import sys
 
 import torch
 
-from bench_kernels import BOUND, difference, fill
+from benchmarks.bench_kernels import BOUND, difference, fill
+from benchmarks.harness import DEVICE, DTYPE
+from benchmarks.kernel_cases import CASES
 from fastdit import kernels
-from kernel_cases import CASES
-from measure import DEVICE, DTYPE
 
 
 def adamw_difference() -> float:

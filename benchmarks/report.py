@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import record
+from benchmarks import results_csv
 from fastdit.checkpoint import replacing, write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -108,7 +108,7 @@ def whole_ops(rows: list[Row]) -> list[dict[str, Row]]:
     found: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         if row.get("direction") == ("both" if row["case"] in backward else "forward"):
-            case = tuple(row.get(key) for key in record.KEYS if key != "provider")
+            case = tuple(row.get(key) for key in results_csv.KEYS if key != "provider")
             found.setdefault(case, {})[row["provider"]] = row
     return list(found.values())
 
@@ -199,7 +199,7 @@ def table_of(path: Path) -> Callable[[list[Row]], tuple[str, str]] | None:
 
 def table_section(link: Path, path: Path) -> str:
     """As `section`, of a CSV of TABLES. Raises ValueError where it does not hold what its name says."""
-    rows = record.read(path)
+    rows = results_csv.read(path)
     try:
         sentence, table = table_of(path)(rows)
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -265,7 +265,7 @@ def inserted(text: str, sections: list[str]) -> str:
 
 def of_suites(path: Path) -> bool:
     """Whether a CSV is one that the suites write: it says of which suite a row is, and its time."""
-    return any({"suite", "median_s"} <= row.keys() for row in record.read(path)[:1])
+    return any({"suite", "median_s"} <= row.keys() for row in results_csv.read(path)[:1])
 
 
 def main(words: list[str] | None = None) -> int:
@@ -282,7 +282,7 @@ def main(words: list[str] | None = None) -> int:
             if table_of(path):
                 sections.append(table_section(link, path))
                 continue
-            rows = record.read_suites(path)
+            rows = results_csv.read_suites(path)
             pictures = figures(path, rows)
             sections.append(section(link, rows, pictures))
             drawn |= {path.with_name(name): figure for name, figure in pictures.items()}

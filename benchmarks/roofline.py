@@ -5,9 +5,9 @@ B batch, T tokens, H width, F SwiGLU hidden.
 
 from torch import nn
 
+from benchmarks.harness import DEVICE, DTYPE
 from fastdit.model import DiT
 from fastdit.rates import copy_rate, matmul_rate
-from measure import DEVICE, DTYPE
 
 # Elements that each op must read or write, forward and backward, per element of its result's [B,T,H] (swiglu: [B,T,F]; flow: the
 # latent). The modulation and the statistics, 1/T and 1/H of it, are left out. Data have no gradient.

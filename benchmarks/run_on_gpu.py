@@ -39,14 +39,14 @@ from typing import NamedTuple
 
 import torch
 
-import launch_bound
-import record
-from bench_train_step import CUDA_CASES
-from kernel_cases import WIDTHS
-from measure import DEVICE, EXCUSED, THREADS, reason
+from benchmarks import results_csv
+from benchmarks.bench_train_step import CUDA_CASES
+from benchmarks.harness import DEVICE, EXCUSED, THREADS, reason
+from benchmarks.kernel_cases import WIDTHS
+from benchmarks.studies import launch_bound
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("benchmarks/*.py", "csrc/*", "fastdit/**/*.py", "kernels/*.py", "setup.py", "tests/kernels/*.py")
+SOURCES = ("benchmarks/**/*.py", "csrc/*", "fastdit/**/*.py", "kernels/*.py", "setup.py", "tests/kernels/*.py")
 # where the import has another name
 INSTALL = {"nvidia.dali": "nvidia-dali-cuda130", "skimage": "scikit-image", "sklearn": "scikit-learn"}
 
@@ -64,9 +64,9 @@ class Section(NamedTuple):
 def sections(csv: Path) -> list[Section]:
     """In the order of what they answer. Tuning comes last: its lines are put into kernels/tuning.py by hand."""
     python = [sys.executable, "-u"]
-    script = lambda name, *words: [*python, f"benchmarks/{name}.py", *words]
+    script = lambda name, *words: [*python, "-m", f"benchmarks.{name}", *words]
     tests = ["-m", "pytest", "-q", "-m", "not slow", *(f"--ignore=tests/kernels/test_{name}.py" for name in ("codegen", "cpp"))]
-    suite = lambda name, *words: [*python, str(Path(__file__)), "--suite", name, "--csv", str(csv), *words]
+    suite = lambda name, *words: [*python, "-m", "benchmarks.run_on_gpu", "--suite", name, "--csv", str(csv), *words]
     memcheck = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     data = ("nvidia.dali", "diffusers", "scipy", "skimage", "sklearn")
     return [
@@ -74,7 +74,7 @@ def sections(csv: Path) -> list[Section]:
         Section("parity", script("parity"), ("triton",), 180),
         Section("memcheck", [*memcheck, *script("parity", "--smallest", "--batch", "3")], ("triton",), 240, ("compute-sanitizer",)),
         *(
-            Section(f"launch bound {part}", script("launch_bound", "--csv", str(launches_csv(csv)), "--cases", *cases),
+            Section(f"launch bound {part}", script("studies.launch_bound", "--csv", str(launches_csv(csv)), "--cases", *cases),
                     ("triton", "deepspeed"), 480)
             for part, cases in launch_bound_cases().items()
         ),
@@ -188,7 +188,7 @@ def run(todo: list[Section], state: Path, budget: float) -> int:
 def measure_suite(name: str, csv: Path, state: Path, case: str | None = None) -> int:
     """Measure a suite's cases, in full size, that are not done, each into the CSV at once; exit code 1 where a provider failed.
     case: the only one."""
-    module, failed = importlib.import_module(f"bench_{name}"), []
+    module, failed = importlib.import_module(f"benchmarks.bench_{name}"), []
     groups = module.groups(True)
     for number, group in enumerate([case] if case else list(groups), 1):
         start, key = time.monotonic(), f"{name}, {group}"
@@ -202,7 +202,7 @@ def measure_suite(name: str, csv: Path, state: Path, case: str | None = None) ->
         except Exception as error:  # the other cases shall be measured
             errors = {group: reason(error)}
         else:
-            record.merge(csv, module.SUITE, [result.row() for result in results.values()], THREADS, DEVICE)
+            results_csv.merge(csv, module.SUITE, [result.row() for result in results.values()], THREADS, DEVICE)
             errors = {member: result.error for member, result in results.items() if result.error}
         for member, why in errors.items():
             say(f"{member}: {why}")
@@ -224,7 +224,7 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     if DEVICE.type != "cuda":
         parser.error("there is no CUDA GPU for torch here: `pytest benchmarks` measures a CPU")
-    name = re.sub("[^a-z0-9]+", "_", record.device_name(DEVICE).lower()).strip("_")
+    name = re.sub("[^a-z0-9]+", "_", results_csv.device_name(DEVICE).lower()).strip("_")
     csv = (options.csv or ROOT / "runs" / f"{name}.csv").absolute()
     state = csv.with_suffix(".sections.json")
     if options.suite:
@@ -234,8 +234,10 @@ def main(words: list[str] | None = None) -> int:
     if options.again:
         state.unlink(missing_ok=True)
     code = run(sections(csv), state, 60 * options.minutes)
-    if rows := record.read(csv):
-        print(f"\n{record.table(rows, ('suite', *record.SHOWN))}\nrows: {csv}: copy it away with {launches_csv(csv).name}")
+    if rows := results_csv.read(csv):
+        print(
+            f"\n{results_csv.table(rows, ('suite', *results_csv.SHOWN))}\nrows: {csv}: copy it away with {launches_csv(csv).name}"
+        )
     return code
 
 

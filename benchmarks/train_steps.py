@@ -11,11 +11,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from eager_reference import EagerDiT, comparable, train_step
+from benchmarks.eager_reference import EagerDiT, comparable, train_step
+from benchmarks.harness import DEVICE, PRECISION
 from fastdit import engine, graphs
 from fastdit.config import PRESETS, Config, parse
 from fastdit.host import BLOCK_GRAPHS
-from measure import DEVICE, PRECISION
 
 IMAGES = 1 << 20  # that the made-up data set says it has
 CLASSES = 1000

@@ -15,11 +15,11 @@ from itertools import product
 
 import torch
 import triton
-from codegen import ARCHITECTURES, Recorder, machine_code, record_op
 
-from bench_kernels import Replayed, directions, one_stream
+from benchmarks.bench_kernels import Replayed, directions, one_stream
+from benchmarks.kernel_cases import CASES, WIDTHS
+from benchmarks.machine_code import ARCHITECTURES, Recorder, machine_code, record_op
 from fastdit.kernels import backend, tuning
-from kernel_cases import CASES, WIDTHS
 
 OPS = ("modulate", "gated_residual", "gated_residual_modulate")
 GAIN = 1.02  # a candidate must beat the default by 2 %, or it is noise

@@ -12,13 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import bench_blocks
-import bench_end_to_end
-import bench_kernels
-import bench_sampling
-import bench_train_step
-import eager_reference
-import record
+from benchmarks import bench_blocks, bench_end_to_end, bench_kernels, bench_sampling, bench_train_step, eager_reference, results_csv
 from fastdit import autoencoder
 from fastdit.data.order import center_crops
 
@@ -111,7 +105,7 @@ class FakeWorker:
     def __init__(self, make, name, *_, **__):
         if name == "broken":
             raise RuntimeError("cannot be made")
-        self.limits, self.name = make == "limits:Limits", str(name)
+        self.limits, self.name = make == "benchmarks.roofline:Limits", str(name)
         if not self.limits:
             FakeWorker.alive.add(self.name)
             FakeWorker.most = max(FakeWorker.most, len(FakeWorker.alive))
@@ -186,7 +180,7 @@ def test_both_samplers_of_the_suite_give_the_same_latents(monkeypatch):
 
 def test_the_reference_reads_and_encodes_images_as_fastdit_does():
     """A photograph cut by the base script's integers is within 2 levels of what `center_crops` cuts; posteriors are the same."""
-    from photographs import crops, encoded
+    from benchmarks.photographs import crops, encoded
 
     photo = next(iter(crops(1)))
     ours = eager_reference.pixels(encoded(photo, format="PNG", quality=None), 64, 64)
@@ -215,7 +209,7 @@ def test_suites_write_their_rows(tmp_path):
     command = [sys.executable, "-m", "pytest", *options, *map(str, suites)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    rows = record.read(path)
+    rows = results_csv.read(path)
     assert {row["suite"] for row in rows} == {"checkpoint", "data"} and len(rows) == 6 + 3
     assert all(not row["error"] and float(row["median_s"]) > 0 and row["commit"] for row in rows)
     waits, save = (next(r for r in rows if (r["provider"], r["direction"]) == ("fastdit", d)) for d in ("waits", "save"))

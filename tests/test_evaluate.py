@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 import autoencoders
-import photographs
+from benchmarks import photographs
 from fastdit import autoencoder, cli, features, metrics, sample, sources, validate
 from fastdit.config import InputError, parse
 from fastdit.data.builtin import mnist5k

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import autoencoders
-import photographs
+from benchmarks import photographs
 from fastdit import autoencoder, checkpoint, cli, data, kernels
 from fastdit.config import InputError, from_dict
 from fastdit.data import builtin, encode, prepare, transfer

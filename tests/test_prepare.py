@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import photographs
+from benchmarks import photographs
 from fastdit import cli, sample
 from fastdit.config import InputError
 from fastdit.data import classes, prepare

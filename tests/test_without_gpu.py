@@ -11,14 +11,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import count
-import cuda_host
-import cuda_kernels
-import launch_bound
-import train_steps
+from benchmarks import train_steps
+from benchmarks.studies import launch_bound
+from benchmarks.without_gpu import count, cuda_host, cuda_kernels
+from benchmarks.without_gpu.inductor_graphs import Kernel, launched_bytes
 from fastdit.config import InputError
 from fastdit.kernels import tuning
-from inductor_graphs import Kernel, launched_bytes
 
 ROOT = Path(__file__).parent.parent
 
@@ -127,7 +125,8 @@ def test_a_block_is_compiled_for_a_gpu_that_is_not_there(tmp_path):
     path = tmp_path / "rows.csv"
     command = [
         sys.executable,
-        "benchmarks/without_gpu/cuda_kernels.py",
+        "-m",
+        "benchmarks.without_gpu.cuda_kernels",
         "--presets",
         "S/2",
         "--versions",

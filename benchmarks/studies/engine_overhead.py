@@ -12,10 +12,10 @@ import functools
 import statistics
 from pathlib import Path
 
-import record
-from bench_train_step import CASES
+from benchmarks import results_csv
+from benchmarks.bench_train_step import CASES
+from benchmarks.harness import PRECISION, THREADS, Worker, take_turns
 from fastdit import telemetry
-from measure import PRECISION, THREADS, Worker, take_turns
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engine_overhead.csv"))
     options = parser.parse_args()
     shape, size, _ = CASES[options.case]
-    workers = {name: Worker("bench_train_step:provider", name, shape, size) for name in ("+adamw", "engine")}
+    workers = {name: Worker("benchmarks.bench_train_step:provider", name, shape, size) for name in ("+adamw", "engine")}
     for worker in workers.values():
         worker(0, 3)
     with telemetry.progress_bar(options.pairs, description="pairs", unit="pair") as bar:
@@ -53,7 +53,7 @@ def main() -> None:
         row |= {f"plain_{clock}_ms": f"{statistics.median(p[k] for p in times['+adamw']) * 1e3:.0f}"}
         row |= {f"{clock}_ratio": f"{statistics.median(ratios):.3f}", f"{clock}_low": f"{low:.3f}", f"{clock}_high": f"{high:.3f}"}
     print("  ".join(f"{key} {value}" for key, value in row.items()))
-    record.write(options.out, [row])
+    results_csv.write(options.out, [row])
 
 
 if __name__ == "__main__":

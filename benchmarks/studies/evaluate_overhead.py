@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-import record
+from benchmarks import results_csv
 from fastdit import telemetry
 
 
@@ -69,7 +69,7 @@ def main() -> None:
         "ratio": f"{statistics.median(ratios):.3f}", "ratio_min": f"{min(ratios):.3f}", "ratio_max": f"{max(ratios):.3f}",
     }  # fmt: skip
     print("  ".join(f"{key} {value}" for key, value in row.items()))
-    record.write(options.out, [row])
+    results_csv.write(options.out, [row])
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-import record
+from benchmarks import results_csv
+from benchmarks.harness import DEVICE, PRECISION, Worker, busy_seconds, gpu_events, peak_memory, reason, synchronize
+from benchmarks.train_steps import PROVIDERS, config_of, step_of
 from fastdit import plan
 from fastdit.config import PRESETS, InputError
-from measure import DEVICE, PRECISION, Worker, busy_seconds, gpu_events, peak_memory, reason, synchronize
-from train_steps import PROVIDERS, config_of, step_of
 
 CASES = (
     "S/2 eager reference compiled 32", "S/2 blocks 32", "S/2 graphs 32", "S/2 none 256", "S/2 blocks 256", "S/2 graphs 256",
@@ -88,7 +88,7 @@ def main(words: list[str] | None = None) -> int:
     for preset, provider, batch in cases:
         row = {"preset": preset, "provider": provider, "batch": str(batch), "precision": PRECISION}
         try:
-            worker = Worker("launch_bound:served", preset, provider, batch)
+            worker = Worker("benchmarks.studies.launch_bound:served", preset, provider, batch)
             try:
                 values, longest = worker()
             finally:
@@ -99,7 +99,7 @@ def main(words: list[str] | None = None) -> int:
             row["error"] = reason(error)
             failed = True
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-        record.write(options.csv, [r for r in record.read(options.csv) if key(r) != key(row)] + [row], DEVICE)
+        results_csv.write(options.csv, [r for r in results_csv.read(options.csv) if key(r) != key(row)] + [row], DEVICE)
     print(f"rows: {options.csv}")
     return int(failed)
 

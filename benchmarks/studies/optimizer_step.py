@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import record
+from benchmarks import results_csv
+from benchmarks.harness import DEVICE, THREADS, quantiles, synchronize
 from fastdit import telemetry
 from fastdit.config import parse
 from fastdit.ema import ShardedEma
 from fastdit.engine import Fragment
 from fastdit.model import DiT
 from fastdit.optimizer import OneRankAdamW
-from measure import DEVICE, THREADS, quantiles, synchronize
 
 OPTIONS = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
 CLIP, DECAY, PART = 1.0, 0.9999, 16_000_000
@@ -114,7 +114,7 @@ def main() -> None:
             rows[-1] |= {"wall_ms": f"{median * 1e3:.2f}", "p20_ms": f"{low * 1e3:.2f}", "p80_ms": f"{high * 1e3:.2f}"}
             rows[-1] |= {"cpu_ms": f"{cpu * 1e3:.2f}", "rounds": options.rounds, "gb_s": f"{moved / median / 1e9:.1f}"}
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
-    record.write(options.out, rows, DEVICE)
+    results_csv.write(options.out, rows, DEVICE)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-import record
+from benchmarks import results_csv
+from benchmarks.harness import DEVICE, THREADS, Result, Worker
 from fastdit import engine, flow, plan, telemetry
 from fastdit.config import Config, parse
 from fastdit.ema import ShardedEma
 from fastdit.model import DiT
-from measure import DEVICE, THREADS, Result, Worker
 
 STEPS = 4  # the second is the first with AdamW's moments and the EMA
 WARM = ["model.preset=test/4", "train.batch_size=2"]
@@ -86,7 +86,7 @@ def main() -> None:
             predicted = plan.memory(config, 1).peak
             for allocator, variables in (("returned", RETURNED), ("kept", {})):
                 os.environ.update(variables)
-                worker = Worker("plan_memory:measured", allocator=allocator == "kept")
+                worker = Worker("benchmarks.studies.plan_memory:measured", allocator=allocator == "kept")
                 for name in variables:
                     del os.environ[name]
                 peak = worker(words)
@@ -98,8 +98,8 @@ def main() -> None:
                 key = {"suite": "plan_memory", "case": case, "provider": allocator, "size": f"batch {config.train.batch_size}"}
                 rows.append(Result(key, [], values).row() | {"precision": "fp32", "threads": THREADS})
                 bar.update()
-    print(record.table(rows, ("case", "size", "provider", "predicted_mb", "peak_mb", "measured_over_predicted")))
-    record.write(options.out, rows)
+    print(results_csv.table(rows, ("case", "size", "provider", "predicted_mb", "peak_mb", "measured_over_predicted")))
+    results_csv.write(options.out, rows)
 
 
 if __name__ == "__main__":

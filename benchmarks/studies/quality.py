@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 
-import record
+from benchmarks import results_csv
 from fastdit import evaluate, features, metrics, sources
 from fastdit.checkpoint import folder_name, replacing
 from fastdit.data.builtin import mnist5k
@@ -114,7 +114,7 @@ def main() -> None:
     for change, spoil, amounts in (("blur", blurred, BLURS), ("noise", noisy, NOISES)):
         for amount in amounts:
             note(sources.of_array(spoil(images, amount), last.labels, {}), steps[-1], "ema", change, amount)
-    record.write(options.out, rows)
+    results_csv.write(options.out, rows)
     plot(rows, options.out.with_suffix(".png"))
 
 

@@ -1,6 +1,6 @@
 """What a callable asks of CUDA, and the host time it takes, on the stub libraries (source DIR/env.sh first).
 
-from count import measure
+from benchmarks.without_gpu.count import measure
 print(measure(lambda: torch.add(x, y)))   # 9.8 us at best, …; 1 launches
 """
 

@@ -16,16 +16,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import numpy as np
 import torch
 
-import record
+from benchmarks import results_csv
+from benchmarks.harness import reason
+from benchmarks.train_steps import PROVIDERS, step_of
 from fastdit.config import PRESETS, InputError
-from measure import reason
-from train_steps import PROVIDERS, step_of
 
+ROOT = Path(__file__).parents[2]
 STEPS, WARM, BATCH = 7, 3, 32
 LIMIT = 600  # seconds of a process
 COUNTS = {
@@ -37,7 +36,7 @@ COMMAND = "source DIR/env.sh of benchmarks/without_gpu/stubs/build.sh first: the
 
 def measure_step(preset: str, provider: str, batch: int) -> dict[str, str]:
     """The values of a row, measured in this process; {"error": …} for a provider that cannot be made."""
-    from count import measure
+    from benchmarks.without_gpu.count import measure
 
     try:
         step = step_of(preset, provider, batch)
@@ -57,9 +56,9 @@ def measure_step(preset: str, provider: str, batch: int) -> dict[str, str]:
 
 def measured_in_a_process(preset: str, provider: str, batch: int) -> dict[str, str]:
     """As measure_step, whose process may die or hang."""
-    command = [sys.executable, __file__, "--one", preset, provider, "--batch", str(batch)]
+    command = [sys.executable, "-m", "benchmarks.without_gpu.cuda_host", "--one", preset, provider, "--batch", str(batch)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
     except subprocess.TimeoutExpired:
         return {"error": f"took longer than {LIMIT} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
@@ -111,7 +110,7 @@ def main(words: list[str] | None = None) -> int:
         print("\n" + json.dumps(measure_step(*options.one, options.batch)), flush=True)
         os._exit(0)  # the stub of NCCL never says that it has ended
     rows = []
-    device = f"{record.device_name(torch.device('cpu'))}, host of a stub {torch.cuda.get_device_name()}"
+    device = f"{results_csv.device_name(torch.device('cpu'))}, host of a stub {torch.cuda.get_device_name()}"
     for preset in options.presets:
         for provider in options.providers:
             key = {"preset": preset, "provider": provider, "batch": str(options.batch)}
@@ -119,7 +118,7 @@ def main(words: list[str] | None = None) -> int:
             print("  ".join(f"{k} {v}" for k, v in list(rows[-1].items())[:-1]), flush=True)
     if options.csv:
         columns = list(dict.fromkeys(k for row in rows for k in row))
-        record.write(options.csv, [{k: row.get(k, "") for k in columns} for row in rows])
+        results_csv.write(options.csv, [{k: row.get(k, "") for k in columns} for row in rows])
         print(f"rows: {options.csv}")
     print("HOST = {" + ", ".join(f'"{k}": Host{v}' for k, v in plan_table(rows).items()) + "}")
     return 0

@@ -13,10 +13,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import cuda_shim  # noqa: F401 (before torch)
+from benchmarks.without_gpu import cuda_shim  # noqa: F401 (before torch)
 
 # isort: split
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch._dynamo
@@ -24,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import record
-from inductor_graphs import Compiler, Graph, Kernel
-from pretend_cuda import pretend
+from benchmarks import results_csv
+from benchmarks.without_gpu.inductor_graphs import Compiler, Graph, Kernel
+from benchmarks.without_gpu.pretend_cuda import pretend
 
 DEPTH = 2  # of the models: the last block gets a graph of its own
 VERSIONS = {
@@ -73,7 +72,7 @@ def fastdit_model(preset: str, batch: int, backend: Compiler):
 
 def base_model(preset: str, batch: int, backend: Compiler):
     """As `fastdit_model`, of benchmarks/eager_reference.py: bf16 autocast over fp32 weights."""
-    import eager_reference
+    from benchmarks import eager_reference
     from fastdit.config import PRESETS
 
     p = PRESETS[preset]
@@ -150,14 +149,14 @@ def main(words: list[str] | None = None) -> int:
         for version in options.versions:
             compiler = compiled(version, preset, options.batch)
             rows += rows_of(preset, version, options.batch, compiler)
-            print(record.table(rows[-2:], tuple(rows[-1])), flush=True)
+            print(results_csv.table(rows[-2:], tuple(rows[-1])), flush=True)
             for g in compiler.graphs if options.kernels else ():
                 print("backward" if g.backward else "forward")
                 for k in g.kernels:
                     print(f"  {k.bytes / 1e6:9.2f} MB  {k.kind:10} {'column sum ' if k.column_sum else ''}{k.name}")
     if options.csv:
         device = f"{torch.cuda.get_device_name()}: compiled for it, not run"
-        record.write(options.csv, [r | {"device": device} for r in rows], torch.device("cuda", 0))
+        results_csv.write(options.csv, [r | {"device": device} for r in rows], torch.device("cuda", 0))
         print(f"rows: {options.csv}")
     return 0
 

@@ -17,7 +17,7 @@ from torch._inductor.runtime import triton_helpers
 from torch._subclasses import fake_tensor
 from triton.backends.compiler import GPUTarget
 
-import cuda_shim
+from benchmarks.without_gpu import cuda_shim
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, warp_size=32,

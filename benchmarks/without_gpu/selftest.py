@@ -7,21 +7,18 @@ import io
 import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench_kernels import directions
-from count import counted, measure
+from benchmarks.bench_kernels import directions
+from benchmarks.kernel_cases import CASES
+from benchmarks.train_steps import config_of, trainer_step
+from benchmarks.without_gpu.count import counted, measure
 from fastdit import kernels, sample
 from fastdit.config import PRESETS
 from fastdit.host import BLOCK_GRAPHS
 from fastdit.model import DiT
-from kernel_cases import CASES
-from train_steps import config_of, trainer_step
 
 CUDA, BF16 = torch.device("cuda", 0), torch.bfloat16
 PRESET, BATCH = "test/4", 4
