@@ -1,21 +1,21 @@
 """Seconds to save and load a training state: fastdit's checkpoints, and torch.save and torch.load of the same tensors.
 
-The state: fp32 weights, EMA and AdamW's two moments, 16 bytes a parameter. waits: how long training stands still for a save.
-save: until the file is on the disk; fastdit writes in a thread, flushes and hashes; torch.save returns when the page cache has it.
-load: from the page cache into model, optimizer and EMA; fastdit's hashes everything first. Needs DeepSpeed.
+The state: fp32 weights, EMA and AdamW's two moments, 16 bytes per parameter. Direction "waits": the time that training waits for a
+save. "save": the time until the file is complete; fastdit writes in a thread, flushes to disk and hashes, torch.save returns when
+the page cache has the file. "load": from the page cache into model, optimizer and EMA; fastdit hashes all files first. Needs
+DeepSpeed.
 """
 
 import functools
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks.harness import DEVICE, Group, Result, Worker, quantiles, speedup, start, take_turns
+from benchmarks.harness import DEVICE, Group, Result, Worker, quantiles, speedup, start, take_turns, timed
 from fastdit import checkpoint, engine
 from fastdit.config import Config, ModelConfig, TrainConfig
 from fastdit.ema import ShardedEma
@@ -26,14 +26,8 @@ PRESETS = {"S/2": (384, 12, 6, 1024), "B/2": (768, 12, 12, 2048)}  # width, dept
 DIRECTIONS = ("waits", "save", "load")
 
 
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def state_of(case: str) -> tuple:
-    """Engine, EMA, config and world of a model that has taken a step."""
+    """Return engine, EMA, config and world of a model that has taken a step."""
     width, depth, heads, hidden = PRESETS[case]
     model = ModelConfig(
         preset=case, width=width, depth=depth, heads=heads, hidden=hidden, in_channels=4, input_size=32, patch_size=2
@@ -54,16 +48,16 @@ def fastdit(folder: Path, case: str) -> Callable[[], dict]:
     shapes = {name: p.shape for name, p in dit.module.named_parameters()}
 
     def load() -> None:
-        found = checkpoint.find(folder / "run")
-        saved = checkpoint.check(found, config, world)
-        dit.module.load_state_dict(checkpoint.Shards(found, saved["ranks"]).whole("raw", shapes))
-        checkpoint.load(found, dit, ema, saved, sums, config, world)
+        path = checkpoint.find(folder / "run")
+        saved = checkpoint.check(path, config, world)
+        dit.module.load_state_dict(checkpoint.Shards(path, saved["ranks"]).whole("raw", shapes))
+        checkpoint.load(path, dit, ema, saved, sums, config, world)
 
     def run() -> dict[str, float]:
-        os.sync()  # what the other one left to be written
+        os.sync()  # writes what the other provider left in the page cache
         shutil.rmtree(folder / "run", ignore_errors=True)
-        waits = seconds(lambda: saver.save(dit, ema, state, sums))
-        return {"waits": waits, "save": waits + seconds(saver.wait), "load": seconds(load)}
+        waits = timed(lambda: saver.save(dit, ema, state, sums), wait=False).wall
+        return {"waits": waits, "save": waits + timed(saver.wait, wait=False).wall, "load": timed(load, wait=False).wall}
 
     return run
 
@@ -78,18 +72,18 @@ def torch_save(folder: Path, case: str) -> Callable[[], dict]:
     optimizer.step()
 
     def load() -> None:
-        found = torch.load(folder / "state.pt", weights_only=True, map_location=world.device)
-        model.load_state_dict(found["model"])
-        optimizer.load_state_dict(found["optimizer"])
+        state = torch.load(folder / "state.pt", weights_only=True, map_location=world.device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
         for name, tensor in averaged.items():
-            tensor.copy_(found["ema"][name])
+            tensor.copy_(state["ema"][name])
 
     def run() -> dict[str, float]:
         os.sync()
         (folder / "state.pt").unlink(missing_ok=True)
         state = {"model": model.state_dict(), "ema": averaged, "optimizer": optimizer.state_dict()}
-        save = seconds(lambda: torch.save(state, folder / "state.pt"))
-        return {"waits": save, "save": save, "load": seconds(load)}
+        save = timed(lambda: torch.save(state, folder / "state.pt"), wait=False).wall
+        return {"waits": save, "save": save, "load": timed(load, wait=False).wall}
 
     return run
 
@@ -98,7 +92,7 @@ PROVIDERS = {"torch.save": torch_save, "fastdit": fastdit}
 
 
 def provider(name: str, folder: Path, case: str) -> Callable[[], dict]:
-    """In a worker: seconds of each direction."""
+    """In a worker: return what measures the seconds of each direction."""
     (folder / name).mkdir()
     return PROVIDERS[name](folder / name, case)
 
@@ -106,9 +100,9 @@ def provider(name: str, folder: Path, case: str) -> Callable[[], dict]:
 def measure(case: str, turns: int, say: Callable) -> dict[str, Result]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make = lambda name: lambda: Worker("benchmarks.bench_checkpoint:provider", name, folder, case)
-        workers, errors = start({name: make(name) for name in PROVIDERS}, say)
-        found, failed = take_turns({name: lambda _, w=w: w() for name, w in workers.items()}, 1 + turns, say)  # the first warms up
+        make = "benchmarks.bench_checkpoint:provider"
+        workers, errors = start({name: functools.partial(Worker, make, name, folder, case) for name in PROVIDERS}, say)
+        taken, failed = take_turns({name: lambda _, w=w: w() for name, w in workers.items()}, 1 + turns, say)  # the first warms up
         errors |= failed
         for worker in workers.values():
             worker.stop()
@@ -117,7 +111,7 @@ def measure(case: str, turns: int, say: Callable) -> dict[str, Result]:
     for name in PROVIDERS:
         for direction in DIRECTIONS:
             key, values = {"case": case, "provider": name, "direction": direction, "size": "16 bytes a parameter"}, {}
-            own, theirs = ([turn[direction] for turn in found.get(n, [])[1:]] for n in (name, "torch.save"))
+            own, theirs = ([turn[direction] for turn in taken.get(n, [])[1:]] for n in (name, "torch.save"))
             if name in sizes:
                 values = {
                     **speedup(theirs, own), "file_mb": f"{sizes[name] / 1e6:.0f}",

@@ -1,4 +1,4 @@
-"""Real photographs that wheels carry, cut to about 500x375 like ImageNet's, and archives of them in ImageNet's format."""
+"""Real photographs that installed packages carry, cut to about 500x375 pixels like ImageNet's, and archives of them."""
 
 import importlib.metadata
 import io
@@ -20,13 +20,13 @@ FILES = {
 
 
 def photographs() -> list[Image.Image]:
-    """RGB; the packages are not imported."""
+    """Return the photographs as RGB images, without importing the packages."""
     paths = [importlib.metadata.distribution(package).locate_file(file) for package, files in FILES.items() for file in files]
     return [Image.open(path).convert("RGB") for path in paths]
 
 
 def crops(count: int, seed: int = 0) -> Iterator[Image.Image]:
-    """Cuts of the photographs of 340 to 500 pixels a side, landscape and portrait, odd sizes too."""
+    """Yield `count` cuts of 300 to 500 pixels per side, landscape and portrait, odd sizes too."""
     random, originals = np.random.default_rng(seed), photographs()
     for i in range(count):
         original = originals[i % len(originals)]
@@ -58,7 +58,7 @@ def tar_of(files: dict[str, bytes]) -> bytes:
 
 
 def odd_files(images: Iterator[Image.Image]) -> dict[str, bytes]:
-    """What ImageNet holds here and there, by a word in the name: "bad" ones cannot be decoded."""
+    """Return unusual files as ImageNet holds some, by a word for the name; those that begin with "bad" cannot be decoded."""
     whole = encoded(next(images))
     return {
         "png": encoded(next(images), format="PNG"), "cmyk": encoded(next(images).convert("CMYK")),
@@ -69,7 +69,7 @@ def odd_files(images: Iterator[Image.Image]) -> dict[str, bytes]:
 
 
 def imagenet(folder: Path, classes: int = 5, each: int = 6, val: int = 8) -> tuple[Path, Path, Path]:
-    """A train archive, a validation archive and a development kit in ImageNet's format; the odd files are in the second class.
+    """Write a train archive, a validation archive and a development kit in ImageNet's format; the odd files are in class 1.
 
     Class i has wnid n{(i*7+3) % 10:08d}…, so that the order in the archive is not that of the labels.
     """

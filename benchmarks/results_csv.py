@@ -1,17 +1,27 @@
-"""How a benchmark writes its rows: a CSV whose every row says on what, with what and when it was measured. Needs torch alone."""
+"""CSV files of results: every row says on which machine, with which versions, at which commit and when it was measured.
 
+A file is called NAME_MACHINE.csv: NAME is the constant CSV of the script that writes it, MACHINE is `machine`'s.
+"""
+
+import argparse
 import csv
 import datetime
 import functools
 import io
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from fastdit.config import InputError
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
 KEYS = ("suite", "case", "provider", "direction", "size", "precision", "device", "threads")
 VALUES = ("median_s", "p20_s", "p80_s", "samples", "images_per_s", "speedup", "mfu", "bound_share", "parity", "peak_mb")
 SHOWN = (
@@ -27,24 +37,88 @@ SHOWN = (
     "parity",
     "error",
 )
+# (vendor, family, model) of /proc/cpuinfo; another CPU is called by these three, so that no two share a name
+MICROARCHITECTURES = {
+    ("AuthenticAMD", "25", "17"): "zen4", ("AuthenticAMD", "26", "2"): "zen5", ("GenuineIntel", "6", "143"): "sapphire_rapids",
+    ("GenuineIntel", "6", "207"): "emerald_rapids", ("GenuineIntel", "6", "173"): "granite_rapids",
+}  # fmt: skip
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with the instruction set that torch uses, and the one that oneDNN's matmuls are held to."""
+@functools.cache
+def cpuinfo() -> dict[str, str]:
+    """Return the fields of the first processor in /proc/cpuinfo; no fields if there is no such file."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text().partition("\n\n")[0] if path.exists() else ""
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+def hardware(device: torch.device) -> str:
+    """Return the name for the `device` column: the GPU's, or the CPU's with the instruction set that torch uses and the limit, if
+    any, on the one that oneDNN's matmuls use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    held = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}{f', oneDNN up to {held}' if held else ''}"
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    isa = torch.backends.cpu.get_cpu_capability()
+    return f"{cpuinfo().get('model name', 'CPU')}, {isa}{f', oneDNN up to {limit}' if limit else ''}"
+
+
+def machine(device: torch.device = CPU) -> str:
+    """Return the machine's name in file names, such as zen4_avx2 or nvidia_h100_80gb_hbm3: a CPU's microarchitecture and widest
+    instruction set, with the limit on oneDNN's, if any; a GPU's name."""
+    if device.type == "cuda":
+        words = [torch.cuda.get_device_name(device)]
+    else:
+        model = tuple(cpuinfo().get(key, "unknown") for key in ("vendor_id", "cpu family", "model"))
+        isa = torch.backends.cpu.get_cpu_capability()
+        amx = isa == "AVX512" and "amx_bf16" in cpuinfo().get("flags", "").split()
+        limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+        words = [MICROARCHITECTURES.get(model, " ".join(model)), "amx" if amx else isa, f"onednn {limit}" if limit else ""]
+    return re.sub("[^a-z0-9]+", "_", " ".join(words).lower()).strip("_")
+
+
+@functools.cache
+def commit() -> str:
+    """Return the commit of this checkout, with "-dirty" if a tracked file differs from it; "unknown" without git. Results do not
+    count: writing them changes no measurement."""
+    git = functools.partial(subprocess.run, capture_output=True, text=True, check=False, cwd=ROOT)
+    name = git(["git", "describe", "--always"]).stdout.strip() or "unknown"
+    changed = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!benchmarks/RESULTS.md"]
+    return name + "-dirty" * bool(git(changed).stdout.strip())
+
+
+def refuse_dirty(commits: set[str], allow_dirty: bool) -> None:
+    """Raise InputError if one of the commits is dirty: nobody could measure its rows again."""
+    if dirty := sorted(name for name in commits if name.endswith("-dirty") and not allow_dirty):
+        raise InputError(f"commit {dirty[0]} has uncommitted changes: commit them before measuring, or pass --allow-dirty")
+
+
+def parser(description: str, path: Path) -> argparse.ArgumentParser:
+    """Return a parser with the options of every script that writes a CSV. description: the script's docstring; path: the CSV."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    made.add_argument("--csv", type=Path, default=path, help=f"CSV file that receives the rows (default: {shown})")
+    made.add_argument("--allow-dirty", action="store_true", help="measure although the checkout has uncommitted changes")
+    return made
+
+
+def parse(made: argparse.ArgumentParser, words: list[str] | None) -> argparse.Namespace:
+    """Parse a command line by a `parser`, and refuse a dirty checkout before anything is measured (exit code 2)."""
+    options = made.parse_args(words)
+    try:
+        refuse_dirty({commit()}, options.allow_dirty)
+    except InputError as error:
+        made.error(str(error))
+    return options
+
+
+def path_of(name: str, device: torch.device | None = CPU) -> Path:
+    """Return the path of a script's CSV in results/. device: None for results that do not depend on the machine."""
+    return RESULTS / (f"{name}_{machine(device)}.csv" if device else f"{name}.csv")
 
 
 @functools.cache
 def measured_on(device: torch.device) -> dict[str, str]:
-    """The columns that say where a row comes from."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
+    """Return the columns that say where a row comes from."""
 
     def version(package: str) -> str:
         try:
@@ -53,14 +127,13 @@ def measured_on(device: torch.device) -> dict[str, str]:
             return "missing"
 
     return {
-        "device": device_name(device), "torch": torch.__version__, "triton": version("triton"), "deepspeed": version("deepspeed"),
-        "python": platform.python_version(), "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.date.today().isoformat(),
+        "device": hardware(device), "torch": torch.__version__, "triton": version("triton"), "deepspeed": version("deepspeed"),
+        "python": platform.python_version(), "commit": commit(), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV; none where there is no file."""
+    """Return the rows of a CSV; no rows if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -68,7 +141,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def read_suites(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV that the suites wrote. Raises ValueError, in one sentence, where it is none."""
+    """Return the rows of a CSV that the suites wrote. Raises ValueError with one sentence if it is not one."""
     try:
         with path.open(newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -83,39 +156,47 @@ def read_suites(path: Path) -> list[dict[str, str]]:
         except ValueError:
             good = False
         if not good:
-            raise ValueError(f"line {number} of {path} is cut off, or its times are no numbers above 0: measure that suite again")
+            raise ValueError(f"line {number} of {path} is cut off, or its times are not numbers above 0: measure that suite again")
     return rows
 
 
-def write(path: Path, rows: list[dict], device: torch.device | None = None) -> None:
-    """Replace the CSV at `path` by `rows`, each with where it was measured added where it does not say so yet. Columns: keys,
-    values, others in the order of their first row."""
-    here = measured_on(device or torch.device("cpu"))
-    whole = [here | row for row in rows]
-    found, last = list(dict.fromkeys(column for row in whole for column in row)), list(here)
-    known = [c for c in (*KEYS, *VALUES) if c in found] if "suite" in found else []
-    columns = [*known, *(c for c in found if c not in (*known, *last)), *(c for c in last if c not in known)]
+def write(path: Path, rows: list[dict], device: torch.device = CPU, allow_dirty: bool = False) -> None:
+    """Replace the CSV at `path` by `rows`, adding to each the columns of `measured_on` that it lacks.
+
+    Columns: keys, values, others in the order of their first row. Raises InputError for rows of a dirty commit unless allow_dirty.
+    """
+    here = measured_on(device)
+    complete = [here | row for row in rows]
+    refuse_dirty({row["commit"] for row in complete}, allow_dirty)
+    present, last = list(dict.fromkeys(column for row in complete for column in row)), list(here)
+    known = [c for c in (*KEYS, *VALUES) if c in present] if "suite" in present else []
+    columns = [*known, *(c for c in present if c not in (*known, *last)), *(c for c in last if c not in known)]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(whole)
+    writer.writerows(complete)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text.getvalue())
     temporary.replace(path)
 
 
-def merge(path: Path, suite: str, rows: list[dict], threads: int, device: torch.device) -> None:
-    """Put a suite's rows into the CSV at `path` for those that it held of the same cases of that suite."""
+def merge(path: Path, suite: str, rows: list[dict], threads: int, device: torch.device, allow_dirty: bool = False) -> None:
+    """Put a suite's rows into the CSV at `path`, in place of its rows of the same cases. Raises InputError as `write` does."""
     new = [{"suite": suite, **row, "threads": threads} for row in rows]
-    same = lambda row: tuple(str(row.get(key, "")) for key in ("suite", "case", "size", "precision", "threads"))
-    again = set(map(same, new))
-    write(path, [row for row in read(path) if same(row) not in again] + new, device)
+    case = lambda row: tuple(str(row.get(key, "")) for key in ("suite", "case", "size", "precision", "threads"))
+    replaced = set(map(case, new))
+    write(path, [row for row in read(path) if case(row) not in replaced] + new, device, allow_dirty)
 
 
 def table(rows: list[dict], columns: tuple[str, ...]) -> str:
-    """Rows as aligned text; columns that are empty in all of them are left out."""
+    """Return rows as aligned text without the columns that are empty in all of them."""
     columns = tuple(c for c in columns if any(str(row.get(c, "")) for row in rows))
     cells = [columns, *(tuple(str(row.get(c, "")) for c in columns) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def line(row: dict) -> str:
+    """Return a row as one line of text, for a study to print."""
+    return "  ".join(f"{key} {value}" for key, value in row.items())
