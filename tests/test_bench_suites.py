@@ -202,7 +202,7 @@ def test_the_reference_reads_and_encodes_images_as_fastdit_does():
 def test_suites_write_their_rows(tmp_path):
     """Checkpoints and latents, measured for real."""
     path = tmp_path / "rows.csv"
-    options = ["-q", "-p", "no:cacheprovider", f"--csv={path}", "-k", "checkpoint or latents or index"]
+    options = ["-q", "-p", "no:cacheprovider", "--allow-dirty", f"--csv={path}", "-k", "checkpoint or latents or index"]
     suites = [ROOT / "benchmarks" / f"bench_{name}.py" for name in ("checkpoint", "data")]
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # where this process is a rank by now
     environment = {key: value for key, value in os.environ.items() if key not in ours}

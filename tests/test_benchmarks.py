@@ -1,8 +1,11 @@
-"""The benchmarks' tools on made-up CSVs and sections: what compare.py calls slower, what report.py writes, how gpu.py goes on."""
+"""The benchmarks' tools on made-up CSVs and sections: compare_runs, report, results_csv and run_on_gpu."""
 
+import ast
 import functools
 import importlib.util
+import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +20,9 @@ from safetensors.torch import save_file
 
 from benchmarks import compare_runs, gpu_train, harness, parity, report, results_csv, run_on_gpu
 from benchmarks.studies import launch_bound
+from fastdit.config import InputError
 
+ROOT = Path(__file__).parent.parent
 WHERE = {"device": "a CPU", "commit": "abc", "torch": "2.13.0", "date": "2026-01-02"}
 OPS, RUNS, SLOW = range(22), ("forward", "backward", "both"), ("op 3", "fused", "both")
 
@@ -44,6 +49,15 @@ def kernels(path, seed, drift=1.0, slow=None, error=None, skip=(), device="a CPU
                 rows += [] if tuple(key.values())[:3] in skip else [row | {"suite": "kernels", "threads": 2}]
     results_csv.write(path, [WHERE | row | {"device": device} for row in rows])
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def clean_checkout(monkeypatch):
+    """Rows are those of a commit, also while this checkout has changes."""
+    results_csv.measured_on.cache_clear()
+    monkeypatch.setattr(results_csv, "commit", lambda: "abc")
+    yield
+    results_csv.measured_on.cache_clear()
 
 
 @pytest.fixture
@@ -163,8 +177,120 @@ def test_bad_input_ends_in_one_sentence(tmp_path, before, capsys):
         assert sentence in capsys.readouterr().err, path
 
 
-def test_the_readme_shows_the_committed_csvs():
+def test_the_page_shows_the_committed_csvs():
     assert report.main(["--check"]) == 0
+
+
+# CSV -> why its rows name a dirty commit. Shrinks only: a new measurement replaces the file.
+DIRTY = {"quality.csv": "a training run and half an hour of sampling, on a machine that is no longer there"}
+
+
+def test_every_csv_is_written_by_a_script_of_today():
+    """A script names its CSV in a constant CSV; the file is called that, or that and its machine."""
+    writers: dict[str, str] = {}
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == ["CSV"]:
+                name = ast.literal_eval(node.value)
+                assert name not in writers, f"{path.name} and {writers[name]} both write {name}.csv"
+                writers[name] = path.name
+    unclaimed = [
+        path.name
+        for path in sorted(results_csv.RESULTS.iterdir())
+        if not any(path.stem == name or path.stem.startswith(f"{name}_") for name in writers)
+    ]
+    assert not unclaimed, f"no script in benchmarks/ writes {', '.join(unclaimed)}: delete them, or measure them again"
+
+
+def test_every_row_names_a_commit():
+    for path in sorted(results_csv.RESULTS.glob("*.csv")):
+        commits = {row["commit"] for row in results_csv.read(path)}
+        dirty = any(commit.endswith("-dirty") for commit in commits)
+        assert "" not in commits and dirty == (path.name in DIRTY), f"{path.name}: {commits}"
+
+
+def test_rows_of_a_dirty_checkout_are_refused_before_they_are_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results_csv, "commit", lambda: "abc-dirty")
+    results_csv.measured_on.cache_clear()
+    path = tmp_path / "rows.csv"
+    parser = results_csv.parser("A study.", path)
+    with pytest.raises(SystemExit) as stopped:
+        results_csv.parse(parser, [])
+    assert stopped.value.code == 2
+    assert (
+        "commit abc-dirty has uncommitted changes: commit them before measuring, or pass --allow-dirty" in capsys.readouterr().err
+    )
+    with pytest.raises(InputError, match="abc-dirty has uncommitted changes"):
+        results_csv.write(path, [{"case": "x"}])
+    assert not path.exists()
+    assert results_csv.parse(parser, ["--allow-dirty"]).csv == path
+    results_csv.write(path, [{"case": "x"}], allow_dirty=True)
+    assert results_csv.read(path)[0]["commit"] == "abc-dirty"
+
+
+def test_results_do_not_make_a_checkout_dirty(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the commit of `clean_checkout`
+    monkeypatch.setattr(results_csv, "ROOT", tmp_path)
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    files = [tmp_path / name for name in ("benchmarks/results/rows.csv", "benchmarks/RESULTS.md", "benchmarks/study.py")]
+    for file in files:
+        file.write_text("1")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    endings = []
+    for file in files:
+        file.write_text("2")
+        results_csv.commit.cache_clear()
+        endings.append(results_csv.commit().endswith("-dirty"))
+    results_csv.commit.cache_clear()
+    assert endings == [False, False, True]
+
+
+def test_two_machines_never_share_a_file_name(monkeypatch):
+    """Two Xeons of one model name, a Zen 4 with its AVX-512 masked, and a CPU that has no name yet."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+
+    def name(isa, vendor, family, model, flags=""):
+        fields = {"vendor_id": vendor, "cpu family": family, "model": model, "flags": flags, "model name": "Xeon"}
+        monkeypatch.setattr(results_csv, "cpuinfo", lambda: fields)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: isa)
+        return results_csv.machine()
+
+    assert name("AVX512", "GenuineIntel", "6", "143", "avx2 amx_bf16") == "sapphire_rapids_amx"
+    assert name("AVX512", "GenuineIntel", "6", "207", "avx2 amx_bf16") == "emerald_rapids_amx"
+    assert name("AVX2", "AuthenticAMD", "25", "17") == "zen4_avx2"
+    assert name("AVX2", "GenuineIntel", "6", "85") == "genuineintel_6_85_avx2"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert name("AVX512", "AuthenticAMD", "26", "2") == "zen5_avx512_onednn_avx2"
+
+
+SCRIPTS = [
+    "compare_runs", "gpu_train", "machine_code", "parity", "report", "run_on_gpu", "tune_kernels", "studies.engine_overhead",
+    "studies.evaluate_overhead", "studies.launch_bound", "studies.optimizer_step", "studies.plan_memory", "studies.quality",
+    "without_gpu.cuda_host", "without_gpu.cuda_kernels", "without_gpu.selftest",
+]  # fmt: skip
+
+
+def test_every_script_is_in_the_list_above():
+    scripts = [path for path in (ROOT / "benchmarks").rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    names = {".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts) for path in scripts}
+    assert names - {"without_gpu.stubs.stubs"} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_scripts_help_explains_it(name, capsys):
+    """Its command, and a text for every option."""
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"benchmarks.{name}").main(["--help"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0 and f"python -m benchmarks.{name}" in out
+    # an option's text is on its line, two spaces after it, or indented on the next line
+    lines = [*out.partition("options:")[2].splitlines(), ""]
+    bare = [
+        a for a, b in itertools.pairwise(lines) if a.startswith("  -") and not (re.search(r"\S {2,}\S", a) or b.startswith(" " * 8))
+    ]
+    assert not bare, bare
 
 
 def csv_of_suites(path):
@@ -186,18 +312,18 @@ def csv_of_suites(path):
     results_csv.write(path, [WHERE | row | {"threads": 2, "precision": "fp32"} for row in rows])
 
 
-def test_report_fills_the_readme_and_checks_it(tmp_path, capsys):
-    readme, path = tmp_path / "README.md", tmp_path / "results" / "here.csv"
+def test_report_fills_the_page_and_checks_it(tmp_path, capsys):
+    page, path = tmp_path / "PAGE.md", tmp_path / "results" / "here.csv"
     csv_of_suites(path)
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    words = ["--readme", str(readme), str(path)]
-    assert report.main([*words, "--check"]) == 1 and "old" in readme.read_text()
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    words = ["--page", str(page), str(path)]
+    assert report.main([*words, "--check"]) == 1 and "old" in page.read_text()
     assert report.main(words) == 0 and report.main([*words, "--check"]) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n") and "old" not in text
     assert "**Train step**: a CPU, 2 threads, fp32; torch 2.13.0, commit abc, 2026-01-02 ([rows](results/here.csv))." in text
     for line in (
-        "| case | provider | median | images/s | over eager | MFU | no numbers: why |",
+        "| case | provider | median | images/s | over eager | MFU | error |",
         "| S/2 | eager | 800 ms |  | 1.00 x |  |  |", "| S/2 | engine | 400 ms | 12,346 | 2.00 x | 50 % |  |",
         "| S/2 | +packed |  |  |  |  | parity: a/b |", "| swiglu | 8x256x384 | 4.00 x | 75 % |",
         "| counter_normal, forward | 8x256x384 | 2.00 x | 75 % |", "| x | y | 250 s |",
@@ -213,12 +339,12 @@ def test_report_fills_the_readme_and_checks_it(tmp_path, capsys):
     path.write_text(csv_text.replace("12345.6", "12945.6"))
     assert report.main([*words, "--check"]) == 1
     path.write_text(csv_text)
-    readme.write_text(text.replace("12,346", "13,000"))  # by hand
+    page.write_text(text.replace("12,346", "13,000"))  # by hand
     assert report.main([*words, "--check"]) == 1
-    readme.write_text("no markers\n")
+    page.write_text("no markers\n")
     with pytest.raises(SystemExit) as stopped:
         report.main(words)
-    assert stopped.value.code == 2 and "once each" in capsys.readouterr().err and readme.read_text() == "no markers\n"
+    assert stopped.value.code == 2 and "once each" in capsys.readouterr().err and page.read_text() == "no markers\n"
 
 
 def test_only_csvs_of_timed_suites_are_reported(tmp_path):
@@ -256,12 +382,12 @@ def csvs_of_tables(folder):
 
 
 def test_report_shows_the_csvs_that_no_suite_writes_after_the_suites(tmp_path, capsys):
-    readme, suites = tmp_path / "README.md", tmp_path / "here.csv"
+    page, suites = tmp_path / "PAGE.md", tmp_path / "here.csv"
     csv_of_suites(suites)
     tables = csvs_of_tables(tmp_path)
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    assert report.main(["--readme", str(readme), *map(str, tables), str(suites)]) == 0
-    lines = readme.read_text().splitlines()
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert report.main(["--page", str(page), *map(str, tables), str(suites)]) == 0
+    lines = page.read_text().splitlines()
     for line in (
         "| preset | blocks | graphs |", "| S/2 | 9.3 (443) | out of memory |",
         "| preset | fused ops | reference ops, fused by Inductor |", "| B/2 | 504 (4) → 876 (9) | 508 (4) → 1608 (18) |",
@@ -278,7 +404,7 @@ def test_report_shows_the_csvs_that_no_suite_writes_after_the_suites(tmp_path, c
     for path in tables:
         path.write_text("preset,batch\nS/2,32\n")
         with pytest.raises(SystemExit) as stopped:
-            report.main(["--readme", str(readme), str(path)])
+            report.main(["--page", str(page), str(path)])
         assert stopped.value.code == 2 and f"{path} has no rows, or lacks a value" in capsys.readouterr().err
 
 
@@ -291,8 +417,8 @@ def sections(folder, *texts, needs=(), limit=20):
     return [run_on_gpu.Section(name, command, needs, limit) for name, command in commands.items()]
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path, capfd):
-    """SIGKILL in the second of three sections; the next call leaves the first out, a change of the sources does not."""
+def test_a_killed_run_resumes(tmp_path, capfd):
+    """SIGKILL in the second of three sections; the next call skips the first."""
     todo = sections(tmp_path, "", "open('pid', 'w').write(str(os.getpid())); time.sleep(0 if os.path.exists('again') else 60)", "")
     state = str(tmp_path / "state.json")
     script = (
@@ -448,8 +574,8 @@ def test_every_op_is_within_the_bound_of_its_reference(monkeypatch, capsys):
 
 
 def test_a_row_says_that_onednn_was_held_to_an_instruction_set(monkeypatch) -> None:
-    """bf16 matmuls without AMX are another machine's: compare.py must not take them for the same one's."""
+    """bf16 matmuls without AMX are another machine's: compare_runs must not take them for the same one's."""
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    free = results_csv.device_name(torch.device("cpu"))
+    free = results_csv.hardware(results_csv.CPU)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-    assert results_csv.device_name(torch.device("cpu")) == f"{free}, oneDNN up to AVX512_CORE_BF16"
+    assert results_csv.hardware(results_csv.CPU) == f"{free}, oneDNN up to AVX512_CORE_BF16"

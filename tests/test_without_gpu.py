@@ -48,7 +48,7 @@ def test_a_process_that_fails_is_a_row_that_says_so(monkeypatch):
 def test_without_the_stub_libraries_nothing_is_measured(monkeypatch, capsys):
     monkeypatch.delenv("GPUSTUB_LIB", raising=False)
     with pytest.raises(SystemExit) as stopped:
-        cuda_host.main(["--presets", "S/2"])
+        cuda_host.main(["--presets", "S/2", "--allow-dirty"])
     assert stopped.value.code == 2 and "env.sh" in capsys.readouterr().err
 
 
@@ -131,6 +131,7 @@ def test_a_block_is_compiled_for_a_gpu_that_is_not_there(tmp_path):
         "S/2",
         "--versions",
         "fused",
+        "--allow-dirty",
         "--csv",
         str(path),
     ]
@@ -165,5 +166,5 @@ def test_launch_bound_cases_parse_and_bad_ones_say_what_is_wanted(capsys):
         with pytest.raises(InputError, match="S/2 blocks 32"):
             launch_bound.parsed(case)
     with pytest.raises(SystemExit) as stopped:
-        launch_bound.main(["--cases", "S/2"])
+        launch_bound.main(["--cases", "S/2", "--allow-dirty"])
     assert stopped.value.code == 2
