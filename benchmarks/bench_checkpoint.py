@@ -111,13 +111,13 @@ def measure(case: str, turns: int, say: Callable) -> dict[str, Result]:
     for name in PROVIDERS:
         for direction in DIRECTIONS:
             key, values = {"case": case, "provider": name, "direction": direction, "size": "16 bytes a parameter"}, {}
-            own, theirs = ([turn[direction] for turn in taken.get(n, [])[1:]] for n in (name, "torch.save"))
+            ours, theirs = ([turn[direction] for turn in taken.get(n, [])[1:]] for n in (name, "torch.save"))
             if name in sizes:
                 values = {
-                    **speedup(theirs, own), "file_mb": f"{sizes[name] / 1e6:.0f}",
-                    "gb_per_s": f"{sizes[name] / quantiles(own)[0] / 1e9:.3g}",
+                    **speedup(theirs, ours), "file_mb": f"{sizes[name] / 1e6:.0f}",
+                    "gb_per_s": f"{sizes[name] / quantiles(ours)[0] / 1e9:.3g}",
                 }  # fmt: skip
-            results[f"{name} {direction}"] = Result(key, own if name in sizes else [], values, errors.get(name, ""))
+            results[f"{name} {direction}"] = Result(key, ours if name in sizes else [], values, errors.get(name, ""))
     return results
 
 

@@ -18,7 +18,7 @@ threshold too: a bad minute of the reference is no regression of the others. Noi
    corrects for percentiles of few samples, which lie too close together: simulated, right to 4 % from n = 4 on;
 2. the median of that over the suite's rows, since a few samples may lie together by chance;
 3. the scatter between runs, which the samples of one run do not show: 1.483 times the median distance of a suite's rows from the
-   median of their provider's rows. A change that slows a whole provider moves that median, and is not scatter.
+   median of their provider's rows. A change that slows all of a provider moves that median, and is not scatter.
 
 2 and 3 do not apply to speed-ups of many processes (`processes`), whose spread is that between the processes.
 

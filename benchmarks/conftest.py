@@ -1,4 +1,4 @@
-"""`python -m pytest benchmarks`: one test per measurement. The first test of a group measures the whole group, whose providers take
+"""`python -m pytest benchmarks`: one test per measurement. The first test of a group measures all of it, as its providers take
 turns; each test then plays its samples to pytest-benchmark (for --benchmark-json and --benchmark-compare). Rows go to a CSV.
 """
 

@@ -38,6 +38,7 @@ def crops(count: int, seed: int = 0) -> Iterator[Image.Image]:
 
 
 def encoded(image: Image.Image, **options) -> bytes:
+    """Return an image as a JPEG of quality 90, or as `options` of Image.save say."""
     file = io.BytesIO()
     image.save(file, **{"format": "JPEG", "quality": 90, **options})
     return file.getvalue()
@@ -50,6 +51,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:
+    """Return a tar archive of files by name."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for name, data in files.items():
@@ -59,12 +61,12 @@ def tar_of(files: dict[str, bytes]) -> bytes:
 
 def odd_files(images: Iterator[Image.Image]) -> dict[str, bytes]:
     """Return unusual files as ImageNet holds some, by a word for the name; those that begin with "bad" cannot be decoded."""
-    whole = encoded(next(images))
+    jpeg = encoded(next(images))
     return {
         "png": encoded(next(images), format="PNG"), "cmyk": encoded(next(images).convert("CMYK")),
         "grey": encoded(next(images).convert("L")), "progressive": encoded(next(images), progressive=True),
-        "trailing": encoded(next(images)) + b"\0\0garbage", "bad_truncated": whole[: len(whole) // 2], "bad_empty": b"",
-        "bad_text": b"no image at all", "bad_end": whole[:-2],
+        "trailing": encoded(next(images)) + b"\0\0garbage", "bad_truncated": jpeg[: len(jpeg) // 2], "bad_empty": b"",
+        "bad_text": b"no image at all", "bad_end": jpeg[:-2],
     }  # fmt: skip
 
 

@@ -178,8 +178,8 @@ def block_table(rows: list[Row]) -> tuple[str, str]:
     names = {"fused": "fused ops", "reference": "reference ops, fused by Inductor", "base": "eager reference, compiled"}
     mb = lambda row: f"{float(row['memory_bound_mb']):.0f}"
     first = rows[0]["preset"]
-    found = {(row["version"], row["direction"]): mb(row) for row in rows if row["preset"] == first}
-    of = lambda version, direction: f"{found.get((version, direction), '?')} MB"
+    moved = {(row["version"], row["direction"]): mb(row) for row in rows if row["preset"] == first}
+    of = lambda version, direction: f"{moved.get((version, direction), '?')} MB"
     sentence = (
         "**A block under torch.compile for an H100**, MB (launches) of all but matmuls and attention, forward → backward, "
         f"{all_of(rows, 'batch')} images: derived without a GPU from Inductor's schedule, bytes that must move at least once, no "

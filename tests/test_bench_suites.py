@@ -1,4 +1,4 @@
-"""What the benchmark suites check of their own rows, and two suites as a user runs them."""
+"""The checks that the benchmark suites make on their own rows, and two suites as a user runs them."""
 
 import importlib.util
 import math
@@ -53,14 +53,14 @@ def test_a_speedup_of_several_processes_is_the_median_of_theirs():
     assert [row[k] for k in ("speedup", "turns", "parity", "peak_mb", "samples")] == ["2.000", "3", "3.0e-07", "4.00", 6]
     assert found["eager forward"].values["speedup"] == "1.000" and "parity" not in found["eager forward"].values
     assert (float(row["speedup_p20"]), float(row["speedup_p80"])) == pytest.approx((1.1, 2.3))
-    [alone] = [bench_kernels.together(processes[:1], members, {})["fused forward"].values]
-    assert (alone["speedup"], alone["turns"]) == ("2.000", "2")
+    one = bench_kernels.together(processes[:1], members, {})["fused forward"].values
+    assert (one["speedup"], one["turns"]) == ("2.000", "2")
     wrong = processes[1]._replace(samples={"eager forward": eager}, errors={"fused forward": "parity: wrong"})
     gone = bench_kernels.together([processes[0], wrong], members, {})
     assert gone["fused forward"].error == "parity: wrong" and not gone["fused forward"].samples
     no_reference = [p._replace(samples=p.samples | {"eager forward": []}, errors={"eager forward": "died"}) for p in processes]
-    alone = bench_kernels.together(no_reference, members, {})["fused forward"]
-    assert alone.samples and "speedup" not in alone.values
+    ours = bench_kernels.together(no_reference, members, {})["fused forward"]
+    assert ours.samples and "speedup" not in ours.values
 
 
 def test_a_gpus_rows_say_what_the_host_needs_for_a_call():

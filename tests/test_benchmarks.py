@@ -1,16 +1,8 @@
-"""The benchmarks' tools on made-up CSVs and sections: compare_runs, report, results_csv and run_on_gpu."""
+"""The benchmarks' tools on made-up CSVs and sections: compare_runs, report and others, and every script's --help."""
 
-import ast
-import functools
 import importlib.util
 import itertools
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import compare_runs, gpu_train, harness, parity, report, results_csv, run_on_gpu
-from benchmarks.studies import launch_bound
-from fastdit.config import InputError
+from benchmarks import compare_runs, gpu_train, harness, parity, report, results_csv
 
 ROOT = Path(__file__).parent.parent
 WHERE = {"device": "a CPU", "commit": "abc", "torch": "2.13.0", "date": "2026-01-02"}
@@ -114,7 +104,7 @@ def test_a_provider_that_becomes_slower_as_a_whole_is_no_scatter(tmp_path, capsy
 
 
 def test_speedups_of_many_processes_are_judged_by_their_own_spread(tmp_path, capsys):
-    """A quiet op that is 20 % slower is found beside ops that scatter by 15 % between processes, and those are left alone."""
+    """A quiet op that is 20 % slower is reported beside ops that scatter by 15 % between processes and are not."""
 
     def steps(path, seed, factor, processes=12):
         rng, rows = np.random.default_rng(seed), []
@@ -179,90 +169,6 @@ def test_bad_input_ends_in_one_sentence(tmp_path, before, capsys):
 
 def test_the_page_shows_the_committed_csvs():
     assert report.main(["--check"]) == 0
-
-
-# CSV -> why its rows name a dirty commit. Shrinks only: a new measurement replaces the file.
-DIRTY = {"quality.csv": "a training run and half an hour of sampling, on a machine that is no longer there"}
-
-
-def test_every_csv_is_written_by_a_script_of_today():
-    """A script names its CSV in a constant CSV; the file is called that, or that and its machine."""
-    writers: dict[str, str] = {}
-    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == ["CSV"]:
-                name = ast.literal_eval(node.value)
-                assert name not in writers, f"{path.name} and {writers[name]} both write {name}.csv"
-                writers[name] = path.name
-    unclaimed = [
-        path.name
-        for path in sorted(results_csv.RESULTS.iterdir())
-        if not any(path.stem == name or path.stem.startswith(f"{name}_") for name in writers)
-    ]
-    assert not unclaimed, f"no script in benchmarks/ writes {', '.join(unclaimed)}: delete them, or measure them again"
-
-
-def test_every_row_names_a_commit():
-    for path in sorted(results_csv.RESULTS.glob("*.csv")):
-        commits = {row["commit"] for row in results_csv.read(path)}
-        dirty = any(commit.endswith("-dirty") for commit in commits)
-        assert "" not in commits and dirty == (path.name in DIRTY), f"{path.name}: {commits}"
-
-
-def test_rows_of_a_dirty_checkout_are_refused_before_they_are_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(results_csv, "commit", lambda: "abc-dirty")
-    results_csv.measured_on.cache_clear()
-    path = tmp_path / "rows.csv"
-    parser = results_csv.parser("A study.", path)
-    with pytest.raises(SystemExit) as stopped:
-        results_csv.parse(parser, [])
-    assert stopped.value.code == 2
-    assert (
-        "commit abc-dirty has uncommitted changes: commit them before measuring, or pass --allow-dirty" in capsys.readouterr().err
-    )
-    with pytest.raises(InputError, match="abc-dirty has uncommitted changes"):
-        results_csv.write(path, [{"case": "x"}])
-    assert not path.exists()
-    assert results_csv.parse(parser, ["--allow-dirty"]).csv == path
-    results_csv.write(path, [{"case": "x"}], allow_dirty=True)
-    assert results_csv.read(path)[0]["commit"] == "abc-dirty"
-
-
-def test_results_do_not_make_a_checkout_dirty(tmp_path, monkeypatch):
-    monkeypatch.undo()  # the commit of `clean_checkout`
-    monkeypatch.setattr(results_csv, "ROOT", tmp_path)
-    (tmp_path / "benchmarks/results").mkdir(parents=True)
-    files = [tmp_path / name for name in ("benchmarks/results/rows.csv", "benchmarks/RESULTS.md", "benchmarks/study.py")]
-    for file in files:
-        file.write_text("1")
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
-        subprocess.run([*git, *words], cwd=tmp_path, check=True)
-    endings = []
-    for file in files:
-        file.write_text("2")
-        results_csv.commit.cache_clear()
-        endings.append(results_csv.commit().endswith("-dirty"))
-    results_csv.commit.cache_clear()
-    assert endings == [False, False, True]
-
-
-def test_two_machines_never_share_a_file_name(monkeypatch):
-    """Two Xeons of one model name, a Zen 4 with its AVX-512 masked, and a CPU that has no name yet."""
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-
-    def name(isa, vendor, family, model, flags=""):
-        fields = {"vendor_id": vendor, "cpu family": family, "model": model, "flags": flags, "model name": "Xeon"}
-        monkeypatch.setattr(results_csv, "cpuinfo", lambda: fields)
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: isa)
-        return results_csv.machine()
-
-    assert name("AVX512", "GenuineIntel", "6", "143", "avx2 amx_bf16") == "sapphire_rapids_amx"
-    assert name("AVX512", "GenuineIntel", "6", "207", "avx2 amx_bf16") == "emerald_rapids_amx"
-    assert name("AVX2", "AuthenticAMD", "25", "17") == "zen4_avx2"
-    assert name("AVX2", "GenuineIntel", "6", "85") == "genuineintel_6_85_avx2"
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert name("AVX512", "AuthenticAMD", "26", "2") == "zen5_avx512_onednn_avx2"
 
 
 SCRIPTS = [
@@ -408,143 +314,6 @@ def test_report_shows_the_csvs_that_no_suite_writes_after_the_suites(tmp_path, c
         assert stopped.value.code == 2 and f"{path} has no rows, or lacks a value" in capsys.readouterr().err
 
 
-def sections(folder, *texts, needs=(), limit=20):
-    """Named a, b, c: Python that runs in `folder`, and writes its name into the file `ran` before."""
-    text = "import os, sys, time; os.chdir({!r}); open('ran', 'a').write({!r}); {}"
-    commands = {
-        name: [sys.executable, "-c", text.format(str(folder), name, text_of)] for name, text_of in zip("abc", texts, strict=False)
-    }
-    return [run_on_gpu.Section(name, command, needs, limit) for name, command in commands.items()]
-
-
-def test_a_killed_run_resumes(tmp_path, capfd):
-    """SIGKILL in the second of three sections; the next call skips the first."""
-    todo = sections(tmp_path, "", "open('pid', 'w').write(str(os.getpid())); time.sleep(0 if os.path.exists('again') else 60)", "")
-    state = str(tmp_path / "state.json")
-    script = (
-        "import pathlib\nfrom benchmarks import run_on_gpu\nfrom benchmarks.run_on_gpu import Section\n"
-        f"run_on_gpu.run({todo!r}, pathlib.Path({state!r}), 100)"
-    )
-    path = os.pathsep.join(sys.path)
-    running = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while not ((pid := tmp_path / "pid").exists() and pid.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    running.kill()
-    running.wait()
-    os.kill(int(pid.read_text()), signal.SIGKILL)
-    assert (tmp_path / "ran").read_text() == "ab"
-    (tmp_path / "again").touch()
-    assert run_on_gpu.run(todo, tmp_path / "state.json", 100) == 0
-    assert (tmp_path / "ran").read_text() == "abbc" and "[1/3] a: done before" in capfd.readouterr().out
-    assert run_on_gpu.run(todo, tmp_path / "state.json", 100) == 0 and (tmp_path / "ran").read_text() == "abbc"
-
-
-def test_sections_are_repeated_when_the_sources_change(tmp_path, monkeypatch):
-    todo = sections(tmp_path, "")
-    for version, ran in (("1", "a"), ("1", "a"), ("2", "aa")):
-        monkeypatch.setattr(run_on_gpu, "version", lambda version=version: version)
-        assert run_on_gpu.run(todo, tmp_path / "state.json", 100) == 0 and (tmp_path / "ran").read_text() == ran
-
-
-def test_a_failing_section_and_a_slow_one_let_the_others_run(tmp_path, capfd):
-    todo = sections(tmp_path, "sys.exit(3)", "time.sleep(60)", "print('here')")
-    todo[1] = todo[1]._replace(limit=0.5)
-    assert run_on_gpu.run(todo, tmp_path / "state.json", 100) == 1
-    out = capfd.readouterr().out
-    for line in ("a: failed: exit code 3", "b: failed: took longer than its 0.5 s", "here", "[3/3] c: done in", "failed: a, b;"):
-        assert line in out
-    assert run_on_gpu.run(todo, tmp_path / "state.json", 100) == 1
-    assert (tmp_path / "ran").read_text().count("c") == 1 and (tmp_path / "ran").read_text().count("a") == 2
-
-
-def test_a_missing_package_skips_a_section_in_one_line(tmp_path, capfd):
-    skipped = sections(tmp_path, "", needs=("pytest", "no_such_package.here"))
-    assert run_on_gpu.run([*skipped, *sections(tmp_path, "", "")[1:]], tmp_path / "state.json", 100) == 0
-    assert "[1/2] a: skipped, no_such_package.here missing" in capfd.readouterr().out
-    assert (tmp_path / "ran").read_text() == "b"
-
-
-def test_what_does_not_fit_is_left(tmp_path, capfd):
-    todo = [*sections(tmp_path, "", limit=50), *sections(tmp_path, "", "")[1:]]
-    assert run_on_gpu.run(todo, tmp_path / "state.json", 30) == 1
-    assert (tmp_path / "ran").read_text() == "b" and "left: a;" in capfd.readouterr().out
-    assert run_on_gpu.run(todo, tmp_path / "state.json", 60) == 0 and (tmp_path / "ran").read_text() == "ba"
-
-
-def test_a_suites_cases_are_recorded_one_by_one(tmp_path, monkeypatch, capsys):
-    """The second of three breaks, the third has no room for one provider; the next call measures the second alone."""
-    measured, made, broken = [], [], [True]
-
-    def measure_case(case, say):
-        measured.append(case)
-        if case == "bad" and broken[0]:
-            raise RuntimeError("no luck")
-        errors = {"big": "out of memory"} if case == "large" else {}
-        key = lambda name: {"case": case, "provider": name, "direction": "forward", "size": "1"}
-        return {n: harness.Result(key(n), [] if n in errors else [0.5, 0.6], {}, errors.get(n, "")) for n in ("eager", "big")}
-
-    def groups(full):
-        made.append(full)
-        return {c: harness.Group(("eager", "big"), lambda say, c=c: measure_case(c, say)) for c in ("ok", "bad", "large")}
-
-    monkeypatch.setitem(sys.modules, "benchmarks.bench_made_up", types.SimpleNamespace(SUITE="made_up", groups=groups))
-    csv, state = tmp_path / "rows.csv", tmp_path / "state.json"
-    assert run_on_gpu.measure_suite("made_up", csv, state) == 1
-    assert "bad: RuntimeError: no luck" in capsys.readouterr().out
-    assert made == [True, True]  # workers anew after what broke, and only then
-    assert [(row["case"], row["error"]) for row in results_csv.read_suites(csv)] == [
-        ("ok", ""), ("ok", ""), ("large", ""), ("large", "out of memory")
-    ]  # fmt: skip
-    broken[0] = False
-    assert run_on_gpu.measure_suite("made_up", csv, state) == 0
-    assert measured == ["ok", "bad", "large", "bad"] and len(results_csv.read_suites(csv)) == 6
-
-
-def test_gpu_needs_a_gpu_and_its_suites_exist(capsys, tmp_path):
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit) as stopped:
-            run_on_gpu.main([])
-        assert stopped.value.code == 2 and "no CUDA GPU" in capsys.readouterr().err
-    for section in run_on_gpu.sections(tmp_path / "rows.csv"):
-        assert section.limit < 600
-        if "--suite" in section.command:
-            assert importlib.import_module(f"benchmarks.bench_{section.command[section.command.index('--suite') + 1]}").groups(True)
-
-
-def test_what_answers_most_comes_first_and_tuning_last(tmp_path):
-    names = [section.name for section in run_on_gpu.sections(tmp_path / "rows.csv")]
-    assert names[:2] == ["kernel tests", "parity"] and names[3].startswith("launch bound")
-    assert all(name.startswith("tuning") for name in names[-12:]) and len(set(names)) == len(names)
-    steps = [section.command[-1] for section in run_on_gpu.sections(tmp_path / "rows.csv") if section.name.startswith("train_step")]
-    assert steps == list(run_on_gpu.CUDA_CASES)
-    cases = [case for part in run_on_gpu.launch_bound_cases().values() for case in part]
-    assert sorted(cases) == sorted(launch_bound.CASES)
-    for section in run_on_gpu.sections(tmp_path / "rows.csv"):
-        modules = [word for word in section.command if word.startswith("benchmarks.")]
-        assert all(importlib.util.find_spec(module) for module in modules) and (modules or "pytest" in section.command), section
-
-
-def test_a_missing_tool_skips_a_section_in_one_line(tmp_path, capfd):
-    todo = [section._replace(tools=("no-such-tool",)) for section in sections(tmp_path, "")]
-    assert run_on_gpu.run(todo, tmp_path / "state.json", 100) == 0
-    assert "[1/1] a: skipped, there is no no-such-tool in the PATH" in capfd.readouterr().out
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_section_may_be_one_case_of_a_suite(tmp_path, monkeypatch):
-    measured = []
-
-    def result(case, say):
-        measured.append(case)
-        return {"eager": harness.Result({"case": case, "provider": "eager", "direction": "", "size": "1"}, [0.5], {})}
-
-    groups = lambda full: {c: harness.Group(("eager",), functools.partial(result, c)) for c in ("a", "b")}
-    monkeypatch.setitem(sys.modules, "benchmarks.bench_made_up", types.SimpleNamespace(SUITE="made_up", groups=groups))
-    assert run_on_gpu.measure_suite("made_up", tmp_path / "rows.csv", tmp_path / "state.json", "b") == 0
-    assert measured == ["b"]
-
-
 def test_weights_are_compared_bit_by_bit(tmp_path):
     weights = {"a": torch.ones(3), "b": torch.zeros(2)}
     for name, own in {"one": weights, "two": weights, "three": weights | {"a": torch.tensor([1, 1, 1 + 2**-23])}}.items():
@@ -571,11 +340,3 @@ def test_every_op_is_within_the_bound_of_its_reference(monkeypatch, capsys):
     assert parity.main(["--smallest", "--batch", "1"]) == 0 and "all within" in capsys.readouterr().out
     monkeypatch.setattr(parity, "difference", lambda *_: float("nan"))
     assert parity.main(["--smallest", "--batch", "1"]) == 1 and "swiglu 1024" in capsys.readouterr().out
-
-
-def test_a_row_says_that_onednn_was_held_to_an_instruction_set(monkeypatch) -> None:
-    """bf16 matmuls without AMX are another machine's: compare_runs must not take them for the same one's."""
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    free = results_csv.hardware(results_csv.CPU)
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-    assert results_csv.hardware(results_csv.CPU) == f"{free}, oneDNN up to AVX512_CORE_BF16"
