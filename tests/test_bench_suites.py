@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_blocks, bench_end_to_end, bench_kernels, bench_sampling, bench_train_step, eager_reference, results_csv
+from benchmarks import (
+    bench_blocks,
+    bench_end_to_end,
+    bench_kernels,
+    bench_sampling,
+    bench_train_step,
+    eager_reference,
+    results_csv,
+    roofline,
+)
+from benchmarks.eager_reference import EagerDiT, comparable, fastdit_model
 from fastdit import autoencoder
 from fastdit.data.order import center_crops
 
@@ -176,6 +186,20 @@ def test_both_samplers_of_the_suite_give_the_same_latents(monkeypatch):
     torch.manual_seed(0)
     ours = bench_sampling.fastdit_sampler("fp32", False)(2)
     assert (ours - eager).abs().max() < 1e-4 * eager.abs().max()
+
+
+@pytest.mark.parametrize("class_width", [48, None])
+def test_flops_are_those_of_every_linear_and_of_attention(class_width):
+    """Backward twice the forward, without the gradients at the latent and at the timestep's frequencies."""
+    model = fastdit_model(EagerDiT(comparable(64, 2, 2, 128, class_width)))
+    tokens, width, depth = 256, 64, 2
+    once = [*model.modulation, model.final_modulation, *model.time_embedding.modules(), *model.class_embedding.modules()]
+    flops = {m: 2 * m.weight.numel() * (1 if m in once else tokens) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    attention = depth * 4 * tokens**2 * width
+    frequencies = next(m for m in model.time_embedding.modules() if m in flops)
+    forward = sum(flops.values()) + attention
+    assert roofline.train_flops(model.config) == 3 * forward - flops[model.patch_embedding] - flops[frequencies]
+    assert roofline.velocity_flops(model.config) == forward - sum(flops[m] for m in once if m in flops)
 
 
 def test_the_reference_reads_and_encodes_images_as_fastdit_does():
