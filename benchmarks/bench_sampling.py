@@ -92,8 +92,8 @@ def provider(name: str, decoded: bool) -> Callable[[int], tuple]:
 
 
 def vae_of_size():
-    """images.autoencoder; here, so that latents are compared without diffusers and the packages that photographs come from."""
-    from benchmarks import fixtures
+    """Return fixtures.autoencoder()."""
+    from benchmarks import fixtures  # here: latents need neither diffusers nor the packages that photographs come from
 
     return fixtures.autoencoder()
 
