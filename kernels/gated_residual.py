@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_shape, check_tokens, choose_backend, compute_dtype
 from .library import cdiv, cpp, find, inner_contiguous, launch, register
-from .partials import reduce_partials
+from .token_sums import reduce_partials
 from .tuning import chunks, launch_for
 
 

@@ -18,7 +18,7 @@ from .dispatch import check_float, check_shape, choose_backend, compute_dtype
 from .gated_residual import check_gated_residual, gated_residual_reference
 from .library import cdiv, cpp, find, inner_contiguous, launch, load_columns, register
 from .modulate import modulate_reference
-from .partials import common_dtype, reduce_partials
+from .token_sums import common_dtype, reduce_partials
 from .tuning import check_width, chunks, launch_for
 
 

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import check_float, check_shape, check_tokens, choose_backend, compute_dtype
 from .library import cdiv, cpp, find, inner_contiguous, launch, load_columns, register
-from .partials import common_dtype, reduce_partials
+from .token_sums import common_dtype, reduce_partials
 from .tuning import check_width, chunks, launch_for
 
 

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from . import tuning
 from .dispatch import check_float, check_no_grad, check_shape, check_tokens, choose_backend, compute_dtype
 from .library import cdiv, cpp, find, inner_contiguous, launch, register
-from .partials import common_dtype, reduce_partials
+from .token_sums import common_dtype, reduce_partials
 
 WARPS = 4  # with 1024 elements of each half a tile, 8 a thread: 128-bit accesses of bf16
 

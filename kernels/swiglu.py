@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .dispatch import check_float, check_shape, choose_backend, compute_dtype
 from .library import cdiv, cpp, find, inner_contiguous, launch, load_columns, register
-from .partials import reduce_partials
+from .token_sums import reduce_partials
 from .tuning import chunks
 
 ROWS = 2  # rows a program at a time

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 CASES = runpy.run_path(str(ROOT / "benchmarks/kernel_cases.py"))["CASES"]
 TEXT = {"op", "direction", "kernel", "grid"}
 ADALN = ("modulate", "gated_residual", "gated_residual_modulate", "gated_residual_modulate_bias")
-REDUCTION = "partials.reduce_partials_kernel"  # stores 1/(2·parts) of what it loads, so its stores may be narrow
+REDUCTION = "token_sums.reduce_partials_kernel"  # stores 1/(2·parts) of what it loads, so its stores may be narrow
 NARROW = {
     "qk_norm_rope_72": "half a head is 36 columns, which no power of two divides into 128 bits",
     "counter_normal": "loads one id a program and nothing else",
