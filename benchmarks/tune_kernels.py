@@ -25,7 +25,7 @@ OPS = ("modulate", "gated_residual", "gated_residual_modulate")
 GAIN = 1.02  # a candidate must beat the default by 2 %, or it is noise
 
 
-def candidates(kernel: str, width: int, arch: int) -> Iterator[tuning.Launch]:
+def candidates(kernel: str, width: int, arch: int) -> Iterator[tuning.LaunchConfig]:
     """The default first, then its neighbours: warps, stages, rows of a forward, blocks of a backward, limits on registers."""
     default = tuning.default_launch(kernel, width, arch)
     seen = [default]
@@ -43,7 +43,7 @@ def candidates(kernel: str, width: int, arch: int) -> Iterator[tuning.Launch]:
     yield from seen
 
 
-def use(kernel: str, width: int, arch: int, how: tuning.Launch | None) -> None:
+def use(kernel: str, width: int, arch: int, how: tuning.LaunchConfig | None) -> None:
     """Make `how` the launch of `kernel` (None: the default)."""
     tuning.TUNED.pop((kernel, width, arch), None)
     if how is not None:
@@ -58,7 +58,7 @@ def milliseconds(op: str, direction: str, width: int, batch: int) -> float:
         return statistics.median(Replayed(directions(function, inputs, True)[direction])()) * 1e3
 
 
-def tune(op: str, direction: str, width: int, batch: int, arch: int) -> tuple[tuning.Launch, float, float]:
+def tune(op: str, direction: str, width: int, batch: int, arch: int) -> tuple[tuning.LaunchConfig, float, float]:
     """(best launch, its milliseconds, those of the default)."""
     kernel, times = f"{op}_{direction}", {}
     for how in candidates(kernel, width, arch):

@@ -119,84 +119,86 @@ def adamw_step_reference(
 
 
 @triton.jit
-def _number(changing, i):
-    return tl.load(changing + i).to(tl.int32).to(tl.float32, bitcast=True)
+def _number(changing_ptr, i):
+    return tl.load(changing_ptr + i).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _elements(address, at, TYPE: tl.constexpr, WHOLE: tl.constexpr):
-    """Pointers to the elements `at` of a tensor of TYPE at an address; WHOLE: which is a multiple of 16 bytes."""
-    first = address.to(tl.pointer_type(TYPE))
-    if WHOLE:
-        first = tl.multiple_of(first, 16)
-    return first + at
+def _element_ptrs(address, element, TYPE: tl.constexpr, FULL: tl.constexpr):
+    """Pointers to the given elements of a tensor of TYPE at an address, which is a multiple of 16 bytes if FULL."""
+    first_ptr = address.to(tl.pointer_type(TYPE))
+    if FULL:
+        first_ptr = tl.multiple_of(first_ptr, 16)
+    return first_ptr + element
 
 
 @triton.jit
-def _load(elements, mask, WHOLE: tl.constexpr):
-    values = tl.load(elements) if WHOLE else tl.load(elements, mask=mask, other=0.0)
+def _load(ptr, mask, FULL: tl.constexpr):
+    values = tl.load(ptr) if FULL else tl.load(ptr, mask=mask, other=0.0)
     return values.to(tl.float32)
 
 
 @triton.jit
-def _store(elements, values, mask, WHOLE: tl.constexpr):
-    if WHOLE:
-        tl.store(elements, values)
+def _store(ptr, values, mask, FULL: tl.constexpr):
+    if FULL:
+        tl.store(ptr, values)
     else:
-        tl.store(elements, values, mask=mask)
+        tl.store(ptr, values, mask=mask)
 
 
 @triton.jit
 def _update_block(
-    row, changing, address, start, n, scale, P, FIRST: tl.constexpr, GRADIENT: tl.constexpr, COPY: tl.constexpr,
-    AVERAGES: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    row_ptr, changing_ptr, address, start, n, scale, P, FIRST: tl.constexpr, GRADIENT: tl.constexpr, COPY: tl.constexpr,
+    AVERAGES: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Elements start .. start+BLOCK of one parameter of n; WHOLE: none is past the end, and all tensors are aligned."""
-    at = start + tl.arange(0, BLOCK)
-    mask = at < n
-    master = _elements(tl.load(row), at, tl.float32, WHOLE)
-    exp_avg = _elements(tl.load(row + P), at, tl.float32, WHOLE)
-    exp_avg_sq = _elements(tl.load(row + 2 * P), at, tl.float32, WHOLE)
-    g = tl.div_rn(_load(_elements(address, at, GRADIENT, WHOLE), mask, WHOLE), scale)
-    p, m, v = _load(master, mask, WHOLE), _load(exp_avg, mask, WHOLE), _load(exp_avg_sq, mask, WHOLE)
-    weight = _number(changing, 4)
+    """Elements start .. start+BLOCK of a parameter of n elements. FULL: none is past the end, and all tensors are aligned to 16
+    bytes."""
+    element = start + tl.arange(0, BLOCK)
+    mask = element < n
+    master_ptr = _element_ptrs(tl.load(row_ptr), element, tl.float32, FULL)
+    exp_avg_ptr = _element_ptrs(tl.load(row_ptr + P), element, tl.float32, FULL)
+    exp_avg_sq_ptr = _element_ptrs(tl.load(row_ptr + 2 * P), element, tl.float32, FULL)
+    g = tl.div_rn(_load(_element_ptrs(address, element, GRADIENT, FULL), mask, FULL), scale)
+    p, m, v = _load(master_ptr, mask, FULL), _load(exp_avg_ptr, mask, FULL), _load(exp_avg_sq_ptr, mask, FULL)
+    weight = _number(changing_ptr, 4)
     m = tl.fma(g - m, tl.where(weight < 0.5, weight, weight - 1), tl.where(weight < 0.5, m, g))
-    v = tl.fma(g * _number(changing, 6), g, v * _number(changing, 5))
-    denominator = tl.div_rn(tl.sqrt_rn(v), _number(changing, 2)) + _number(changing, 3)
-    p = p * _number(changing, 0) - tl.div_rn(_number(changing, 1) * m, denominator)
-    _store(exp_avg, m, mask, WHOLE)
-    _store(exp_avg_sq, v, mask, WHOLE)
-    _store(master, p, mask, WHOLE)
+    v = tl.fma(g * _number(changing_ptr, 6), g, v * _number(changing_ptr, 5))
+    denominator = tl.div_rn(tl.sqrt_rn(v), _number(changing_ptr, 2)) + _number(changing_ptr, 3)
+    p = p * _number(changing_ptr, 0) - tl.div_rn(_number(changing_ptr, 1) * m, denominator)
+    _store(exp_avg_ptr, m, mask, FULL)
+    _store(exp_avg_sq_ptr, v, mask, FULL)
+    _store(master_ptr, p, mask, FULL)
     if COPY is not None:
-        _store(_elements(tl.load(row + 4 * P), at, COPY, WHOLE), p.to(COPY), mask, WHOLE)
+        _store(_element_ptrs(tl.load(row_ptr + 4 * P), element, COPY, FULL), p.to(COPY), mask, FULL)
     for k in tl.static_range(AVERAGES):
-        average = _elements(tl.load(row + (5 + k) * P), at, tl.float32, WHOLE)
-        weight = _number(changing, FIRST + k)
-        a = _load(average, mask, WHOLE)
+        average_ptr = _element_ptrs(tl.load(row_ptr + (5 + k) * P), element, tl.float32, FULL)
+        weight = _number(changing_ptr, FIRST + k)
+        a = _load(average_ptr, mask, FULL)
         a = tl.fma(p - a, tl.where(weight < 0.5, weight, weight - 1), tl.where(weight < 0.5, a, p))
-        _store(average, a, mask, WHOLE)
+        _store(average_ptr, a, mask, FULL)
 
 
 @triton.jit(do_not_specialize=["P", "gradients"])
-def _adamw_kernel(
-    blocks, table, changing, grad_scale, found_inf, P, gradients, FIRST: tl.constexpr, GRADIENT: tl.constexpr, COPY: tl.constexpr,
-    AVERAGES: tl.constexpr, BLOCK: tl.constexpr,
+def adamw_step_kernel(
+    blocks_ptr, table_ptr, changing_ptr, grad_scale_ptr, found_inf_ptr, P, gradients, FIRST: tl.constexpr, GRADIENT: tl.constexpr,
+    COPY: tl.constexpr, AVERAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one block. Nothing is written where found_inf is not 0. gradients: where in `changing` they begin."""
+    """A program takes one block. Nothing is written unless found_inf is 0. gradients: index of the first gradient's address in
+    `changing`."""
     pid, P = tl.program_id(0).to(tl.int64), P.to(tl.int64)
-    skipped, scale = tl.load(found_inf) != 0, tl.load(grad_scale)
-    parameter = tl.load(blocks + 2 * pid).to(tl.int64)
-    start = tl.load(blocks + 2 * pid + 1).to(tl.int64) * BLOCK
-    row, n = table + parameter, tl.load(table + parameter + 3 * P)
-    address = tl.load(changing + (gradients.to(tl.int64) + parameter))
-    bits = address | tl.load(row) | tl.load(row + P) | tl.load(row + 2 * P) | tl.load(row + 4 * P)
+    skipped, scale = tl.load(found_inf_ptr) != 0, tl.load(grad_scale_ptr)
+    parameter = tl.load(blocks_ptr + 2 * pid).to(tl.int64)
+    start = tl.load(blocks_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
+    row_ptr, n = table_ptr + parameter, tl.load(table_ptr + parameter + 3 * P)
+    address = tl.load(changing_ptr + (gradients.to(tl.int64) + parameter))
+    bits = address | tl.load(row_ptr) | tl.load(row_ptr + P) | tl.load(row_ptr + 2 * P) | tl.load(row_ptr + 4 * P)
     for k in tl.static_range(AVERAGES):
-        bits |= tl.load(row + (5 + k) * P)
+        bits |= tl.load(row_ptr + (5 + k) * P)
     if skipped == 0:
         if (bits % 16 == 0) & (start + BLOCK <= n):
-            _update_block(row, changing, address, start, n, scale, P, FIRST, GRADIENT, COPY, AVERAGES, BLOCK, True)
+            _update_block(row_ptr, changing_ptr, address, start, n, scale, P, FIRST, GRADIENT, COPY, AVERAGES, BLOCK, True)
         else:
-            _update_block(row, changing, address, start, n, scale, P, FIRST, GRADIENT, COPY, AVERAGES, BLOCK, False)
+            _update_block(row_ptr, changing_ptr, address, start, n, scale, P, FIRST, GRADIENT, COPY, AVERAGES, BLOCK, False)
 
 
 def adamw_step(
@@ -245,7 +247,7 @@ def _run(
         cpp.adamw_step(tensors.blocks, tensors.table, tensors.changing, gradients[0], copy, grad_scale, found_inf, len(weights))
         return
     launch(
-        _adamw_kernel, (len(tensors.blocks),), tensors.table, tensors.blocks, tensors.table, tensors.changing, grad_scale,
+        adamw_step_kernel, (len(tensors.blocks),), tensors.table, tensors.blocks, tensors.table, tensors.changing, grad_scale,
         found_inf, len(tensors.masters), _NUMBERS + len(tensors.averages), _NUMBERS, _TYPES[gradients[0].dtype],
         None if copy is None else _TYPES[copy.dtype], len(weights), BLOCK, num_warps=4,
     )  # fmt: skip

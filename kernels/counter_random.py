@@ -86,20 +86,20 @@ def _cos_sin(u):
 
 
 @triton.jit(do_not_specialize=["key0", "key1", "stream"])
-def counter_random_kernel(
-    ids_ptr, out_ptr, ids_b, key0, key1, stream, WIDTH: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr
+def counter_random_forward_kernel(
+    ids_ptr, out_ptr, ids_stride_b, key0, key1, stream, WIDTH: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Elements of BLOCK consecutive counters of one row; rows and blocks share grid axis 0, because axis 1 ends at 65535.
 
     The words are those of `philox`, bit for bit. key0, key1 and stream are 32 bits each, passed as signed ints.
     """
     blocks = tl.cdiv(WIDTH, 4 * BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    start = (program % blocks) * BLOCK
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // blocks
+    start = (pid % blocks) * BLOCK
     counter = (start + tl.arange(0, BLOCK)).to(tl.uint32)
     zero = tl.zeros([BLOCK], tl.uint32)
-    name = tl.load(ids_ptr + row * ids_b)
+    name = tl.load(ids_ptr + row * ids_stride_b)
     w0, w1, w2, w3 = tl.philox_impl(
         counter,
         zero + stream.to(tl.uint32, bitcast=True),
@@ -126,29 +126,30 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def _fake(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], normal: bool) -> Tensor:
+def _forward_fake(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], normal: bool) -> Tensor:
     return ids.new_empty((len(ids), *shape), dtype=torch.float32)
 
 
 @register(
     "counter_random_forward_triton(Tensor ids, SymInt key0, SymInt key1, SymInt stream, SymInt[] shape, bool normal) -> Tensor",
-    _fake,
+    _forward_fake,
 )
-def _triton(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], normal: bool) -> Tensor:
-    out = _fake(ids, key0, key1, stream, shape, normal)
+def _forward_triton(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], normal: bool) -> Tensor:
+    out = _forward_fake(ids, key0, key1, stream, shape, normal)
     if out.numel():
         W = out.numel() // len(ids)
         grid = (len(ids) * cdiv(W, 4 * BLOCK),)
         words = _signed(key0), _signed(key1), _signed(stream)
-        launch(counter_random_kernel, grid, ids, ids, out, ids.stride(0), *words, W, normal, BLOCK, num_warps=4)
+        launch(counter_random_forward_kernel, grid, ids, ids, out, ids.stride(0), *words, W, normal, BLOCK, num_warps=4)
     return out
 
 
 @register(
-    "counter_random_forward_cpp(Tensor ids, SymInt key0, SymInt key1, SymInt stream, SymInt[] shape, bool normal) -> Tensor", _fake
+    "counter_random_forward_cpp(Tensor ids, SymInt key0, SymInt key1, SymInt stream, SymInt[] shape, bool normal) -> Tensor",
+    _forward_fake,
 )
-def _cpp(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], normal: bool) -> Tensor:
-    out = _fake(ids, key0, key1, stream, shape, normal)
+def _forward_cpp(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], normal: bool) -> Tensor:
+    out = _forward_fake(ids, key0, key1, stream, shape, normal)
     if out.numel():
         cpp.counter_random_forward(ids, key0, key1, stream, normal, out.view(len(ids), -1))
     return out
@@ -163,11 +164,11 @@ def _draw(op: str, seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) 
     if math.prod(shape) > 2**34:
         raise ValueError(f"{op}: a row of shape {list(shape)} has more than 2^34 elements, where the counter would wrap")
     normal = op == "counter_normal"
-    chosen = backend_in_use(ids.device)
-    if chosen == "reference":
+    backend = backend_in_use(ids.device)
+    if backend == "reference":
         reference = counter_normal_reference if normal else counter_uniform_reference
         return reference(seed, stream, ids, shape)
-    return find("counter_random_forward", chosen)(ids, seed & _MASK, seed >> 32, stream, list(shape), normal)
+    return find("counter_random_forward", backend)(ids, seed & _MASK, seed >> 32, stream, list(shape), normal)
 
 
 def counter_uniform(seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) -> Tensor:

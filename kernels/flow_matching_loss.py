@@ -29,7 +29,7 @@ def flow_matching_loss_reference(v: Tensor, x0: Tensor, noise: Tensor, weight: T
 
 @triton.jit
 def flow_matching_loss_forward_kernel(
-    v_ptr, x0_ptr, noise_ptr, weight_ptr, loss_ptr, error_ptr, v_b, x0_b, noise_b, weight_b,
+    v_ptr, x0_ptr, noise_ptr, weight_ptr, loss_ptr, error_ptr, v_stride_b, x0_stride_b, noise_stride_b, weight_stride_b,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One sample a program: a latent is a few thousand elements, so what this saves is launches, and one pass needs no second
@@ -37,42 +37,42 @@ def flow_matching_loss_forward_kernel(
     b = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, WIDTH, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        mask = column < WIDTH
-        v = tl.load(v_ptr + (b * v_b + column), mask=mask, other=0.0).to(tl.float32)
-        x0 = tl.load(x0_ptr + (b * x0_b + column), mask=mask, other=0.0).to(tl.float32)
-        noise = tl.load(noise_ptr + (b * noise_b + column), mask=mask, other=0.0).to(tl.float32)
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < WIDTH
+        v = tl.load(v_ptr + (b * v_stride_b + columns), mask=mask, other=0.0).to(tl.float32)
+        x0 = tl.load(x0_ptr + (b * x0_stride_b + columns), mask=mask, other=0.0).to(tl.float32)
+        noise = tl.load(noise_ptr + (b * noise_stride_b + columns), mask=mask, other=0.0).to(tl.float32)
         error = v - (noise - x0)
         total += error * error
         if error_ptr is not None:
-            tl.store(error_ptr + (b * WIDTH + column), error.to(error_ptr.dtype.element_ty), mask=mask)
+            tl.store(error_ptr + (b * WIDTH + columns), error.to(error_ptr.dtype.element_ty), mask=mask)
     loss = tl.sum(total, axis=0) / WIDTH
     if weight_ptr is not None:
-        loss *= tl.load(weight_ptr + b * weight_b).to(tl.float32)
+        loss *= tl.load(weight_ptr + b * weight_stride_b).to(tl.float32)
     tl.store(loss_ptr + b, loss)
 
 
 @triton.jit
 def flow_matching_loss_backward_kernel(
-    grad_ptr, error_ptr, weight_ptr, grad_v_ptr, grad_b, weight_b, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    dloss_ptr, error_ptr, weight_ptr, dv_ptr, dloss_stride_b, weight_stride_b, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     """dv = dloss·weight·2/W·error. The factor is read on the device: no host sync, whatever scales the loss."""
-    program = tl.program_id(0).to(tl.int64)
-    b = program // tl.cdiv(WIDTH, BLOCK)
-    column = (program % tl.cdiv(WIDTH, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < WIDTH
-    factor = tl.load(grad_ptr + b * grad_b) * (2.0 / WIDTH)
+    pid = tl.program_id(0).to(tl.int64)
+    b = pid // tl.cdiv(WIDTH, BLOCK)
+    columns = (pid % tl.cdiv(WIDTH, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    factor = tl.load(dloss_ptr + b * dloss_stride_b) * (2.0 / WIDTH)
     if weight_ptr is not None:
-        factor *= tl.load(weight_ptr + b * weight_b).to(tl.float32)
-    error = tl.load(error_ptr + b * WIDTH + column, mask=mask).to(tl.float32)
-    tl.store(grad_v_ptr + b * WIDTH + column, (factor * error).to(grad_v_ptr.dtype.element_ty), mask=mask)
+        factor *= tl.load(weight_ptr + b * weight_stride_b).to(tl.float32)
+    error = tl.load(error_ptr + b * WIDTH + columns, mask=mask).to(tl.float32)
+    tl.store(dv_ptr + b * WIDTH + columns, (factor * error).to(dv_ptr.dtype.element_ty), mask=mask)
 
 
 def _forward_fake(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None, with_error: bool) -> tuple[Tensor, Tensor]:
     return v.new_empty(v.shape[:1], dtype=torch.float32), v.new_empty(v.shape if with_error else 0)
 
 
-def _backward_fake(grad: Tensor, error: Tensor, weight: Tensor | None) -> Tensor:
+def _backward_fake(dloss: Tensor, error: Tensor, weight: Tensor | None) -> Tensor:
     return error.new_empty(error.shape)
 
 
@@ -92,15 +92,15 @@ def _forward_triton(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None,
     return loss, error
 
 
-@register("flow_matching_loss_backward_triton(Tensor grad, Tensor error, Tensor? weight) -> Tensor", _backward_fake)
-def _backward_triton(grad: Tensor, error: Tensor, weight: Tensor | None) -> Tensor:
-    grad_v = _backward_fake(grad, error, weight)
+@register("flow_matching_loss_backward_triton(Tensor dloss, Tensor error, Tensor? weight) -> Tensor", _backward_fake)
+def _backward_triton(dloss: Tensor, error: Tensor, weight: Tensor | None) -> Tensor:
+    dv = _backward_fake(dloss, error, weight)
     if error.numel():
         B, W = len(error), error.numel() // len(error)
         grid = (B * cdiv(W, BLOCK),)
-        strides = grad.stride(0), 0 if weight is None else weight.stride(0)
-        launch(flow_matching_loss_backward_kernel, grid, error, grad, error, weight, grad_v, *strides, W, BLOCK, num_warps=4)
-    return grad_v
+        strides = dloss.stride(0), 0 if weight is None else weight.stride(0)
+        launch(flow_matching_loss_backward_kernel, grid, error, dloss, error, weight, dv, *strides, W, BLOCK, num_warps=4)
+    return dv
 
 
 @register(
@@ -115,12 +115,12 @@ def _forward_cpp(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None, wi
     return loss, error
 
 
-@register("flow_matching_loss_backward_cpp(Tensor grad, Tensor error, Tensor? weight) -> Tensor", _backward_fake)
-def _backward_cpp(grad: Tensor, error: Tensor, weight: Tensor | None) -> Tensor:
-    grad_v = _backward_fake(grad, error, weight)
+@register("flow_matching_loss_backward_cpp(Tensor dloss, Tensor error, Tensor? weight) -> Tensor", _backward_fake)
+def _backward_cpp(dloss: Tensor, error: Tensor, weight: Tensor | None) -> Tensor:
+    dv = _backward_fake(dloss, error, weight)
     if error.numel():
-        cpp.flow_matching_loss_backward(grad, error.flatten(1), weight, grad_v)
-    return grad_v
+        cpp.flow_matching_loss_backward(dloss, error.flatten(1), weight, dv)
+    return dv
 
 
 class _FlowMatchingLoss(torch.autograd.Function):
@@ -133,8 +133,8 @@ class _FlowMatchingLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return find("flow_matching_loss_backward", ctx.backend)(grad, *ctx.saved_tensors), None, None, None, None, None
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return find("flow_matching_loss_backward", ctx.backend)(dloss, *ctx.saved_tensors), None, None, None, None, None
 
 
 def flow_matching_loss(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -142,7 +142,7 @@ def flow_matching_loss(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | No
 
     v, x0, noise [B,C,h,w]; weight [B] or None (ones). Returns [B] in fp32; differentiates v only, in the dtype of v.
     Triton copies samples that are strided inside (channels-last).
-    Raises ValueError for other shapes, any other input that requires grad, integer tensors, tensors on two devices, or fp64
+    Raises ValueError for other shapes, any other input that requires dloss, integer tensors, tensors on two devices, or fp64
     outside the reference.
     """
     op = "flow_matching_loss"
@@ -153,7 +153,7 @@ def flow_matching_loss(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | No
     if weight is not None:
         check_shape(op, "weight", weight, tuple(v.shape[:1]))
     check_no_grad(op, x0=x0, noise=noise, weight=weight)
-    chosen = choose_backend(op, v, x0, noise, weight)
-    if chosen == "reference":
+    backend = choose_backend(op, v, x0, noise, weight)
+    if backend == "reference":
         return flow_matching_loss_reference(v, x0, noise, weight)
-    return _FlowMatchingLoss.apply(v, x0, noise, weight, chosen, v.requires_grad and torch.is_grad_enabled())
+    return _FlowMatchingLoss.apply(v, x0, noise, weight, backend, v.requires_grad and torch.is_grad_enabled())

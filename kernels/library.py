@@ -72,15 +72,15 @@ def launch(kernel: Callable, grid: tuple[int, ...], like: Tensor, *args, **optio
         else:
             key.append(value)
         values.append(value)
-    found = _compiled.get(key := tuple(key))
-    if found is None:
+    launcher = _compiled.get(key := tuple(key))
+    if launcher is None:
         compiled = kernel[grid](*args, **options, enable_fp_fusion=True)
         if compiled is None:  # interpreted
             return
         named = [options[name] for name in kernel.arg_names[len(args) :]]  # of the kernel's arguments, those given by name
         _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, named, kernel  # which keeps its id
         return
-    run, function, metadata, named, _ = found
+    run, function, metadata, named, _ = launcher
     x, y, z = (*grid, 1, 1)[:3]
     run(x, y, z, torch._C._cuda_getCurrentRawStream(index), function, metadata, None, None, None, *values, *named)
 

@@ -1,4 +1,4 @@
-"""Launch parameters of the Triton kernels: (op, width, architecture) -> a `Launch`. A table, never an autotuner in the hot path.
+"""Launch parameters of the Triton kernels: (op, width, architecture) -> a `LaunchConfig`. A table, no autotuner in the hot path.
 
 The defaults are reasoned from machine code compiled without a GPU (registers, so blocks an SM, so bytes in flight) and have
 not been timed. `benchmarks/tune_kernels.py` times the alternatives on a GPU and prints lines for TUNED.
@@ -22,7 +22,7 @@ VERSION = 2
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
 
 
-class Launch(NamedTuple):
+class LaunchConfig(NamedTuple):
     """How a kernel is launched. A row of the width is cut into `tile` columns and a masked `tail` (0: none), both powers of two."""
 
     tile: int
@@ -34,8 +34,8 @@ class Launch(NamedTuple):
     blocks: int = 1  # programs of a backward that fit on one multiprocessor at once
 
 
-# (op, width, architecture) -> Launch, where a GPU was asked; looked up before the defaults below.
-TUNED: dict[tuple[str, int, int], Launch] = {}
+# (op, width, architecture) -> LaunchConfig, where a GPU was asked; looked up before the defaults below.
+TUNED: dict[tuple[str, int, int], LaunchConfig] = {}
 
 
 @cache
@@ -69,7 +69,7 @@ def column_tile(width: int) -> int:
     return divisor if divisor >= 64 else min(512, triton.next_power_of_2(width))
 
 
-def default_launch(op: str, width: int, arch: int) -> Launch:
+def default_launch(op: str, width: int, arch: int) -> LaunchConfig:
     """The reasoned default of one kernel. Blocks an SM are what its registers allow on sm_90 (benchmarks/results/codegen.csv).
 
     What decides a backward is bytes in flight, blocks x loaded tensors x row bytes x stages: an H100 needs about 36 KB an SM.
@@ -81,27 +81,27 @@ def default_launch(op: str, width: int, arch: int) -> Launch:
     half_tail = tail == 64  # 1088: half of the threads hold two tiles, and no spill under triton 3.6 to 3.9 is harder to come by
     if op == "modulate_forward":
         # One tensor to load: without the second row 23 KB at 1152. Left alone, triton 3.8 aims at 48 registers there and spills.
-        return Launch(tile, tail, warps, stages=2, rows=4, registers=64 if tail else None)
+        return LaunchConfig(tile, tail, warps, stages=2, rows=4, registers=64 if tail else None)
     if op == "gated_residual_modulate_forward":
         # 1088 on sm_90: left alone, triton 3.8 aims at 64 registers and spills where there is a bias.
-        return Launch(tile, tail, warps, stages, rows=4, registers=72 if half_tail and arch == 90 else None)
+        return LaunchConfig(tile, tail, warps, stages, rows=4, registers=72 if half_tail and arch == 90 else None)
     if op == "modulate_backward":
         # 1088 on sm_100: 72 registers without a limit too, and with it triton 3.6 spills.
         limit = 72 if narrow and not (half_tail and arch == 100) else None
-        return Launch(tile, tail, warps, stages, registers=limit, blocks=max(1, 28 // max(2, warps)))
+        return LaunchConfig(tile, tail, warps, stages, registers=limit, blocks=max(1, 28 // max(2, warps)))
     if op == "gated_residual_modulate_backward":
         # Left alone, the compiler takes 128 registers for the pipelined loop (4 blocks at 768), and 96 to 127 at 1088.
         if half_tail and arch in (90, 100):  # triton 3.6 spills under a limit of 96, which is a fifth block
-            return Launch(tile, tail, warps, stages, blocks=4)
-        return Launch(tile, tail, warps, stages, registers=96 if narrow else None, blocks=max(1, 20 // max(2, warps)))
+            return LaunchConfig(tile, tail, warps, stages, blocks=4)
+        return LaunchConfig(tile, tail, warps, stages, registers=96 if narrow else None, blocks=max(1, 20 // max(2, warps)))
     if op in ("gated_residual_forward", "gated_residual_backward"):
         columns = column_tile(width)
-        return Launch(columns, 0, 4, rows=2048 // columns, blocks=7)
+        return LaunchConfig(columns, 0, 4, rows=2048 // columns, blocks=7)
     raise KeyError(op)
 
 
 @cache
-def launch_for(op: str, width: int, device: torch.device) -> Launch:
+def launch_for(op: str, width: int, device: torch.device) -> LaunchConfig:
     """The launch parameters of `op` at `width` on `device`."""
     arch = architecture(device)
     return TUNED.get((op, width, arch)) or default_launch(op, width, arch)

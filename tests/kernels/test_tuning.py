@@ -38,7 +38,7 @@ def test_the_presets_have_no_dead_lanes_where_it_pays():
 
 
 def test_a_tuned_launch_goes_before_the_default(monkeypatch):
-    how = tuning.Launch(512, warps=1)
+    how = tuning.LaunchConfig(512, warps=1)
     monkeypatch.setattr(tuning, "TUNED", {("modulate_forward", 384, tuning.architecture(CPU)): how})
     tuning.launch_for.cache_clear()
     assert tuning.launch_for("modulate_forward", 384, CPU) is how
