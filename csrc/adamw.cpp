@@ -101,7 +101,8 @@ void adamw_step(View blocks, View table, View changing, View gradient, View copy
       parallel(blocks.size[0], 16, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; unit++) {
           const int64_t parameter = units[2 * unit], first = units[2 * unit + 1] * BLOCK;
-          update<G, C>(addresses + parameter, P, first, numbers, (const G*)numbers[gradients + parameter], scale, averages, NUMBERS);
+          update<G, C>(addresses + parameter, P, first, numbers, (const G*)numbers[gradients + parameter], scale, averages,
+                       NUMBERS);
         }
       });
     });

@@ -1,5 +1,6 @@
-// dit_block: a DiT block for sampling, in bf16: no gradients, so that what is between its matmuls happens on their fp32 sums, most of
-// it while the next ones are computed. M = B·T rows, H width, N heads, D head dim, F SwiGLU hidden. Every size is a multiple of 32.
+// dit_block: a DiT block for sampling, in bf16: no gradients, so that what is between its matmuls happens on their fp32 sums, most
+// of it while the next ones are computed. M = B·T rows, H width, N heads, D head dim, F SwiGLU hidden. Every size is a multiple
+// of 32.
 #include "head.h"
 #include "norm.h"
 #include "ops.h"
@@ -16,8 +17,8 @@ using E = BFloat16;
 // Weights of one thread that stay in its cache (2 MB of L2 on every CPU with AMX) while its rows pass.
 constexpr int64_t GROUP_BYTES = 1 << 20;
 
-// a·Wᵀ of a [M,K] and packed W [N,K], 32 x 32 at a time: `finish` as of Blocks, copied for each thread. next: what is multiplied with
-// after it.
+// a·Wᵀ of a [M,K] and packed W [N,K], 32 x 32 at a time: `finish` as of Blocks, copied for each thread. next: what is multiplied
+// with after it.
 template <class Finish>
 void multiply(const E* a, int64_t M, int64_t K, const E* weights, int64_t N, const Ahead& next, const Finish& finish) {
   const int64_t panels = N / BLOCK, steps = K / BLOCK;
@@ -85,8 +86,7 @@ void add_branch(const E* a, int64_t K, const View& weights, const View& bias, co
       };
       for (int64_t i = 0; i < BLOCK; i++) means[i] = sum(totals[i]) / H;
       for (int64_t i = 0; i < BLOCK; i++) rstds[i] = 1.0f / std::sqrt(squares(row(i), means[i], H) / H + eps);
-      for (int64_t i = 0; i < BLOCK; i++)
-        write_norm(row(i), means[i], rstds[i], H, scales, shifts, pointer<E>(y, (first + i) * H));
+      for (int64_t i = 0; i < BLOCK; i++) write_norm(row(i), means[i], rstds[i], H, scales, shifts, pointer<E>(y, (first + i) * H));
     }
   });
 }
@@ -141,8 +141,9 @@ void project_head(const Heads& heads, int64_t b, int64_t n, Block& block, const 
   const auto keep = [&](int64_t t, int64_t c, int64_t begin, int64_t end, const Sums& sums) INLINE_LAMBDA {
     E* target = at.qkv + t * 3 * D + c;
     const int64_t stride = 3 * D;
-    sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right)
-                                  INLINE_LAMBDA { store(target + i * stride, left, right); });
+    sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
+      store(target + i * stride, left, right);
+    });
   };
   Blocks blocks(block, keep);
   for (int64_t t = 0; t < T; t += BLOCK)
@@ -190,8 +191,9 @@ void attend(const Heads& heads, int64_t b, int64_t n, Block& block, const HeadMe
     };
     if constexpr (!BOUNDED) {
       each_key([&](int64_t, int64_t, int64_t begin, int64_t end, const Sums& sums) INLINE_LAMBDA {
-        sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right)
-                                      INLINE_LAMBDA { largest[i] = max(largest[i], max(left, right)); });
+        sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
+          largest[i] = max(largest[i], max(left, right));
+        });
       });
       for (int64_t i = 0; i < BLOCK; i++) tops[i] = max(largest[i]);
     }
@@ -199,9 +201,8 @@ void attend(const Heads& heads, int64_t b, int64_t n, Block& block, const HeadMe
       E* weights = at.weights + key;
       const int64_t stride = at.stride;
       sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
-        const auto weight = [&](const Floats& score) INLINE_LAMBDA {
-          return rough_exp2(BOUNDED ? score : max(score - tops[i], -126.0f));
-        };
+        const auto weight = [&](const Floats& score)
+                                INLINE_LAMBDA { return rough_exp2(BOUNDED ? score : max(score - tops[i], -126.0f)); };
         const Floats a = weight(left), b = weight(right);
         totals[i] += a + b;
         store(weights + i * stride, a, b);
@@ -211,8 +212,9 @@ void attend(const Heads& heads, int64_t b, int64_t n, Block& block, const HeadMe
     const auto divide = [&](int64_t row, int64_t d, int64_t begin, int64_t end, const Sums& sums) INLINE_LAMBDA {
       E* target = out + row * heads.H + n * D + d;
       const int64_t stride = heads.H;
-      sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right)
-                                    INLINE_LAMBDA { store(target + i * stride, left * inverses[i], right * inverses[i]); });
+      sums.each_row(begin, end, [&](int64_t i, const Floats& left, const Floats& right) INLINE_LAMBDA {
+        store(target + i * stride, left * inverses[i], right * inverses[i]);
+      });
     };
     Blocks blocks(block, divide);
     for (int64_t d = 0; d < D; d += BLOCK) blocks.next(at.weights, at.stride, at.values + d * T, T / BLOCK, b * T + t, d);
@@ -220,8 +222,8 @@ void attend(const Heads& heads, int64_t b, int64_t n, Block& block, const HeadMe
   }
 }
 
-// Whether scores cannot pass ±40, so that e^score needs no largest one taken from it: normed, |q| and |k| are √D·max|weight| at most,
-// and a rotation leaves them so.
+// Whether scores cannot pass ±40, so that e^score needs no largest one taken from it: normed, |q| and |k| are √D·max|weight| at
+// most, and a rotation leaves them so.
 bool scores_are_bounded(const Half* q, const Half* k, int64_t D) {
   if (!q || !k) return false;
   const auto largest = [&](const Half& w) {

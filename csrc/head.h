@@ -1,5 +1,5 @@
-// RMSNorm and rotation of a head of q or k. D head dim, h = D/2. The halves of a head lie in vectors of their own, padded with zeros:
-// the rotation pairs element j with j + h.
+// RMSNorm and rotation of a head of q or k. D head dim, h = D/2. The halves of a head lie in vectors of their own, padded with
+// zeros: the rotation pairs element j with j + h.
 #pragma once
 
 #include "vector.h"

@@ -90,8 +90,8 @@ void modulate_backward(View dy, View x, View stats, View scale, View dx, View dm
   reduce_partials(partials, B, parts, 2, H, dmodulation);
 }
 
-void gated_residual_modulate_forward(View x, View branch, View gate, View shift, View scale, View bias, double eps, View r,
-                                     View y, View stats) {
+void gated_residual_modulate_forward(View x, View branch, View gate, View shift, View scale, View bias, double eps, View r, View y,
+                                     View stats) {
   const int64_t B = x.size[0], T = x.size[1], H = x.size[2], V = vectors(H), parts = (T + ROWS - 1) / ROWS;
   float* means = pointer<float>(stats);
   with_type(x.type, [&](auto type) {
@@ -121,8 +121,8 @@ void gated_residual_modulate_forward(View x, View branch, View gate, View shift,
   });
 }
 
-void gated_residual_modulate_backward(View dr, View dy, View r, View branch, View stats, View gate, View scale, View bias,
-                                      View dx, View dbranch, View dmodulation, View dbias) {
+void gated_residual_modulate_backward(View dr, View dy, View r, View branch, View stats, View gate, View scale, View bias, View dx,
+                                      View dbranch, View dmodulation, View dbias) {
   const int64_t B = r.size[0], T = r.size[1], H = r.size[2], V = vectors(H), parts = (T + ROWS - 1) / ROWS;
   const float* means = pointer<float>(stats);
   Scratch partials(B * parts * 3 * V);  // dgate, dshift, dscale

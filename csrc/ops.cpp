@@ -140,15 +140,14 @@ STABLE_TORCH_LIBRARY(fastdit_cpp, m) {
   m.def("isa() -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastdit_cpp, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&fastdit::isa_number));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastdit_cpp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&fastdit::isa_number)); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdit_cpp, CPU, m) {
 #if defined(__x86_64__)
-#define IMPLEMENT(name, parameters)                                                                                 \
-  m.impl(#name, TORCH_BOX((&fastdit::Op<&fastdit::baseline::name, &fastdit::avx2::name, &fastdit::avx512::name, \
-                                        &fastdit::amx::name>::call)));
+#define IMPLEMENT(name, parameters) \
+  m.impl(#name,                     \
+         TORCH_BOX(                 \
+             (&fastdit::Op<&fastdit::baseline::name, &fastdit::avx2::name, &fastdit::avx512::name, &fastdit::amx::name>::call)));
 #else
 #define IMPLEMENT(name, parameters) m.impl(#name, TORCH_BOX((&fastdit::Op<&fastdit::baseline::name>::call)));
 #endif

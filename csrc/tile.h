@@ -1,8 +1,8 @@
-// Products of bf16 matrices in blocks of 32 x 32 fp32 sums: four tiles of 16 x 16, in AMX's tile registers where this is compiled for
-// them. Elsewhere plain vectors do the same, for the tests: oneDNN is faster there.
+// Products of bf16 matrices in blocks of 32 x 32 fp32 sums: four tiles of 16 x 16, in AMX's tile registers where this is compiled
+// for them. Elsewhere plain vectors do the same, for the tests: oneDNN is faster there.
 //
-// A packed matrix W [N,K] (kernels/dit_block.py packs it) is N/32 panels of K/32 pieces of 32 x 32: two tiles one after the other, for
-// 16 of the panel's rows each, whose dword (i, j) is W's elements 2i and 2i+1 of row j. That is what TDPBF16PS multiplies with.
+// A packed matrix W [N,K] (kernels/dit_block.py packs it) is N/32 panels of K/32 pieces of 32 x 32: two tiles one after the other,
+// for 16 of the panel's rows each, whose dword (i, j) is W's elements 2i and 2i+1 of row j. That is what TDPBF16PS multiplies with.
 #pragma once
 
 #include <algorithm>
@@ -115,8 +115,7 @@ class Block {
 
   INLINE const Sums& store() const {
     for (int64_t tile = 0; tile < 4; tile++)
-      for (int64_t i = 0; i < TILE; i++)
-        fastdit::FASTDIT_ISA::store(sums_.data + tile * Sums::APART + i * TILE, tiles_[tile][i]);
+      for (int64_t i = 0; i < TILE; i++) fastdit::FASTDIT_ISA::store(sums_.data + tile * Sums::APART + i * TILE, tiles_[tile][i]);
     return sums_;
   }
 
@@ -141,8 +140,8 @@ struct Ahead {
   }
 };
 
-// Blocks of a·Wᵀ one after the other. What becomes of the sums of one, finish(row, column, begin, end, sums) for some of its rows at a
-// time, happens while the next one is computed.
+// Blocks of a·Wᵀ one after the other. What becomes of the sums of one, finish(row, column, begin, end, sums) for some of its rows
+// at a time, happens while the next one is computed.
 template <class Finish>
 class Blocks {
  public:

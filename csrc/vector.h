@@ -59,7 +59,7 @@ struct Floats {
     for (int i = 0; i < PARTS; i++) a.part[i] = a.part[i] symbol b.part[i]; \
     return a;                                                               \
   }                                                                         \
-  INLINE Floats& operator symbol##=(Floats & a, const Floats & b) { return a = a symbol b; }
+  INLINE Floats& operator symbol## = (Floats & a, const Floats& b) { return a = a symbol b; }
 LANEWISE(+)
 LANEWISE(-)
 LANEWISE(*)
