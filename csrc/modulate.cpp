@@ -146,11 +146,11 @@ void gated_residual_modulate_backward(View dr, View dy, View r, View branch, Vie
                         sums + V, sums + 2 * V, [&](int64_t i, Floats d) INLINE_LAMBDA {
                           const int64_t c = i * LANES, n = H - c;
                           if (more) d += load_some(more + c, n);
-                          const Floats dbranch = d * gates[i];
+                          const Floats gated = d * gates[i];
                           sums[i] += d * (load_some(added + c, n) + biases[i]);
-                          if (total) total[i] += dbranch;
+                          if (total) total[i] += gated;
                           store_some(out + c, d, n);
-                          store_some(out_branch + c, dbranch, n);
+                          store_some(out_branch + c, gated, n);
                         });
         }
       }

@@ -128,14 +128,14 @@ STABLE_TORCH_LIBRARY(fastdit_cpp, m) {
       "Tensor(a!)? scratch, Tensor(b!)? r, Tensor(c!)? y_out) -> ()");
   m.def("swiglu_forward(Tensor? packed, Tensor? bias, Tensor(a!)? out) -> ()");
   m.def(
-      "swiglu_backward(Tensor? grad, Tensor? packed, Tensor? bias, Tensor(a!)? grad_packed, Tensor(b!)? grad_bias, Tensor(c!)? "
+      "swiglu_backward(Tensor? dout, Tensor? packed, Tensor? bias, Tensor(a!)? dpacked, Tensor(b!)? dbias, Tensor(c!)? "
       "out) -> ()");
   m.def("flow_interpolate_forward(Tensor? x0, Tensor? noise, Tensor? t, Tensor(a!)? out) -> ()");
-  m.def("flow_interpolate_backward(Tensor? grad, Tensor? t, Tensor(a!)? grad_x0, Tensor(b!)? grad_noise) -> ()");
+  m.def("flow_interpolate_backward(Tensor? dout, Tensor? t, Tensor(a!)? dx0, Tensor(b!)? dnoise) -> ()");
   m.def(
       "flow_matching_loss_forward(Tensor? v, Tensor? x0, Tensor? noise, Tensor? weight, Tensor(a!)? loss, Tensor(b!)? error) -> "
       "()");
-  m.def("flow_matching_loss_backward(Tensor? grad, Tensor? error, Tensor? weight, Tensor(a!)? grad_v) -> ()");
+  m.def("flow_matching_loss_backward(Tensor? dloss, Tensor? error, Tensor? weight, Tensor(a!)? dv) -> ()");
   m.def("counter_random_forward(Tensor? ids, int key0, int key1, int stream, bool normal, Tensor(a!)? out) -> ()");
   m.def("isa() -> int");
 }

@@ -24,11 +24,11 @@
           View q_weight, View k_weight, View cos, View sin, View out_weight, View up_weight, View up_bias, View down_weight,     \
           View down_bias, int64_t N, double eps, double qk_eps, View scratch, View r, View y_out))                               \
   KERNEL(swiglu_forward, (View packed, View bias, View out))                                                                     \
-  KERNEL(swiglu_backward, (View grad, View packed, View bias, View grad_packed, View grad_bias, View out))                       \
+  KERNEL(swiglu_backward, (View dout, View packed, View bias, View dpacked, View dbias, View out))                               \
   KERNEL(flow_interpolate_forward, (View x0, View noise, View t, View out))                                                      \
-  KERNEL(flow_interpolate_backward, (View grad, View t, View grad_x0, View grad_noise))                                          \
+  KERNEL(flow_interpolate_backward, (View dout, View t, View dx0, View dnoise))                                                  \
   KERNEL(flow_matching_loss_forward, (View v, View x0, View noise, View weight, View loss, View error))                          \
-  KERNEL(flow_matching_loss_backward, (View grad, View error, View weight, View grad_v))                                         \
+  KERNEL(flow_matching_loss_backward, (View dloss, View error, View weight, View dv))                                            \
   KERNEL(counter_random_forward, (View ids, int64_t key0, int64_t key1, int64_t stream, bool normal, View out))
 
 #define DECLARE(name, parameters) void name parameters;

@@ -141,7 +141,7 @@ INLINE Floats load(const BFloat16* p) {
   uint32_t bits[LANES];
   for (int i = 0; i < LANES; i++) bits[i] = (uint32_t)p[i].bits << 16;
   Floats v;
-  memcpy(&v, bits, sizeof v);
+  memcpy((void*)&v, bits, sizeof v);
   return v;
 }
 INLINE void store(BFloat16* p, const Floats& v) {
