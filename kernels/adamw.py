@@ -1,7 +1,6 @@
 """adamw_step: one step of an optimizer as one pass over its tensors: AdamW, moving averages, the model's own weights.
 
-P parameters, k moving averages, C blocks of BLOCK elements. Bytes per parameter with bf16 gradients and weights and one average: 36
-(gradient 2, master, two moments and average 8 each, weight 2). It works in place, as an optimizer does, and on the addresses of
+P parameters, k moving averages, C blocks of BLOCK elements. It works in place, as an optimizer does, and on the addresses of
 tensors: it is no library op, and nothing differentiates or traces it. One launch, which neither waits nor uses atomics.
 
 Elements are rounded as torch's fused AdamW on a CPU with FMA rounds them (but for the last ones of a tensor whose size is no
@@ -20,6 +19,8 @@ from torch import Tensor
 from .dispatch import backend_in_use
 from .library import cpp, launch
 
+# per parameter, with bf16 gradients and weights and one average: gradient 2, master, two moments and average 8 each, weight 2
+BYTES = (36, 0)
 BLOCK = 1024  # elements of a Triton program, and of a C++ unit
 _NUMBERS = 7  # that all steps have, before the averages' weights
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

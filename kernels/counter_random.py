@@ -14,6 +14,7 @@ from torch import Tensor
 from .dispatch import backend_in_use
 from .library import cdiv, cpp, find, launch, register
 
+BYTES = (4, 0)  # per number: they are fp32, and depend on no tensor that has a gradient
 BLOCK = 256  # counters a program, four elements each: 2 a thread on 4 warps, stored as 128 bits
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -1,7 +1,7 @@
 """flow_interpolate: the point between data and noise at time t. B batch, C/h/w the latent, W = C·h·w its elements.
 
-One pass (reads x0 and noise, writes x_t: 6 bytes an element in bf16). Saved for the backward: t alone. Training needs no gradient
-here, so the backward is one plain pass that writes both gradients.
+One pass. Saved for the backward: t only. Training needs no gradient here, so the backward is one plain pass that writes both
+gradients.
 """
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from .dispatch import check_float, check_no_grad, check_shape, choose_backend, compute_dtype
 from .library import cdiv, cpp, find, inner_contiguous, launch, register
 
+BYTES = (6, 0)  # per element of x0 in bf16: x0, noise, x_t; x0 and noise are data, which have no gradient in training
 BLOCK = 1024  # 8 elements a thread on 4 warps: 128-bit accesses of bf16
 
 

@@ -1,9 +1,8 @@
 """flow_matching_loss: squared error of the velocity, a value a sample. B batch, C/h/w the latent, W = C·h·w its elements.
 
-One pass forward (reads v, x0 and noise, writes the error: 8 bytes an element in bf16) and one backward (4 bytes: error in,
-gradient out), with no fp32 temporaries. Saved: the error v − (noise − x0) in the dtype of v, instead of v, x0 and noise. It is
-the gradient up to the factor 2·weight/W of the sample, which stays in fp32 and is multiplied in by the backward: folded in
-early, a fp16 gradient of a mean over thousands of elements would lose its last bits to subnormals.
+One pass forward and one backward, without fp32 temporaries. Saved for the backward: the error v − (noise − x0) in the dtype of v,
+instead of v, x0 and noise. It is the gradient up to the factor 2·weight/W of the sample, which stays in fp32 and is multiplied in
+by the backward: folded in early, an fp16 gradient of a mean over thousands of elements would lose its last bits to subnormals.
 """
 
 import torch
@@ -16,6 +15,7 @@ from .dispatch import check_float, check_no_grad, check_shape, choose_backend, c
 from .flow_interpolate import check_samples, per_sample
 from .library import cdiv, cpp, find, launch, register
 
+BYTES = (8, 4)  # per element of v in bf16: v, x0, noise, error; error, dv
 BLOCK = 1024  # 8 elements a thread on 4 warps: 128-bit accesses of bf16
 
 

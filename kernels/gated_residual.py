@@ -1,8 +1,8 @@
 """gated_residual: add a branch to the residual stream through the adaLN gate. B batch, T tokens, H width, S parts.
 
-Backward: dx = dr (the same tensor, no kernel), dbranch = gate·dr, dgate = Σ_t dr·branch. Bytes per element in bf16: forward 6
-(x, branch, r), backward 6 (dr, branch, dbranch); saved: branch. No row is reduced, so a program takes a tile of rows by columns
-where the columns divide the width: 384 = 3·128, 768 = 3·256, 1088 = 17·64, 1152 = 9·128, without dead lanes.
+Backward: dx = dr (the same tensor, no kernel), dbranch = gate·dr, dgate = Σ_t dr·branch. Saved for the
+backward: branch. No row is reduced, so a program takes a tile of rows by columns, and the columns divide the width: 384 = 3·128,
+768 = 3·256, 1088 = 17·64, 1152 = 9·128, without dead lanes.
 """
 
 import torch
@@ -15,6 +15,8 @@ from .dispatch import check_float, check_shape, check_tokens, choose_backend, co
 from .library import cdiv, cpp, find, inner_contiguous, launch, register
 from .token_sums import reduce_partials
 from .tuning import chunks, launch_for
+
+BYTES = (6, 6)  # per element of x [B,T,H] in bf16: x, branch, r; dr, branch, dbranch
 
 
 def check_gated_residual(op: str, x: Tensor, branch: Tensor, gate: Tensor) -> None:

@@ -4,8 +4,7 @@ r is rounded to its dtype before the norm, so that forward and backward normalis
 r̂ = (r − mean)·rstd, d = dr + rstd·(g − mean(g) − r̂·mean(g·r̂)) is the gradient at r: the residual gradient dr is added here
 and not in a pass of its own. dx = d, dbranch = gate·d, dgate = Σ_t d·branch, dscale = Σ_t dy·r̂, dshift = Σ_t dy.
 With a bias that is added to branch: dgate = Σ_t d·branch + bias·Σ_t d and dbias = Σ_b gate·Σ_t d, a fourth sum over tokens.
-Bytes per element in bf16: forward 8 (x, branch, r, y), backward 12 (dy, dr, r, branch, dx, dbranch); saved: r, branch and
-8 bytes a row of fp32 statistics.
+Saved for the backward: r, branch, and 8 bytes of fp32 statistics per row.
 """
 
 import torch
@@ -20,6 +19,8 @@ from .library import cdiv, cpp, find, inner_contiguous, launch, load_columns, re
 from .modulate import modulate_reference
 from .token_sums import common_dtype, reduce_partials
 from .tuning import check_width, chunks, launch_for
+
+BYTES = (8, 12)  # per element of x [B,T,H] in bf16: x, branch, r, y; dy, dr, r, branch, dx, dbranch
 
 
 def gated_residual_modulate_reference(

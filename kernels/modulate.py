@@ -1,8 +1,8 @@
 """modulate: LayerNorm without affine, then the adaLN scale and shift of the sample. B batch, T tokens, H width, S parts.
 
 With x̂ = (x − mean)·rstd and g = dy·(1 + scale), the backward is dx = rstd·(g − mean(g) − x̂·mean(g·x̂)),
-dscale = Σ_t dy·x̂, dshift = Σ_t dy. Bytes per element in bf16: forward 4 (x, y), backward 6 (dy, x, dx); saved: x and 8 bytes
-a row of fp32 statistics. x̂ is recomputed from x and never from y, which cannot be inverted where scale = −1.
+dscale = Σ_t dy·x̂, dshift = Σ_t dy. Saved for the backward: x, and 8 bytes of fp32 statistics per row. x̂ is recomputed from x and
+never from y, which cannot be inverted if scale = −1.
 """
 
 import torch
@@ -16,6 +16,8 @@ from .dispatch import check_float, check_shape, check_tokens, choose_backend, co
 from .library import cdiv, cpp, find, inner_contiguous, launch, load_columns, register
 from .token_sums import common_dtype, reduce_partials
 from .tuning import check_width, chunks, launch_for
+
+BYTES = (4, 6)  # per element of x [B,T,H] in bf16: x, y; dy, x, dx
 
 
 def modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:

@@ -1,9 +1,8 @@
 """qk_norm_rope: split packed qkv, RMS-normalise q and k a head, rotate them. B batch, T tokens, N heads, D head dim.
 
-Forward: one pass over q and k (8 bytes an element of q and k in bf16); v stays where it is. Backward: one pass that reads the
-three gradients and q, k, and writes dq, dk and dv into one packed gradient (16 bytes an element of [B,T,N·D] for q, k and
-v together), so that no slice of qkv is zero-filled and added; and a small kernel that sums the weights' gradients.
-Saved: qkv, weights and tables; the norms are computed again, from q and k that are loaded anyway.
+Forward: one pass over q and k; v stays where it is. Backward: one pass that reads the three gradients and q, k, and writes dq, dk
+and dv into one packed gradient, so that no slice of qkv is zero-filled and added; and a small kernel that sums the weights'
+gradients. Saved for the backward: qkv, weights and tables; the norms are computed again, from q and k that are loaded anyway.
 
 A row is one head of one token; rows are numbered m = token·N + head, so that no number of heads costs dead lanes. The two
 halves of a head are loaded apart: the rotation pairs element j with j + D/2, in the same place of the other half.
@@ -23,6 +22,7 @@ from .dispatch import check_float, check_no_grad, check_shape, check_tokens, cho
 from .library import cdiv, cpp, find, inner_contiguous, launch, register
 from .token_sums import common_dtype, reduce_partials
 
+BYTES = (8, 16)  # per element of [B,T,N·D] in bf16: q and k, read and written; dq, dk, dv, q, k, and the three parts of dqkv
 WARPS = 4  # with 1024 elements of each half a tile, 8 a thread: 128-bit accesses of bf16
 
 

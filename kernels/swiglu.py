@@ -1,8 +1,7 @@
 """swiglu: the gated activation of the MLP on a packed projection. F hidden width, M rows (all leading dimensions), S parts.
 
-One pass forward (reads 2F, writes F: 6 bytes an output element in bf16) and one backward (reads 3F, writes 2F: 10 bytes; with the
-output once more, 12). Saved for the backward: packed alone; the sigmoid is computed again. The bias of the projection is added
-here, so that its gradient, the column sums of packed's, is summed where those numbers are in registers.
+One pass forward and one backward. Saved for the backward: packed only; the sigmoid is computed again. The bias of the projection is
+added here, so that its gradient, the column sums of packed's gradient, is summed while those numbers are in registers.
 
 `swiglu_linear` is what follows it in an MLP too: one autograd.Function, because only so can the backward choose to make SwiGLU's
 output again, from what it reads anyway, in place of having kept it.
@@ -21,6 +20,7 @@ from .library import cdiv, cpp, find, inner_contiguous, launch, load_columns, re
 from .token_sums import reduce_partials
 from .tuning import chunks
 
+BYTES = (6, 10)  # per element of the result [..,F] in bf16: both halves of packed, out; dout, packed, dpacked. with_out: 2 more
 ROWS = 2  # rows a program at a time
 
 
