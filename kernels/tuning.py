@@ -2,7 +2,8 @@
 
 The defaults are reasoned from machine code compiled without a GPU (registers, so blocks an SM, so bytes in flight) and have
 not been timed. `benchmarks/tune_kernels.py` times the alternatives on a GPU and prints lines for TUNED.
-Changing the tile, warps, stages, rows or slots of a kernel that sums changes the last bit of its gradients: raise VERSION then.
+Changing the tile, warps, stages, rows or blocks of a kernel that sums changes the last bit of its gradients: raise VERSION then, and
+add the new digest of the table to tests/kernels/test_tuning.py.
 The limits on registers hold without a spill under triton 3.6, 3.8 and 3.9 on every architecture: run benchmarks/codegen.py under
 each after a change of a kernel or of a limit.
 """
@@ -97,7 +98,7 @@ def default_launch(op: str, width: int, arch: int) -> LaunchConfig:
     if op in ("gated_residual_forward", "gated_residual_backward"):
         columns = column_tile(width)
         return LaunchConfig(columns, 0, 4, rows=2048 // columns, blocks=7)
-    raise KeyError(op)
+    raise ValueError(f"{op}: kernels/tuning.py has no launch parameters for this kernel: add it to default_launch")
 
 
 @cache

@@ -1,5 +1,6 @@
 """The launch table, how a backward is cut into programs, and the script that times candidates (without a GPU: its logic)."""
 
+import hashlib
 import importlib
 import sys
 from pathlib import Path
@@ -29,6 +30,33 @@ def test_every_width_has_a_launch(kernel, width):
         assert 1 <= how.warps <= 16 and how.blocks >= 1 and how.stages >= 1
         if "modulate" in kernel:
             assert how.tile + how.tail >= width and (not how.tail or how.tile < width)
+
+
+# VERSION -> digest of the table
+DIGESTS = {2: "fee8b3adb2ce1f0d"}
+
+
+def table_digest() -> str:
+    """SHA-256 of the launch parameters of every kernel, width and architecture, and of what else decides how sums are cut."""
+    digest = hashlib.sha256(repr((sorted(tuning.TUNED.items()), tuning.MULTIPROCESSORS)).encode())
+    for kernel in KERNELS:
+        for arch in tuning.MULTIPROCESSORS:
+            digest.update(repr([tuple(tuning.default_launch(kernel, width, arch)) for width in range(1, 8193)]).encode())
+    return digest.hexdigest()[:16]
+
+
+def test_a_change_of_the_table_raises_its_version():
+    digest = table_digest()
+    assert DIGESTS.get(tuning.VERSION) == digest, (
+        f"the launch table has changed: raise tuning.VERSION and add {{VERSION: {digest!r}}} to DIGESTS"
+    )
+
+
+def test_a_kernel_without_launch_parameters_is_named():
+    with pytest.raises(
+        ValueError, match=r"^layer_norm_forward: kernels/tuning.py has no launch parameters for this kernel: add it"
+    ):
+        tuning.default_launch("layer_norm_forward", 384, 90)
 
 
 def test_the_presets_have_no_dead_lanes_where_it_pays():
