@@ -2,8 +2,8 @@
 
 The defaults are reasoned from machine code compiled without a GPU (registers, so blocks an SM, so bytes in flight) and have
 not been timed. `benchmarks/tune_kernels.py` times the alternatives on a GPU and prints lines for TUNED.
-Changing the tile, warps, stages, rows or blocks of a kernel that sums changes the last bit of its gradients: raise VERSION then, and
-add the new digest of the table to tests/kernels/test_tuning.py.
+Changing the tile, warps, stages, rows or blocks of a kernel that sums changes the last bit of its gradients: raise VERSION then,
+and add the new digest of the table to tests/kernels/test_tuning.py.
 The limits on registers hold without a spill under triton 3.6, 3.8 and 3.9 on every architecture: run benchmarks/codegen.py under
 each after a change of a kernel or of a limit.
 """
