@@ -17,8 +17,8 @@ INLINE Rows rows_of(int64_t unit, int64_t parts, int64_t T) {
   return {b, first, first + ROWS < T ? first + ROWS : T};
 }
 
-// d = rstd·(g − mean(g) − x̂·mean(g·x̂)) with g = dy·scale, a vector of d at a time to `use(i, d)`; adds to dshift and dscale. dy and
-// x̂ are kept in `grad` and `normed`. Dead lanes: dy is 0 there, and so is every product.
+// d = rstd·(g − mean(g) − x̂·mean(g·x̂)) with g = dy·scale, one vector of d at a time to `use(i, d)`; adds to dshift and dscale. dy
+// and x̂ are kept in `grad` and `normed`. Dead lanes: dy is 0 there, and so is every product.
 template <class T, class F>
 INLINE void norm_backward(const T* dy, const T* x, float mean, float rstd, const Floats* scale, int64_t H, Floats* grad,
                           Floats* normed, Floats* dshift, Floats* dscale, const F& use) {

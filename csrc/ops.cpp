@@ -1,5 +1,5 @@
-// Registers the kernels with torch through its stable ABI: one binary for every torch from 2.11 on. kernels/<op>.py allocates what
-// they write, and calls them as torch.ops.fastdit_cpp.<op>.
+// Registers the kernels with torch through its stable ABI: one binary for every torch from 2.11 on. kernels/<op>.py allocates
+// the tensors that they write, and calls them as torch.ops.fastdit_cpp.<op>.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>
@@ -40,7 +40,7 @@ View view(const std::optional<Tensor>& optional) {
   return out;
 }
 
-// What torch passes for a parameter of a kernel, and back.
+// The type that torch passes for a kernel's parameter, and the conversion to it.
 template <class P>
 struct Given {
   using type = P;
@@ -68,7 +68,7 @@ bool may_use_tiles() {
 
 // The best instruction set here; FASTDIT_ISA=avx512, avx2 or baseline lowers it, for tests.
 Isa isa() {
-  static const Isa found = [] {
+  static const Isa chosen = [] {
     Isa best = Isa::baseline;
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -81,10 +81,10 @@ Isa isa() {
     if (limit && !strcmp(limit, "avx512")) best = std::min(best, Isa::avx512);
     return best;
   }();
-  return found;
+  return chosen;
 }
 
-// Its place in kernels/library.py's INSTRUCTION_SETS.
+// Its index in INSTRUCTION_SETS of kernels/library.py.
 int64_t isa_number() { return (int64_t)isa(); }
 
 // The same function for each instruction set, from the least one on.

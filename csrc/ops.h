@@ -1,4 +1,4 @@
-// The kernels on plain memory: what ops.cpp registers with torch and the race test calls. Shapes as in kernels/<op>.py. Last
+// The kernels on plain memory, which ops.cpp registers with torch and the race test calls. Shapes as in kernels/<op>.py. Last
 // dimensions are contiguous, tensors that are written are contiguous unless strides are said to be free.
 #pragma once
 

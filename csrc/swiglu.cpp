@@ -5,7 +5,7 @@
 namespace fastdit::FASTDIT_ISA {
 namespace {
 
-// The two halves of a bias [2F], each in whole vectors; zeros where there is none.
+// The two halves of a bias [2F], each padded to full vectors; zeros without a bias.
 struct Bias {
   Scratch scratch;
   Floats *value, *gate;

@@ -1,6 +1,6 @@
 """The fused ops of fastdit: one op, one file, one public function and one `<op>_reference` in plain PyTorch.
 
-Importing this package needs torch (and triton) alone; it knows nothing of the trainer. Shapes: B batch, T tokens, H width,
+Importing this package needs only torch and triton; it knows nothing of the trainer. Shapes: B batch, T tokens, H width,
 N heads, D head dim, F SwiGLU hidden width, C/h/w the latent's channels, rows and columns.
 """
 

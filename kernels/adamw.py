@@ -1,10 +1,10 @@
 """adamw_step: one step of an optimizer as one pass over its tensors: AdamW, moving averages, the model's own weights.
 
 P parameters, k moving averages, C blocks of BLOCK elements. It works in place, as an optimizer does, and on the addresses of
-tensors: it is no library op, and nothing differentiates or traces it. One launch, which neither waits nor uses atomics.
+tensors: it is no library op, and nothing differentiates or traces it. One launch, which does not wait and uses no atomics.
 
-Elements are rounded as torch's fused AdamW on a CPU with FMA rounds them (but for the last ones of a tensor whose size is no
-multiple of 16, whose second moments may differ by a unit of the last place), and averages as torch.lerp.
+Elements are rounded as torch's fused AdamW on a CPU with FMA rounds them (except the last ones of a tensor whose size is no
+multiple of 16: their second moments may differ by a unit in the last place), and averages as torch.lerp.
 """
 
 import math
@@ -21,16 +21,16 @@ from .library import cpp, launch
 
 # per parameter, with bf16 gradients and weights and one average: gradient 2, master, two moments and average 8 each, weight 2
 BYTES = (36, 0)
-BLOCK = 1024  # elements of a Triton program, and of a C++ unit
-_NUMBERS = 7  # that all steps have, before the averages' weights
+BLOCK = 1024  # elements per Triton program, and per C++ unit
+_NUMBERS = 7  # numbers of every step, before the averages' weights
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class AdamWTensors:
     """The tensors of P parameters that `adamw_step` works on, and their addresses on the device.
 
-    The tensors must stay where they are. All steps of one object belong on one stream: what a step uploads replaces what the step
-    before it read.
+    The tensors must not move. All steps of one object must run on one stream: the upload of a step overwrites what the step before
+    it read.
     """
 
     def __init__(
@@ -38,13 +38,17 @@ class AdamWTensors:
         copies: Sequence[Tensor] | None = None, averages: Sequence[Sequence[Tensor]] = (),
     ) -> None:  # fmt: skip
         """masters, exp_avgs, exp_avg_sqs, and each of the k averages: P contiguous tensors, fp32 (fp64: reference only). copies: P
-        tensors of one lower precision that follow the masters, or None. Raises ValueError."""
-        self.masters, self.exp_avgs, self.exp_avg_sqs = list(masters), list(exp_avgs), list(exp_avg_sqs)
-        self.copies, self.averages = None if copies is None else list(copies), [list(average) for average in averages]
-        own = {"exp_avgs": self.exp_avgs, "exp_avg_sqs": self.exp_avg_sqs}
-        own |= {f"averages[{i}]": average for i, average in enumerate(self.averages)}
+        tensors of one lower precision, updated with the masters, or None. Raises ValueError for other lengths, dtypes and
+        layouts."""
+        self.masters = list(masters)
+        self.exp_avgs = list(exp_avgs)
+        self.exp_avg_sqs = list(exp_avg_sqs)
+        self.copies = None if copies is None else list(copies)
+        self.averages = [list(average) for average in averages]
+        states = {"exp_avgs": self.exp_avgs, "exp_avg_sqs": self.exp_avg_sqs}
+        states |= {f"averages[{i}]": average for i, average in enumerate(self.averages)}
         _check("masters", self.masters, self.masters, (torch.float32, torch.float64))
-        for name, tensors in own.items():
+        for name, tensors in states.items():
             _check(name, tensors, self.masters, (self.masters[0].dtype,))
         if self.copies is not None:
             _check("copies", self.copies, self.masters, tuple(_TYPES))
@@ -55,25 +59,24 @@ class AdamWTensors:
         """`table` int64 [4+1+k, P]: addresses of master and moments, number of elements, address of copy (or 0) and averages.
         `blocks` int32 [C,2]: parameter and block in it. `changing` int64 [7+k+P]: what `upload` writes."""
         sizes = [master.numel() for master in self.masters]
-        address = lambda tensors: [t.data_ptr() for t in tensors]
-        copies = [0] * len(sizes) if self.copies is None else address(self.copies)
-        rows = [address(self.masters), address(self.exp_avgs), address(self.exp_avg_sqs), sizes, copies]
+        copies = [0] * len(sizes) if self.copies is None else _addresses(self.copies)
+        rows = [_addresses(self.masters), _addresses(self.exp_avgs), _addresses(self.exp_avg_sqs), sizes, copies]
         blocks = [(i, block) for i, size in enumerate(sizes) for block in range(-(-size // BLOCK))]
-        self.table = torch.tensor(rows + [address(average) for average in self.averages], device=self.device)
+        self.table = torch.tensor(rows + [_addresses(average) for average in self.averages], device=self.device)
         self.blocks = torch.tensor(blocks, dtype=torch.int32, device=self.device).view(-1, 2)
         count = _NUMBERS + len(self.averages) + len(sizes)
         self.changing = torch.empty(count, dtype=torch.int64, device=self.device)
         self._uploaded: list[int] = []
 
     def upload(self, numbers: list[float], gradients: Sequence[Tensor]) -> None:
-        """Write a step's numbers, as the bits of fp32, and the addresses of its gradients, unless they are there. On CUDA from
-        pinned memory, without waiting: the allocator of pinned memory keeps it until the copy is done.
+        """Write a step's numbers, as the bits of fp32, and the addresses of its gradients, unless they are on the device already.
+        On CUDA the copy is from pinned memory and does not wait: the allocator of pinned memory holds it until the copy is done.
 
-        Raises RuntimeError where a CUDA graph is captured: it would copy the same again in every replay, from memory that is gone.
+        Raises RuntimeError during the capture of a CUDA graph, whose replays would copy again from memory that is freed by then.
         """
         numbers = numbers + [0.0] * (_NUMBERS + len(self.averages) - len(numbers))
         bits = np.array(numbers).astype(np.float32).view(np.int32).tolist()
-        values = bits + [g.data_ptr() for g in gradients]
+        values = bits + _addresses(gradients)
         if values == self._uploaded:
             return
         cuda = self.device.type == "cuda"
@@ -81,6 +84,10 @@ class AdamWTensors:
             raise RuntimeError("adamw_step: a new upload cannot be captured: take the same step, in place, before the capture")
         self.changing.copy_(torch.tensor(values, device="cpu", pin_memory=cuda), non_blocking=True)
         self._uploaded = values
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
 
 
 def _check(name: str, tensors: Sequence[Tensor], masters: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -208,11 +215,12 @@ def adamw_step(
 ) -> None:  # fmt: skip
     """Take step number `step` (from 1) of AdamW (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2), in place.
 
-    gradients: P contiguous tensors, bf16, fp16 or fp32. grad_scale: fp32 scalar on the device that they are divided by; found_inf:
-    one that leaves everything as it is unless it is 0. weights: of each average, a <- a + weight·(master - a) with the new master;
-    none leaves the averages out of this step. The bias corrections are computed on the host in double precision.
-    Waits for nothing. A CUDA graph may capture the same step that was taken just before it: it holds the launch alone.
-    Raises ValueError for other lengths, dtypes, layouts and devices.
+    gradients: P contiguous tensors, bf16, fp16 or fp32. grad_scale: fp32 scalar on the device, the divisor of the gradients.
+    found_inf: fp32 scalar on the device; unless it is 0 nothing is written. weights: one number per average, for a <- a +
+    weight·(master - a) with the new master; empty: this step leaves the averages as they are. The bias corrections are computed on
+    the host in double precision. The call does not wait for the device. A CUDA graph may capture a step only right after the same
+    step was taken outside of it: the graph then holds the launch and no upload. Raises ValueError for other lengths, dtypes,
+    layouts and devices.
     """
     _check("gradients", gradients, tensors.masters, tuple(_TYPES))
     if weights and len(weights) != len(tensors.averages):
@@ -226,14 +234,14 @@ def adamw_step(
     elif tensors.masters[0].dtype == torch.float64:
         raise ValueError(f"adamw_step: the {backend} kernels do not compute in float64: use kernels.backend('reference')")
     elif len(tensors.blocks):
-        for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):  # whose memory the kernels read as fp32
+        for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):  # the kernels read their memory as fp32
             if scalar.numel() != 1 or scalar.dtype != torch.float32 or scalar.device != tensors.device:
                 raise ValueError(
                     f"adamw_step: {name} is {scalar.dtype} {list(scalar.shape)} on {scalar.device}, but one torch.float32 on "
                     f"{tensors.device} is needed"
                 )
         _run(backend, tensors, gradients, grad_scale, found_inf, weights, **hyperparameters)
-    # what autograd kept of the weights is not what it was
+    # so that a backward through weights that autograd saved before this step raises an error
     torch.autograd.graph.increment_version([*tensors.masters, *(tensors.copies or ())])
 
 

@@ -14,7 +14,7 @@ from .dispatch import check_float, check_no_grad, check_shape, choose_backend, c
 from .library import cdiv, cpp, find, inner_contiguous, launch, register
 
 BYTES = (6, 0)  # per element of x0 in bf16: x0, noise, x_t; x0 and noise are data, which have no gradient in training
-BLOCK = 1024  # 8 elements a thread on 4 warps: 128-bit accesses of bf16
+BLOCK = 1024  # 8 elements per thread on 4 warps: 128-bit accesses of bf16
 
 
 def flow_interpolate_reference(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def flow_interpolate_backward_kernel(
 
 
 def per_sample(t: Tensor) -> Tensor:
-    """[B,...] -> [B,W] with contiguous samples: a view, unless a sample is strided inside (then a copy)."""
+    """Return [B,...] as [B,W] with contiguous samples: a view, or a copy if the elements of a sample are strided."""
     return inner_contiguous(t.flatten(1))
 
 
@@ -131,10 +131,10 @@ class _FlowInterpolate(torch.autograd.Function):
 
 
 def flow_interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1−t)·x0 + t·noise, the straight path of rectified flow (arXiv:2209.03003, equation 1; t = 1 is noise here).
+    """Return x_t = (1−t)·x0 + t·noise, the straight path of rectified flow (arXiv:2209.03003, equation 1; t = 1 is noise here).
 
     x0, noise [B,C,h,w]; t [B]. Returns x_t [B,C,h,w], contiguous, in the dtype of x0; maths in fp32. Differentiates x0 and
-    noise, each in its own dtype. Triton copies samples that are strided inside (channels-last).
+    noise, each in its own dtype. Samples whose elements are strided (channels-last) are copied.
     Raises ValueError for other shapes, a t that requires grad, integer tensors, tensors on two devices, or fp64 outside the
     reference.
     """

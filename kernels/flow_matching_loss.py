@@ -1,4 +1,4 @@
-"""flow_matching_loss: squared error of the velocity, a value a sample. B batch, C/h/w the latent, W = C·h·w its elements.
+"""flow_matching_loss: squared error of the velocity, one value per sample. B batch, C/h/w the latent, W = C·h·w its elements.
 
 One pass forward and one backward, without fp32 temporaries. Saved for the backward: the error v − (noise − x0) in the dtype of v,
 instead of v, x0 and noise. It is the gradient up to the factor 2·weight/W of the sample, which stays in fp32 and is multiplied in
@@ -16,7 +16,7 @@ from .flow_interpolate import check_samples, per_sample
 from .library import cdiv, cpp, find, launch, register
 
 BYTES = (8, 4)  # per element of v in bf16: v, x0, noise, error; error, dv
-BLOCK = 1024  # 8 elements a thread on 4 warps: 128-bit accesses of bf16
+BLOCK = 1024  # 8 elements per thread on 4 warps: 128-bit accesses of bf16
 
 
 def flow_matching_loss_reference(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -32,7 +32,7 @@ def flow_matching_loss_forward_kernel(
     v_ptr, x0_ptr, noise_ptr, weight_ptr, loss_ptr, error_ptr, v_stride_b, x0_stride_b, noise_stride_b, weight_stride_b,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One sample a program: a latent is a few thousand elements, so what this saves is launches, and one pass needs no second
+    """One sample per program: a latent has a few thousand elements, so launches are what counts, and one pass needs no second
     kernel for the sum. WIDTH is a constant of the model."""
     b = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
@@ -56,7 +56,7 @@ def flow_matching_loss_forward_kernel(
 def flow_matching_loss_backward_kernel(
     dloss_ptr, error_ptr, weight_ptr, dv_ptr, dloss_stride_b, weight_stride_b, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """dv = dloss·weight·2/W·error. The factor is read on the device: no host sync, whatever scales the loss."""
+    """dv = dloss·weight·2/W·error. The factor is read on the device, so no scaling of the loss needs a host sync."""
     pid = tl.program_id(0).to(tl.int64)
     b = pid // tl.cdiv(WIDTH, BLOCK)
     columns = (pid % tl.cdiv(WIDTH, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
@@ -138,10 +138,11 @@ class _FlowMatchingLoss(torch.autograd.Function):
 
 
 def flow_matching_loss(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean over each sample of weight·(v − (noise − x0))²: the flow-matching loss for the straight path (arXiv:2210.02747).
+    """Return the mean over each sample of weight·(v − (noise − x0))²: the flow-matching loss for the straight path
+    (arXiv:2210.02747).
 
     v, x0, noise [B,C,h,w]; weight [B] or None (ones). Returns [B] in fp32; differentiates v only, in the dtype of v.
-    Triton copies samples that are strided inside (channels-last).
+    Samples whose elements are strided (channels-last) are copied.
     Raises ValueError for other shapes, any other input that requires dloss, integer tensors, tensors on two devices, or fp64
     outside the reference.
     """

@@ -153,11 +153,11 @@ class _GatedResidual(torch.autograd.Function):
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """r = x + gate·branch (adaLN-Zero, DiT, arXiv:2212.09748, section 3.2).
+    """Return x + gate·branch (adaLN-Zero, DiT, arXiv:2212.09748, section 3.2).
 
     x, branch [B,T,H]; gate [B,H], any strides. Returns r [B,T,H] in the dtype of x. Maths in fp32; gradients in the dtype of
-    each input. Where x and branch differ in dtype, C++ leaves the work to the reference.
-    Raises ValueError for other shapes, integer tensors, tensors on two devices, and fp64 where the kernels run.
+    each input. If x and branch differ in dtype, the C++ backend runs the reference.
+    Raises ValueError for other shapes, integer tensors, tensors on two devices, and fp64 outside the reference.
     """
     check_gated_residual("gated_residual", x, branch, gate)
     backend = choose_backend("gated_residual", x, branch, gate)

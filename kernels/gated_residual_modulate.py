@@ -1,8 +1,8 @@
 """gated_residual_modulate: a residual add and the next adaLN in one op. B batch, T tokens, H width, S parts.
 
 r is rounded to its dtype before the norm, so that forward and backward normalise the same numbers. With g = dy·(1 + scale) and
-r̂ = (r − mean)·rstd, d = dr + rstd·(g − mean(g) − r̂·mean(g·r̂)) is the gradient at r: the residual gradient dr is added here
-and not in a pass of its own. dx = d, dbranch = gate·d, dgate = Σ_t d·branch, dscale = Σ_t dy·r̂, dshift = Σ_t dy.
+r̂ = (r − mean)·rstd, d = dr + rstd·(g − mean(g) − r̂·mean(g·r̂)) is the gradient at r: the residual gradient dr is added
+here, not in a separate pass. dx = d, dbranch = gate·d, dgate = Σ_t d·branch, dscale = Σ_t dy·r̂, dshift = Σ_t dy.
 With a bias that is added to branch: dgate = Σ_t d·branch + bias·Σ_t d and dbias = Σ_b gate·Σ_t d, a fourth sum over tokens.
 Saved for the backward: r, branch, and 8 bytes of fp32 statistics per row.
 """
@@ -235,19 +235,19 @@ def _backward_triton(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dbranch [B,T,H], (dgate, dshift, dscale) as one [B,3,H], and dbias [H] (empty without a bias); dr None counts as zero.
-    Copies dr, dy or branch only if their rows are not contiguous. Two launches, or one where a sample is not cut; three with a
+    Copies dr, dy or branch only if their rows are not contiguous. Two launches, or one if samples are not cut; three with a
     bias."""
     dx, dbranch, dmodulation, dbias = _backward_fake(dr, dy, r, branch, stats, gate, shift, scale, bias)
     if r.numel() == 0:
         return dx, dbranch, dmodulation.zero_(), dbias.zero_()
     B, T, H = r.shape
-    given = dy if dr is None else inner_contiguous(dr)  # a pointer that is never followed, where there is no dr
+    given = dy if dr is None else inner_contiguous(dr)  # without dr any valid pointer: HAS_DR keeps the kernel from reading it
     dy, branch, gate, scale = inner_contiguous(dy), inner_contiguous(branch), inner_contiguous(gate), inner_contiguous(scale)
     bias = bias if bias is None else inner_contiguous(bias)
     config = launch_for("gated_residual_modulate_backward", H, r.device)
     parts, rows = chunks(B, T, config.blocks, r.device)
-    whole = parts == 1 and bias is None
-    sums = dmodulation if whole else r.new_empty((B, parts, 3 if bias is None else 4, H), dtype=torch.float32)
+    in_place = parts == 1 and bias is None
+    sums = dmodulation if in_place else r.new_empty((B, parts, 3 if bias is None else 4, H), dtype=torch.float32)
     launch(
         gated_residual_modulate_backward_kernel, (B * parts,), r,
         given, dy, r, branch, bias, stats, gate, scale, dx, dbranch, sums,
@@ -255,7 +255,7 @@ def _backward_triton(
         gate.stride(0), scale.stride(0), T, parts, rows, B * T, H, dr is not None, config.tile, config.tail, config.stages,
         num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
-    if not whole:
+    if not in_place:
         reduce_partials(sums[:, :, :3], dmodulation)
     if bias is not None:
         reduce_partials(sums.flatten(0, 1)[None, :, 3:], dbias)  # of all samples
@@ -308,7 +308,7 @@ class _GatedResidualModulate(torch.autograd.Function):
         r, y, stats = find("gated_residual_modulate_forward", backend)(x, branch, gate, shift, scale, eps, bias)
         ctx.save_for_backward(r, branch, stats, gate, shift, scale, bias)
         ctx.backend = backend
-        ctx.set_materialize_grads(False)  # a last block whose r nobody reads must not pay for a tensor of zeros
+        ctx.set_materialize_grads(False)  # if nothing reads r of a last block, no tensor of zeros is made for it
         return r, y
 
     @staticmethod
@@ -327,12 +327,12 @@ class _GatedResidualModulate(torch.autograd.Function):
 def gated_residual_modulate(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """r = x + gate·(branch + bias) and y = LN(r)·(1 + scale) + shift: the end of one half of a block and the start of the next.
+    """Return r = x + gate·(branch + bias) and y = LN(r)·(1 + scale) + shift: a residual add and the modulated norm after it.
 
-    x, branch [B,T,H]; gate, shift, scale [B,H], any strides; bias [H] or None: that of the Linear that made branch, whose gradient
-    is then summed where branch's gradient is made. Returns (r, y), both [B,T,H] in the dtype of x. Maths and statistics in fp32;
-    gradients in the dtype of each input. Where x and branch differ in dtype, C++ leaves the work to the reference.
-    Raises ValueError for other shapes, integer tensors, tensors on two devices, and where the kernels run for fp64 or a width
+    x, branch [B,T,H]; gate, shift, scale [B,H], any strides; bias [H] or None: the bias of the Linear that made branch; its
+    gradient is summed from branch's gradient while that is in registers. Returns (r, y), both [B,T,H] in the dtype of x. Maths and
+    statistics in fp32; gradients in the dtype of each input. If x and branch differ in dtype, the C++ backend runs the reference.
+    Raises ValueError for other shapes, integer tensors and tensors on two devices, and outside the reference for fp64 and a width
     over 8192.
     """
     op = "gated_residual_modulate"

@@ -139,7 +139,7 @@ def _backward_fake(dy: Tensor, x: Tensor, stats: Tensor, shift: Tensor, scale: T
 )
 def _backward_triton(dy: Tensor, x: Tensor, stats: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """dx [B,T,H] and (dshift, dscale) as one [B,2,H]. Copies dy (such as the expanded gradient of a sum) or x only if their
-    rows are not contiguous. Two launches, or one where a sample is not cut."""
+    rows are not contiguous. Two launches, or one if samples are not cut."""
     dx, dmodulation = _backward_fake(dy, x, stats, shift, scale)
     if x.numel() == 0:
         return dx, dmodulation.zero_()
@@ -193,11 +193,11 @@ class _Modulate(torch.autograd.Function):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
-    """y = LN(x)·(1 + scale) + shift, with LN over the width and without affine (DiT, arXiv:2212.09748, section 3.2).
+    """Return LN(x)·(1 + scale) + shift, with LN over the width and without affine (DiT, arXiv:2212.09748, section 3.2).
 
     x [B,T,H]; shift, scale [B,H], any strides (views of one [B,6H] tensor are taken as they are). Returns y [B,T,H] in the
     dtype of x. Maths and statistics in fp32; gradients in the dtype of each input.
-    Raises ValueError for other shapes, integer tensors, tensors on two devices, and where the kernels run for fp64 or a width
+    Raises ValueError for other shapes, integer tensors and tensors on two devices, and outside the reference for fp64 and a width
     over 8192.
     """
     B, _, H = check_tokens("modulate", "x", x)

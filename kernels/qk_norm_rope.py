@@ -1,11 +1,11 @@
-"""qk_norm_rope: split packed qkv, RMS-normalise q and k a head, rotate them. B batch, T tokens, N heads, D head dim.
+"""qk_norm_rope: split packed qkv, RMS-normalise each head of q and k, rotate it. B batch, T tokens, N heads, D head dim.
 
 Forward: one pass over q and k; v stays where it is. Backward: one pass that reads the three gradients and q, k, and writes dq, dk
 and dv into one packed gradient, so that no slice of qkv is zero-filled and added; and a small kernel that sums the weights'
 gradients. Saved for the backward: qkv, weights and tables; the norms are computed again, from q and k that are loaded anyway.
 
 A row is one head of one token; rows are numbered m = token·N + head, so that no number of heads costs dead lanes. The two
-halves of a head are loaded apart: the rotation pairs element j with j + D/2, in the same place of the other half.
+halves of a head are loaded apart: the rotation pairs element j with j + D/2, at the same index of the other half.
 """
 
 import functools
@@ -23,7 +23,7 @@ from .library import cdiv, cpp, find, inner_contiguous, launch, register
 from .token_sums import common_dtype, reduce_partials
 
 BYTES = (8, 16)  # per element of [B,T,N·D] in bf16: q and k, read and written; dq, dk, dv, q, k, and the three parts of dqkv
-WARPS = 4  # with 1024 elements of each half a tile, 8 a thread: 128-bit accesses of bf16
+WARPS = 4  # a tile has 1024 elements of each half, 8 per thread: 128-bit accesses of bf16
 
 
 def _norm_and_rotate(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
@@ -57,7 +57,7 @@ def qk_norm_rope_reference(
 
 @triton.jit
 def _locate_rows(first, T, N: tl.constexpr, ROWS: tl.constexpr):
-    """Where rows first .. first + ROWS − 1 lie: sample, token within it and head, int64 [ROWS,1].
+    """Return sample, token within it and head of rows first .. first + ROWS − 1, int64 [ROWS,1].
 
     Only the first row is divided in int64; the others are 32-bit distances from it, at a third of the instructions.
     """
@@ -156,7 +156,7 @@ def qk_norm_rope_backward_kernel(
 ):  # fmt: skip
     """`iterations` tiles of ROWS heads of q, k or v (grid axis 1 = 0, 1, 2), into their third of the packed gradient.
 
-    The sums of the weights' gradients stay elementwise in registers to the end: one reduction a program, in a fixed order.
+    The sums of the weights' gradients stay elementwise in registers to the end: one reduction per program, in a fixed order.
     """
     HALF: tl.constexpr = D // 2
     part = tl.program_id(1)
@@ -209,16 +209,16 @@ def qk_norm_rope_backward_kernel(
 
 @functools.cache
 def _tile(D: int) -> dict[str, int]:
-    """1024 elements of each half a tile on 4 warps: D = 64 takes 32 heads, 72 takes 16 with 28 of 64 lanes masked."""
+    """Return the tile: 1024 elements of each half on 4 warps. D = 64 takes 32 heads, 72 takes 16 with 28 of 64 lanes masked."""
     columns = triton.next_power_of_2(D // 2)
     return {"ROWS": 1024 // columns, "COLUMNS": columns, "num_warps": WARPS}
 
 
 def _chunks(tiles: int, D: int, arch: int) -> tuple[int, int]:
-    """(programs, tiles of each) of one of the three parts of a backward.
+    """Return (programs, tiles per program) for each of q, k and v in a backward.
 
-    At least 4 tiles a program, so that the partial sums are few; and no more programs than run at once, because a small second
-    wave would double the time: by their registers (benchmarks/results/codegen.csv) 6 a multiprocessor, 5 on sm_100, and 4 for
+    At least 4 tiles per program, so that the partial sums are few; and no more programs than run at once, because a small second
+    wave would double the time: their registers (benchmarks/results/codegen.csv) allow 6 per multiprocessor, 5 on sm_100, and 4 for
     head dims with masked lanes.
     """
     blocks = 4 if D & (D - 1) else 5 if arch == 100 else 6
@@ -228,7 +228,7 @@ def _chunks(tiles: int, D: int, arch: int) -> tuple[int, int]:
 
 
 def _table(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()  # built once a model, contiguous: no copy
+    return None if t is None else t.contiguous()  # built once per model, contiguous: no copy
 
 
 def _forward_fake(
@@ -331,7 +331,7 @@ def _forward_cpp_fake(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """As _forward_fake, but in head-major memory, which is what a batched matmul on a CPU takes without a copy."""
+    """As _forward_fake, but in head-major memory, which batched matmuls on a CPU take without a copy."""
     B, T, packed = qkv.shape
     shape = B, num_heads, T, packed // (3 * num_heads)
     return qkv.new_empty(shape).transpose(1, 2), qkv.new_empty(shape).transpose(1, 2)
@@ -408,7 +408,7 @@ class _QKNormRope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         op = find("qk_norm_rope_backward", ctx.backend)
-        saved = ctx.saved_tensors  # read once: a recomputation gives them out only once
+        saved = ctx.saved_tensors  # read once: under recomputation a second read fails
         dqkv, dweights = op(dq, dk, dv, *saved, ctx.num_heads, ctx.eps)
         weights = saved[1:3]
         dq_weight, dk_weight = (None if w is None else dweights[i].to(w.dtype) for i, w in enumerate(weights))
@@ -424,7 +424,7 @@ def qk_norm_rope(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values from one projection: RMSNorm over each head of q and k, then rotary positions.
+    """Return queries, keys and values from one projection: RMSNorm over each head of q and k, then rotary positions.
 
     qkv [B,T,3·N·D], packed as (q | k | v); q_weight, k_weight [D] or None (no norm); cos, sin fp32 [T,D/2] or None (no
     rotation). The rotation is half-split: with x1 | x2 the halves of a head, (x1·cos − x2·sin | x2·cos + x1·sin)

@@ -3,8 +3,8 @@
 One pass forward and one backward. Saved for the backward: packed only; the sigmoid is computed again. The bias of the projection is
 added here, so that its gradient, the column sums of packed's gradient, is summed while those numbers are in registers.
 
-`swiglu_linear` is what follows it in an MLP too: one autograd.Function, because only so can the backward choose to make SwiGLU's
-output again, from what it reads anyway, in place of having kept it.
+`swiglu_linear` includes the Linear after it in an MLP. It is one autograd.Function, because only then can the backward recompute
+SwiGLU's output, from tensors that it reads anyway, instead of keeping it from the forward.
 """
 
 import torch
@@ -21,14 +21,14 @@ from .token_sums import reduce_partials
 from .tuning import chunks
 
 BYTES = (6, 10)  # per element of the result [..,F] in bf16: both halves of packed, out; dout, packed, dpacked. with_out: 2 more
-ROWS = 2  # rows a program at a time
+ROWS = 2  # rows that a program takes at a time
 
 
 def swiglu_reference(packed: Tensor, bias: Tensor | None = None) -> Tensor:
     """`swiglu` in plain PyTorch: fp32 maths (fp64 for fp64 input), one rounding at the end."""
     dtype = compute_dtype(packed)
-    whole = packed.to(dtype) if bias is None else packed.to(dtype) + bias.to(dtype)
-    value, gate = whole.chunk(2, dim=-1)
+    biased = packed.to(dtype) if bias is None else packed.to(dtype) + bias.to(dtype)
+    value, gate = biased.chunk(2, dim=-1)
     return (value * F.silu(gate)).to(packed.dtype)
 
 
@@ -96,19 +96,20 @@ def swiglu_backward_kernel(
 
 
 def _columns(width: int) -> int:
-    """8 columns a thread are 128 bits of bf16; 512-column tiles leave fewer dead lanes where 1024 does not divide the width
-    (2688: 12 %, 4352: 6 %)."""
+    """Return the columns of a tile. 8 columns per thread are 128 bits of bf16; tiles of 512 leave fewer dead lanes if 1024 does not
+    divide the width (2688: 12 %, 4352: 6 %)."""
     return 1024 if width % 1024 == 0 else min(512, triton.next_power_of_2(width))
 
 
 def blocks(width: int) -> int:
-    """Programs of a backward that run at once on one multiprocessor, where each sums its rows. As many as fit by registers with
-    the output once more: 49 KB of loads are in flight an SM, where an H100 needs about 36, and the partial sums are few."""
+    """Return the programs per multiprocessor of a backward with a bias, whose programs each sum their rows: as many as the
+    registers allow if the output is written too. 49 KB of loads are then in flight per SM, of which an H100 needs about 36, and the
+    partial sums are few."""
     return min(32, 4 * 1024 // _columns(width))
 
 
 def _rows(t: Tensor) -> Tensor:
-    """[..,W] -> [M,W] with contiguous rows: a view, unless the leading dimensions cannot be merged or a row has a stride."""
+    """Return [..,W] as [M,W] with contiguous rows: a view, or a copy if leading dimensions cannot be merged or a row is strided."""
     return inner_contiguous(t.reshape(-1, t.shape[-1]))
 
 
@@ -119,7 +120,7 @@ def _forward_fake(packed: Tensor, bias: Tensor | None = None) -> Tensor:
 def _backward_fake(
     dout: Tensor, packed: Tensor, bias: Tensor | None = None, with_out: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dpacked, the bias's gradient [2F] and the forward's output; the last two empty where they are not wanted."""
+    """dpacked, the bias's gradient [2F] and the forward's output; the last two are empty unless asked for."""
     dbias = packed.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return packed.new_empty(packed.shape), dbias, packed.new_empty(dout.shape if with_out else 0)
 
@@ -146,7 +147,7 @@ def _forward_triton(packed: Tensor, bias: Tensor | None = None) -> Tensor:
 def _backward_triton(
     dout: Tensor, packed: Tensor, bias: Tensor | None = None, with_out: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One launch, and with a bias one that adds its sums up."""
+    """One launch; with a bias a second one adds its partial sums."""
     dpacked, dbias, out = _backward_fake(dout, packed, bias, with_out)
     if not dout.numel():
         return dpacked, dbias.zero_(), out
@@ -215,7 +216,7 @@ def _check(op: str, packed: Tensor, bias: Tensor | None) -> None:
 
 
 def swiglu(packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """value·silu(gate) of a packed projection (value | gate), plus its bias (GLU variants, arXiv:2002.05202, equation 6).
+    """Return value·silu(gate) of a packed projection (value | gate) plus its bias (GLU variants, arXiv:2002.05202, equation 6).
 
     packed [..,2F]; bias [2F] or None. Returns [..,F] in the dtype of packed; maths in fp32, one rounding; gradients in the dtype of
     each input. Triton takes contiguous rows whose leading dimensions merge into one (any other layout is copied) and no fp64.
@@ -252,11 +253,11 @@ class _SwiGLULinear(torch.autograd.Function):
 
 
 def swiglu_linear(packed: Tensor, weight: Tensor, bias: Tensor | None = None, recompute: bool = False) -> Tensor:
-    """swiglu(packed, bias) @ weightᵀ: the second half of an MLP, less the bias of its Linear.
+    """Return swiglu(packed, bias) @ weightᵀ: the second half of an MLP, without the bias of its Linear.
 
-    packed [..,2F]; weight [H,F] of the same dtype; bias [2F] of packed, or None. Returns [..,H]. recompute: SwiGLU's output is not
-    kept for the backward, which writes it once more (F elements a row); the bits of all gradients are the same.
-    Raises ValueError for other shapes, integer tensors, two dtypes of packed and weight, or fp64 outside the reference.
+    packed [..,2F]; weight [H,F] of the same dtype; bias [2F] of packed, or None. Returns [..,H]. recompute: whether the backward
+    computes SwiGLU's output again (F more elements written per row) instead of keeping it; all gradients are bitwise equal. Raises
+    ValueError for other shapes, integer tensors, two dtypes of packed and weight, or fp64 outside the reference.
     """
     op = "swiglu_linear"
     _check(op, packed, bias)
