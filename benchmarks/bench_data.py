@@ -108,8 +108,8 @@ def encoder(precision: str) -> Callable[[int], tuple]:
     def run(_: int) -> tuple[float, float]:
         synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
-        codec.moments(batch)
-        codec.moments(batch.flip(3))
+        codec.encode(batch)
+        codec.encode(batch.flip(3))
         synchronize()
         return (time.perf_counter() - wall) / ENCODED, (time.process_time() - cpu) / ENCODED
 

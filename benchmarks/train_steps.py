@@ -36,6 +36,7 @@ class Moments:
     def __init__(self, config: Config, world: distributed.World) -> None:
         from fastdit.data.order import Order
 
+        self.manifest = {"images": IMAGES}  # that there is one says that `batch` returns moments
         self.channels, self.size = config.model.in_channels, config.model.input_size
         self.order = Order(IMAGES, config, world)
         shape = (config.train.batch_size, 2, self.channels, self.size, self.size)
@@ -46,7 +47,7 @@ class Moments:
         """Mean and log-variance [B,2,C,h,w]; labels int64 [B]."""
         return self.moments, self.labels
 
-    def encode(self, moments: Tensor, noise: Tensor) -> Tensor:
+    def posterior_sample(self, moments: Tensor, noise: Tensor) -> Tensor:
         """x0 [B,C,h,w] as fastdit.autoencoder draws it from cached moments."""
         mean, logvar = moments.unbind(1)
         return mean + torch.exp(0.5 * logvar) * noise

@@ -52,8 +52,8 @@ import sys, time
 from fastdit import autoencoder, cli
 from fastdit.data import encode
 encode.SHARD = 8
-moments = autoencoder.KL.moments
-autoencoder.KL.moments = lambda self, images: (time.sleep(float(sys.argv[1])), moments(self, images))[1]
+moments = autoencoder.KL.encode
+autoencoder.KL.encode = lambda self, images: (time.sleep(float(sys.argv[1])), moments(self, images))[1]
 print("begun", flush=True)
 sys.exit(cli.main(sys.argv[2:]))
 """
@@ -108,7 +108,7 @@ def test_moments_are_the_autoencoders(index, vae, latents):
         images, _ = plain.batch(step, 0)
         chosen = plain.order.images(step, 0)[0]
         for mirrored, view in enumerate((images, images.flip(3))):
-            expected = codec.moments(view).numpy()
+            expected = codec.encode(view).numpy()
             # half a unit in the last place of fp16, and as much again for another batch size in fp32
             np.testing.assert_allclose(found[chosen, mirrored], expected, rtol=2**-10, atol=2**-14)
 
@@ -167,6 +167,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(index, vae, latents, tmp
 def test_bad_input_is_one_sentence(index, vae, latents, tmp_path, capsys):
     complains(capsys, words(tmp_path, tmp_path / "out", vae), "is not an index", "fastdit prepare")
     complains(capsys, words(index, tmp_path / "out", str(tmp_path)), "AutoencoderKL")
+    complains(capsys, words(index, tmp_path / "out", "pixels"), "--autoencoder pixels has no latents", f"data.source={index}")
     complains(capsys, words(index, tmp_path / "out", vae, "--image-size", 33), "multiple of 2")
     complains(capsys, words(index, tmp_path / "out", vae, "--split", "val"), "no images for 'val'")
     complains(capsys, words(index, latents, vae, "--image-size", 64), "image_size=32", "64", "another --out")
@@ -217,10 +218,10 @@ def test_batches_are_the_orders_moments(index, vae, latents, resident):
 
 def test_a_posterior_sample_is_drawn_afresh(vae, latents):
     loader = LatentLoader(latents, config(latents, vae), World(0, 1, CPU, None))
-    codec = autoencoder.CachedKL(vae, loader.manifest, CPU)
+    codec = autoencoder.KL(vae, SIZE, CPU)
     moments, _ = loader.batch(0, 0)
     noise = [kernels.counter_normal(0, 3, torch.arange(4) + (step << 32), (4, 16, 16)) for step in (0, 1)]
-    one, other = (codec.encode(moments, n) for n in noise)
+    one, other = (codec.posterior_sample(moments, n) for n in noise)
     mean, logvar = moments.float().unbind(1)
     torch.testing.assert_close(one, (mean + (0.5 * logvar).exp() * noise[0]) * 0.5)
     assert (one != other).all()

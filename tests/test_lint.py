@@ -31,7 +31,7 @@ ALLOWED = {
     ("solvers.py", "dopri5"): {"item"},  # it reads its error at every step anyway
     ("autoencoder.py", "sha256"): {"cpu", "numpy"},  # once, before the first step
     ("order.py", "random_crops"): {"numpy"},  # on the host, in the threads that read ahead
-    ("loader.py", "_cut"): {"numpy"},
+    ("loader.py", "_crops_of"): {"numpy"},
     ("latents.py", "_fill"): {"numpy"},
     ("model.py", "make_frequencies"): {"torch.tensor"},  # at construction
     ("qk_norm_rope.py", "qk_norm_rope_forward_kernel"): {NARROW},  # which of q and k: compared, never an offset

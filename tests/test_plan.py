@@ -79,7 +79,8 @@ def test_memory_is_what_the_tensors_of_a_real_step_take(words):
             for micro in range(train.accumulation):
                 ids = flow.sample_ids(step, micro * train.batch_size, train.batch_size, world.device)
                 x0, labels = torch.randn(train.batch_size, 4, 16, 16), torch.zeros(train.batch_size, dtype=torch.int64)
-                running.backward(flow.losses(running, config.flow, config.model.num_classes, x0, labels, 0, ids).mean())
+                losses = flow.losses(running, x0, labels, ids, config.flow, seed=0, null=config.model.num_classes)
+                running.backward(losses.total.mean())
                 running.step()
             ema.update()
     predicted = memory.memory(config, 1).peak

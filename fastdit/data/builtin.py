@@ -43,6 +43,7 @@ class ArrayLoader:
     """Batches of an image array that lies on the device."""
 
     class_names = None
+    manifest = None
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, config: Config, world: World) -> None:
         """images uint8 [n,S,S,C]; labels int64 [n]. Raises InputError when the data do not fit the config."""
