@@ -22,8 +22,9 @@ import photographs
 from commands import complains
 from fastdit import cli
 from fastdit.config import InputError
+from fastdit.data import archives as archive_module
 from fastdit.data import imagenet, prepare
-from fastdit.data.archives import jpeg_size, scan_tar
+from fastdit.data.archives import jpeg_size
 from fastdit.data.index import FILE, open_index
 from fastdit.sampling import class_names
 
@@ -103,7 +104,7 @@ def test_folders_and_tars_give_the_same_images(index, tmp_path):
 def test_many_parts_give_the_index_of_one(archives, tmp_path, monkeypatch):
     train, *_ = archives
     whole = prepare.prepare([train], tmp_path / "a")
-    monkeypatch.setattr("fastdit.data.archives.PART", 2)
+    monkeypatch.setattr("fastdit.data.archives.CHUNK", 2)
     assert contents(prepare.prepare([train], tmp_path / "b")) == contents(whole)
 
 
@@ -120,8 +121,8 @@ SLOWLY = """
 import sys, time, scipy.io
 from pathlib import Path
 from fastdit.data import archives, prepare
-measure, archives.PART = archives.measure, 2
-archives.measure = lambda data: (time.sleep(0.04), measure(data))[1]
+image_size, archives.CHUNK = archives.image_size, 2
+archives.image_size = lambda data: (time.sleep(0.04), image_size(data))[1]
 print("begun", flush=True)
 prepare.prepare([Path(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
 """
@@ -160,8 +161,8 @@ def test_a_full_disk_keeps_what_was_done(archives, index, tmp_path, capsys, monk
     monkeypatch.setattr(Path, "write_text", full)
     complains(capsys, words, "No space left on device", "kept")
     monkeypatch.undo()
-    scan, scanned = scan_tar, []
-    monkeypatch.setattr(prepare, "scan_tar", lambda *a: (scanned.append(a), scan(*a))[1])
+    scan, scanned = archive_module.scan, []
+    monkeypatch.setattr(archive_module, "scan", lambda *a: (scanned.append(a), scan(*a))[1])
     assert cli.main([str(word) for word in words]) == 0
     assert len(scanned) == 6 - 3  # three of five classes and of the validation archive were there
     assert contents(tmp_path / "index") == contents(index.folder)
@@ -207,7 +208,7 @@ def test_an_index_that_is_there_is_not_made_again(archives, tmp_path, monkeypatc
     out = prepare.prepare([copy])
     before = contents(out)
     with monkeypatch.context() as patched:
-        patched.setattr(prepare, "scan_tar", lambda *_: pytest.fail("scanned again"))
+        patched.setattr(archive_module, "scan", lambda *_: pytest.fail("scanned again"))
         assert prepare.prepare([copy]) == out and contents(out) == before
     os.utime(copy, (1, 1))
     with pytest.raises(InputError, match=r"is older than .*copy.tar.*run `fastdit prepare` again"):
