@@ -298,7 +298,7 @@ def test_wrong_latents_are_one_sentence(latents, vae, tmp_path, capsys):
     shutil.copytree(latents, copy)
     with (copy / "moments_00001.npy").open("r+b") as file:
         file.truncate(1000)
-    complains(capsys, [*base, f"data.source={copy}", size, f"data.autoencoder={vae}"], "moments_00001.npy is not there whole")
+    complains(capsys, [*base, f"data.source={copy}", size, f"data.autoencoder={vae}"], "moments_00001.npy is missing or truncated")
     assert not (tmp_path / "out").exists()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdit import cli, distributed, flops, flow, kernels
+from fastdit.data import imagenet
 from fastdit.model import DiT
 from fastdit.planning import cards, memory, plan
 from fastdit.training import engine
@@ -51,7 +52,7 @@ def test_published_rates_are_within_the_range(card, gpus, words, images_per_s):
     """The MFU that each anchor implies, rate times FLOPs over the datasheet, lies in the predicted range; the slow end, which is
     the geometric mean of both trainers' slowness, within 25 % of it."""
     config = plan.settings(None, ["model.preset=XL/2", "train.batch_size=32", *words])
-    made = plan.make(config, cards.CARDS[card], gpus, 80, plan.IMAGENET_IMAGES, None)
+    made = plan.make(config, cards.CARDS[card], gpus, 80, imagenet.COUNTS["train"], None)
     implied = images_per_s / gpus * made["flops_per_image"]["total"] / cards.CARDS[card].bf16
     print(f"{card}: implied MFU {implied:.3f}, predicted {made['mfu']['slow']:.3f} to {made['mfu']['fast']:.3f}")
     assert implied == pytest.approx(made["mfu"]["slow"], rel=0.25)

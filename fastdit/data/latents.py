@@ -41,7 +41,9 @@ def read_manifest(folder: Path) -> dict:
     manifest = json.loads((folder / MANIFEST).read_text())
     for name, file in manifest["files"].items():
         if not os.path.exists(folder / name) or (folder / name).stat().st_size != file["bytes"]:
-            raise InputError(f"latent set {folder} is damaged: {name} is not there whole; delete it and run `fastdit encode` again")
+            raise InputError(
+                f"latent set {folder} is damaged: {name} is missing or truncated; delete it and run `fastdit encode` again"
+            )
     return manifest
 
 

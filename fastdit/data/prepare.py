@@ -146,7 +146,7 @@ def prepare(
         "val": archives.find_sources([val]) if val else [],
         "devkit": archives.find_sources([devkit]) if devkit else [],
     }
-    request = {role: [asdict(source) for source in found] for role, found in requested.items()}
+    request = {role: [asdict(source) for source in role_sources] for role, role_sources in requested.items()}
     if verify:
         check_md5({role: p for role, p in (("train", sources[0]), ("val", val), ("devkit", devkit)) if p})
     with resumable(out):

@@ -24,7 +24,6 @@ from fastdit.planning.memory import (
     optimizer_bytes,
 )
 
-IMAGENET_IMAGES = 1_281_167  # of the training set
 IMAGENET_LATENTS = ["model.in_channels=4", "model.num_classes=1000"]  # of 256-pixel images: 4x32x32
 
 
