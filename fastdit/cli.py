@@ -193,7 +193,7 @@ def _add_plan(commands) -> None:
     plan.add_argument("--gpus", type=int, default=8, metavar="N", help="in all, 8 a node (default: %(default)s)")
     plan.add_argument("--epochs", type=float, default=80, metavar="N", help="default: %(default)s")
     plan.add_argument(
-        "--images", type=int, default=COUNTS["train"], metavar="N", help="of an epoch (default: ImageNet's %(default)s)"
+        "--images", type=int, default=COUNTS["train"], metavar="N", help="images per epoch (default: ImageNet's %(default)s)"
     )
     plan.add_argument("--batch-size", type=int, metavar="N", help="train.batch_size: images a GPU and micro-step")
     plan.add_argument("--stage", type=int, choices=(1, 2, 3), help="zero.stage")

@@ -1,8 +1,8 @@
 """Which images a step takes, and how they are cropped and mirrored: functions of (seed, epoch, image) only.
 
 B batch size per rank, n images. Step s of an epoch takes elements s·G .. (s+1)·G of the epoch's permutation, G the global batch; a
-remainder at the end of an epoch is dropped. Of these, micro-step m of rank r takes the B elements from (m·ranks + r)·B. So every rank
-has the same number of batches, the global batch is the same at 1 or 8 ranks, and a resume needs no state but the step.
+remainder at the end of an epoch is dropped. Of these, micro-step m of rank r takes the B elements from (m·ranks + r)·B. So every
+rank has the same number of batches, the global batch is the same at 1 or 8 ranks, and a resume needs no state but the step.
 """
 
 import math
@@ -90,8 +90,10 @@ class Order:
     def random_crops(
         self, images: np.ndarray, epoch: int, heights: np.ndarray, widths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return (start, end) fp32 [B,2], (row, column) in pixels of the image, by the rules of torchvision's RandomResizedCrop: the
-        first of TRIES random crops that fits, or else a central crop."""
+        """Return (start, end) fp32 [B,2], (row, column) in pixels of the image, by the rules of torchvision's RandomResizedCrop.
+
+        The first of TRIES random crops that fits is taken, or else a central crop. images int64 [B]; heights and widths [B].
+        """
         u = kernels.counter_uniform(self.seed, Stream.CROP, torch.from_numpy(images) + (epoch << 32), (TRIES, 4)).double().numpy()
         h, w = heights.astype(np.float64)[:, None], widths.astype(np.float64)[:, None]
         area = h * w * (AREA[0] + (AREA[1] - AREA[0]) * u[..., 0])
