@@ -68,9 +68,10 @@ class Index:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file whole or not at all. np.save does not notice a full disk: it writes through C's stdio."""
+    array = np.ascontiguousarray(array)
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def is_index(path: Path) -> bool:
