@@ -186,10 +186,10 @@ def test_a_card_without_a_fused_kernel_is_one_sentence_at_the_start(monkeypatch,
 
 def test_auto_takes_matmul_for_short_bf16_on_a_cpu(monkeypatch):
     q = projected(1, 8, 1, 8, dtype=torch.bfloat16)[0]
-    assert module._choose(q) == "matmul"
-    assert module._choose(q.float()) == module._choose(q.to("meta")) == "sdpa"
+    assert module._choose_kind(q) == "matmul"
+    assert module._choose_kind(q.float()) == module._choose_kind(q.to("meta")) == "sdpa"
     monkeypatch.setattr(module, "MATMUL_MAX_TOKENS", 7)
-    assert module._choose(q) == "sdpa"
+    assert module._choose_kind(q) == "sdpa"
 
 
 def test_compiles_as_one_graph():

@@ -72,7 +72,7 @@ def test_memory_is_what_the_tensors_of_a_real_step_take(words):
     shape = ["model.preset=S/2", "model.depth=4", "model.heads=4", "model.input_size=16"]
     config = plan.settings(None, [*shape, "train.precision=fp32", *words])
     world, train = distributed.start("cpu"), config.train
-    with flops.Live([]) as live:
+    with flops.LiveBytes([]) as live:
         model = DiT(config.model)
         running = engine.initialize(model, config, world)
         ema = ShardedEma(engine.fragments(running, world), train.ema_decay)
