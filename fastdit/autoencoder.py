@@ -1,6 +1,6 @@
 """Latent codecs: images to latents and back. B batch size, S image size in pixels, c and s latent channels and size.
 
-Images are fp32 [B,3 or 1,S,S] in [-1,1]. A codec encodes them to moments, whatever describes the distribution of their latents; a
+Images are fp32 [B,3 or 1,S,S] in [-1,1]. A codec encodes them to moments, which describe the distribution of their latents; a
 posterior sample of moments is latents fp32 [B,c,s,s] in the scale that the model is trained in.
 """
 
@@ -22,7 +22,7 @@ class Codec(Protocol):
 
     channels: int  # of latents, c
     size: int  # of latents, s
-    image_channels: int  # of decoded images; `encode` also takes grey images if it is 3 and there is an autoencoder
+    image_channels: int  # of decoded images; an autoencoder also encodes grey images, as RGB
     needs_noise: bool  # False: `posterior_sample` ignores its noise
     dtype: torch.dtype | None  # of the weights, None without weights
 
@@ -83,7 +83,7 @@ class Pixels:
 
 class KL:
     """A diffusers AutoencoderKL such as SD-VAE, frozen. Moments are [B,2,c,s,s], the mean and log-variance of a normal posterior;
-    latents are (posterior sample − shift)·scaling factor, both factors from the autoencoder's own config."""
+    latents are (posterior sample − shift)·scaling factor, both constants from the autoencoder's config."""
 
     image_channels = 3
     needs_noise = True

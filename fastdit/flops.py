@@ -65,8 +65,12 @@ def walk(model: ModelConfig, batch: int, dtype: torch.dtype, recompute: str) -> 
     with torch.device("meta"):
         dit = DiT(model)
     dit.to("meta", dtype).train().set_recompute(recompute)
-    for p in dit.parameters():  # ZeRO moves each gradient into a bucket
-        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def drop_gradient(p: nn.Parameter) -> None:  # as ZeRO does, which moves each gradient into a bucket
+        p.grad = None
+
+    for p in dit.parameters():
+        p.register_post_accumulate_grad_hook(drop_gradient)
     live = LiveBytes([*dit.parameters(), *dit.buffers()])
     forward, backward = 0, 0  # FLOPs
     block_edges = []  # (live bytes, forward FLOPs) before the first block and after the last

@@ -184,7 +184,8 @@ class TrainingGraphs:
         self._forward()
         for i in reversed(range(len(self.parts))):
             self._backward(i)
-        self._states, self._incoming = [], []
+        self._states = []
+        self._incoming = []
 
     def _forward(self) -> list[Tensor]:
         """Run all parts, each on tensors detached from the part before, and keep what their backward passes need. Returns the

@@ -248,7 +248,9 @@ class DiT(nn.Module):
         super()._apply(fn, recurse)
         device = self.output.weight.device
         if self.cos is not None:
-            self.cos, self.sin = rope_tables(self.config, device)
+            cos, sin = rope_tables(self.config, device)
+            self.cos = cos
+            self.sin = sin
         self.time_embedding.frequencies = self.time_embedding.make_frequencies().to(device)
         return self
 

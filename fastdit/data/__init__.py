@@ -46,8 +46,8 @@ def locate(config: Config) -> Path | None:
         return source
     if not source.exists():
         raise InputError(
-            f"data.source={source} is neither 'mnist5k' nor there: give an index of `fastdit prepare`, latents of `fastdit "
-            "encode`, an archive or a folder of class folders"
+            f"data.source={source} is neither 'mnist5k' nor an existing path: give an index of `fastdit prepare`, latents of "
+            "`fastdit encode`, an archive or a folder of class folders"
         )
     return prepare.prepare([source])
 

@@ -1,4 +1,4 @@
-"""Images in archives and class folders: which there are, where their bytes lie, how large they are, which class they have.
+"""Images in archives and class folders: their names, byte offsets, sizes in pixels and classes.
 
 A source is an archive or a class folder, of one of the kinds in KINDS. It holds containers: the inner tars of a tar of tars, or
 else the source itself. A container is scanned in chunks of CHUNK images. An archive format that stores images uncompressed is one
@@ -141,7 +141,7 @@ def _label_beside(member: tarfile.TarInfo, data: bytes) -> str | None:
 
 
 def _grouped_members(tar: tarfile.TarFile, path: str) -> Iterator[list[tarfile.TarInfo]]:
-    """Yield groups of successive files that share their name up to its first dot: an image and the files beside it.
+    """Yield groups of successive files whose names are equal up to the first dot: an image and the files beside it.
 
     Raises InputError if the tar is damaged or truncated.
     """

@@ -37,8 +37,8 @@ def are_imagenet(classes: list[str]) -> bool:
 
 
 def read_devkit(path: Path) -> Devkit:
-    """Read data/meta.mat and data/ILSVRC2012_validation_ground_truth.txt of ILSVRC2012_devkit_t12.tar.gz. Raises InputError if they
-    are not in there."""
+    """Read data/meta.mat and data/ILSVRC2012_validation_ground_truth.txt of ILSVRC2012_devkit_t12.tar.gz. Raises InputError if one
+    of them is missing or unreadable."""
     import scipy.io
 
     wanted = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
@@ -49,7 +49,7 @@ def read_devkit(path: Path) -> Devkit:
                 if base in wanted and member.isreg():
                     wanted[base] = tar.extractfile(member).read()
         if not all(wanted.values()):
-            raise ValueError("they are not in there")
+            raise ValueError("one of them is missing")
         synsets = scipy.io.loadmat(io.BytesIO(wanted["meta.mat"]), squeeze_me=True)["synsets"]
         leaves = {int(s["ILSVRC2012_ID"]): (str(s["WNID"]), str(s["words"])) for s in synsets if s["num_children"] == 0}
         truth = [leaves[int(line)][0] for line in wanted["ILSVRC2012_validation_ground_truth.txt"].split()]

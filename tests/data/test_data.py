@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_source_that_is_not_there_is_one_sentence():
-    with pytest.raises(InputError, match=r"data.source=nowhere/imagenet.tar is neither 'mnist5k' nor there"):
+    with pytest.raises(InputError, match=r"data.source=nowhere/imagenet.tar is neither 'mnist5k' nor an existing path"):
         data.locate(from_dict({"data": {"source": "nowhere/imagenet.tar"}}))
 
 
