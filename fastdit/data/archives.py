@@ -265,10 +265,12 @@ def find_sources(paths: list[Path]) -> list[Source]:
             entries = sorted(path.iterdir())
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        suffixes = {kind.suffix for kind in KINDS.values()}
+        suffixes = [kind.suffix for kind in KINDS.values() if kind.suffix]
         inside = [entry for entry in entries if entry.is_dir()] or [entry for entry in entries if entry.suffix in suffixes]
         if not inside:
-            raise InputError(f"{path} holds neither class folders nor .tar archives: give the folder above the images' folders")
+            raise InputError(
+                f"{path} holds neither class folders nor {', '.join(suffixes)} archives: give the folder above the images' folders"
+            )
         sources += inside
     try:
         return [Source.of(path) for path in sources]

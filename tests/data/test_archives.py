@@ -2,12 +2,14 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import photographs
 from commands import complains
+from fastdit.data import archives as archives_module
 from fastdit.data import prepare
 from fastdit.data.archives import jpeg_size
 from fastdit.data.index import FILE, open_index
@@ -69,6 +71,30 @@ def test_bad_archives_are_one_sentence(archives, tmp_path, capsys):
     complains(capsys, ["prepare", train, "--val", val, "--out", tmp_path / "i"], "has no class", "--devkit")
     complains(capsys, ["prepare", train, "--devkit", train, "--out", tmp_path / "i"], "is not ILSVRC2012_devkit_t12.tar.gz")
     assert not list(tmp_path.glob(f"*/{FILE}"))
+
+
+def test_another_kind_of_archive_is_one_entry(tmp_path, monkeypatch):
+    """Images one after the other, with their lengths in the first line of the file."""
+
+    def containers(number, source):
+        yield archives_module.Container(number, 0, source.size, "only")
+
+    def scan(path, container, start):
+        data = Path(path).read_bytes()
+        at, images = data.index(b"\n") + 1, []
+        for i, length in enumerate(json.loads(data[:at])):
+            size = archives_module.image_size(data[at : at + length])
+            images.append(archives_module.ImageEntry(str(i), at, length, *size, container.label))
+            at += length
+        return archives_module.Chunk(images, [], None)
+
+    monkeypatch.setitem(archives_module.KINDS, "bag", archives_module.Kind(".bag", containers, scan))
+    images = [photographs.encoded(image) for image in photographs.crops(3)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.bag").write_bytes(json.dumps([len(data) for data in images]).encode() + b"\n" + b"".join(images))
+    index = open_index(prepare.prepare([tmp_path / "in"]))
+    assert index.sources[0].kind == "bag" and index.classes == ["only"]
+    assert [index.read(row) for row in index.rows("train")] == images
 
 
 @pytest.mark.parametrize("quality", [50, 95])
