@@ -9,7 +9,7 @@ import record
 from fastdit import cli
 from fastdit.planning import host, plan
 
-CSV = Path(__file__).parent.parent / "benchmarks" / "results" / "cuda_host.csv"
+CSV = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "cuda_host.csv"
 TABLE = {
     "blocks": host.Host(1.0, 20.0, 4.0, 100.0),
     "graphs": host.Host(0.0, 0.0, 4.0, 100.0),
