@@ -149,9 +149,9 @@ def _import_base(arguments: argparse.Namespace) -> None:
 
 
 def _info(_: argparse.Namespace) -> None:
-    from fastdit.planning import doctor
+    from fastdit.planning import info
 
-    print(doctor.info())
+    print(info.info())
 
 
 def _plan(arguments: argparse.Namespace) -> None:

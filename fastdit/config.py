@@ -7,6 +7,7 @@ The defaults together are a good run on the built-in digits (launch/quickstart.y
 train section: the learning rate above all.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 RENAMED = {"train.checkpoint": "train.recompute"}  # old key: new key; configs that runs saved are read under both
+RECOMPUTE = ("none", "light", "full")
+ZERO_STAGES = (1, 2, 3)
 
 
 class InputError(Exception):
@@ -180,7 +183,7 @@ class TrainConfig:
             _at_least("train", self, key, 0)
         _one_of("train", self, "precision", ("auto", "bf16", "fp32"))
         _one_of("train", self, "compile", ("auto", "graphs", "blocks", "model", "none"))
-        _one_of("train", self, "recompute", ("none", "light", "full"))
+        _one_of("train", self, "recompute", RECOMPUTE)
         _one_of("train", self, "device", ("auto", "cpu", "cuda"))
         _one_of("train", self, "schedule", ("constant", "cosine"))
         _one_of("train", self, "wandb", ("disabled", "offline", "online"))
@@ -245,7 +248,7 @@ class ZeroConfig:
     offload: bool = False  # fp32 masters and AdamW's moments in host memory, stepped there
 
     def __post_init__(self) -> None:
-        _one_of("zero", self, "stage", (1, 2, 3))
+        _one_of("zero", self, "stage", ZERO_STAGES)
         _at_least("zero", self, "bucket", 1)
         if self.offload and self.stage == 1:
             raise InputError("zero.offload=true needs zero.stage=2 or 3")
@@ -401,3 +404,18 @@ def load_json(path: str | Path) -> Config:
         return from_saved(json.loads(Path(path).read_text()))
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"saved config {path} cannot be read: {error}") from error
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the positional arguments of a command that takes a config: a file and overrides, as `arguments.settings`."""
+    parser.add_argument(
+        "settings", nargs="*", metavar="CONFIG.yaml | section.key=value",
+        help="YAML file with settings (optional, comes first), and settings that override it.",
+    )  # fmt: skip
+
+
+def file_and_overrides(settings: list[str]) -> tuple[str | None, list[str]]:
+    """Split the `settings` of a command line into the config file, if one is given, and the overrides, for `parse`."""
+    if settings and "=" not in settings[0]:
+        return settings[0], settings[1:]
+    return None, list(settings)
