@@ -329,7 +329,7 @@ def _convert(key: str, value: object, hint: object) -> object:
 
 def from_dict(values: dict) -> Config:
     """A Config from nested dicts, every key checked. Raises InputError."""
-    sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    sections = typing.get_type_hints(Config)
     given: dict[str, dict] = {}
     for section, entries in values.items():
         if section not in sections:
@@ -355,8 +355,8 @@ def from_dict(values: dict) -> Config:
 
 def _is_text(section: str, key: str) -> bool:
     """Whether a key takes text: then an override is taken as it stands, so that a run may be called 007 or 1.10."""
-    fields = {f.name: f.default_factory for f in dataclasses.fields(Config)}
-    return section in fields and typing.get_type_hints(fields[section]).get(key) is str
+    sections = typing.get_type_hints(Config)
+    return section in sections and typing.get_type_hints(sections[section]).get(key) is str
 
 
 def parse(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:

@@ -54,7 +54,7 @@ def test_commands_of_the_readme_parse():
     assert len(commands) >= 3
     for command in commands:
         words = shlex.split(command, comments=True)[1:]
-        arguments = cli._parser().parse_args(words)
+        arguments = cli.make_parser(words[0]).parse_args(words)
         if arguments.command == "train":
             files = [w for w in arguments.settings if "=" not in w]
             parse(ROOT / files[0] if files else None, [w for w in arguments.settings if "=" in w])

@@ -145,17 +145,16 @@ def _memory(config: Config, card: Card, gpus: int) -> dict:
     """Return the plan's `memory`: what a GPU holds under each ZeRO stage that could be set, and the largest batches."""
     train, dtype = config.train, DTYPES[config.train.precision]
     if gpus == 1:
-        stages: tuple[int, ...] = (config.zero.stage,)  # whatever is set, the engine runs the same
+        stages: tuple[int, ...] = (config.zero.stage,)  # the engine runs that, or without ZeRO
     else:
         stages = (2, 3) if config.zero.offload else ZERO_STAGES
-    largest = {recompute: memory(replaced(config, train__recompute=recompute), gpus, card).largest_batch for recompute in RECOMPUTE}
+    by_stage = [replaced(config, zero__stage=stage) for stage in stages]
+    by_recompute = {recompute: replaced(config, train__recompute=recompute) for recompute in RECOMPUTE}
+    largest = {recompute: memory(planned, gpus, card).largest_batch or 0 for recompute, planned in by_recompute.items()}
     return {
         "stage": actual_stage(config, gpus), "recompute": train.recompute, "batch_size": train.batch_size, "card": card.memory,
         "saved_per_image_and_block": {recompute: walk(config.model, 1, dtype, recompute).kept_block for recompute in RECOMPUTE},
-        "stages": {
-            actual_stage(planned, gpus): memory(planned, gpus, card)._asdict()
-            for planned in (replaced(config, zero__stage=stage) for stage in stages)
-        },
+        "stages": {actual_stage(planned, gpus): memory(planned, gpus, card)._asdict() for planned in by_stage},
         "largest_batch": largest, "fits": train.batch_size <= largest[train.recompute],
     }  # fmt: skip
 
@@ -251,7 +250,7 @@ def _overview(plan: dict) -> list[str]:
 def _memory_table(usage: dict) -> list[str]:
     """Return the lines on what one GPU holds, one per ZeRO stage."""
     heads = ("ZeRO", "weights", "masters, moments", "EMA", "gradients", "buckets", "activations", "peak", "largest batch")
-    table = [heads]
+    table: list[tuple[str, ...]] = [heads]
     for stage, values in usage["stages"].items():
         *sizes, largest = values.values()
         table.append((str(stage or "none"), *map(_size, sizes), str(largest)))

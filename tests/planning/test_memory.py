@@ -59,7 +59,7 @@ def test_one_gpu_holds_gradients_through_the_forward_only_to_add_them_up():
         (["train.precision=fp32"], 1, 4 + 4 + 24 + 8),
         # each of 3 micro-steps adds its gradient (2) to a sum (8), which is what the norm and AdamW read
         (["train.accumulation=3"], 1, 3 * (2 + 8) + 4 + 4 + 24 + 2 + 8),
-        # buckets of all gradients (4 passes of 2), and for a quarter: sum (2 + 8), norm, copy, clip, AdamW, weights (4 + 2), average
+        # buckets of all gradients (4 passes of 2); for a quarter: sum (2 + 8), norm, copy, clip, AdamW, weights (4 + 2), average
         ([], 4, 8 + (10 + 4 + 8 + 8 + 28 + 6 + 12) / 4),
         # two averages, every second step
         (["train.ema_more=[0.9]", "train.ema_every=2"], 4, 8 + (10 + 4 + 8 + 8 + 28 + 6 + 12) / 4),
