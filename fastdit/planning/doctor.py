@@ -211,7 +211,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Measure the rates of matmuls, attention, memory, links and data, the step that they allow, and a few real training steps; "
         "name the largest gap. Runs as one process or under torchrun, and leaves no files."
     )
-    parser.epilog = "example:\n  fastdit doctor launch/quickstart.yaml train.batch_size=128"
+    parser.epilog = "example:\n  fastdit doctor launch/configs/quickstart.yaml train.batch_size=128"
     add_settings(parser)
     parser.add_argument("--json", action="store_true", help="Print all figures as JSON, in seconds, bytes/s, FLOP/s and images/s.")
 

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "`deepspeed --module` or under torchrun. "
         "Without arguments it trains a small model on the built-in digits."
     )
-    parser.epilog = "example:\n  fastdit train launch/quickstart.yaml train.total_steps=1000 model.depth=8"
+    parser.epilog = "example:\n  fastdit train launch/configs/quickstart.yaml train.total_steps=1000 model.depth=8"
     add_settings(parser)
     parser.add_argument(
         "--resume", metavar="auto|never|DIR",
