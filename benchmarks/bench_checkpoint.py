@@ -18,9 +18,9 @@ import torch
 from fastdit import checkpoint, distributed
 from fastdit.config import Config, ModelConfig, TrainConfig
 from fastdit.model import DiT
-from fastdit.training import engine
+from fastdit.training import engine, saver
 from fastdit.training.ema import ShardedEma
-from fastdit.training.saver import Saver, check
+from fastdit.training.saver import Saver
 from measure import DEVICE, Group, Result, Worker, quantiles, speedup, start, take_turns
 
 SUITE = "checkpoint"
@@ -51,21 +51,21 @@ def state_of(case: str) -> tuple:
 
 def fastdit(folder: Path, case: str) -> Callable[[], dict]:
     dit, ema, config, world = state_of(case)
-    sums, state = torch.zeros(1), {"step": 1, "summed_steps": 0, "wandb_id": None, "class_names": None}
-    saver = Saver(folder / "run/checkpoints", config, world)
+    sums, state = torch.zeros(1), checkpoint.RunState(1)
+    writer = Saver(folder / "run/checkpoints", config, world)
     shapes = {name: p.shape for name, p in dit.module.named_parameters()}
 
     def load() -> None:
-        found = checkpoint.find(folder / "run")
-        saved = check(found, config, world)
-        dit.module.load_state_dict(checkpoint.Shards(found, saved["ranks"]).whole("raw", shapes))
-        saver.load(found, dit, ema, saved, sums, config, world)
+        saved = checkpoint.open_checkpoint(folder / "run")
+        saver.check(saved, config, world)
+        dit.module.load_state_dict(saved.shards().whole("raw", shapes))
+        saver.load(saved, dit, ema, sums, config, world)
 
     def run() -> dict[str, float]:
         os.sync()  # what the other one left to be written
         shutil.rmtree(folder / "run", ignore_errors=True)
-        waits = seconds(lambda: saver.save(dit, ema, state, sums))
-        return {"waits": waits, "save": waits + seconds(saver.wait), "load": seconds(load)}
+        waits = seconds(lambda: writer.save(dit, ema, state, sums))
+        return {"waits": waits, "save": waits + seconds(writer.wait), "load": seconds(load)}
 
     return run
 

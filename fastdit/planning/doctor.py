@@ -15,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastdit import distributed, progress
+from fastdit.checkpoint import RunState
 from fastdit.config import Config, add_settings, file_and_overrides, parse
 from fastdit.device import DTYPES, check_backend, device_name, synchronize
 from fastdit.planning import cards, plan
@@ -55,7 +56,7 @@ def profiled(events: Iterable, device: torch.device) -> tuple[float, float]:
 def measured_step(config: Config, world: distributed.World, loader, codec, run: Path) -> dict[str, float]:
     """Return the seconds of a training step ("step") and of its phases, and of its matmuls and collectives in a profile of further
     steps."""
-    trainer = Trainer(config, world, loader, codec, run, None, {"step": 0, "wandb_id": None, "summed_steps": 0})
+    trainer = Trainer(config, world, loader, codec, run, None, RunState())
     first = BATCHES // config.train.accumulation + 1  # loaders read ahead: continue after what data_rate read
 
     def steps(numbers: Iterable[int]) -> None:
