@@ -22,7 +22,7 @@ cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # one process per core, each with one thread
 if [ -n "${cuda_host:-}" ]; then
     . "$cuda_host/env.sh"
-    "$bin/python" benchmarks/without_gpu/selftest.py
+    "$bin/python" -m benchmarks.without_gpu.selftest
     # plain assertions and short tracebacks: the text of a tensor with garbage in it takes gigabytes
     FASTDIT_NO_VALUES=1 exec "$bin/python" -m pytest --assert=plain --tb=short "${tier[@]}" -k "not cpp and not dit_block and not codegen" \
         tests/kernels "$@"

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 import autoencoders
-import photographs
+from benchmarks import photographs
 from commands import environment
 from fastdit import autoencoder, cli, files
 from fastdit.config import InputError, parse

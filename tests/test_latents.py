@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import autoencoders
-import photographs
+from benchmarks import photographs
 from commands import complains, environment
 from fastdit import autoencoder, checkpoint, cli, data, files, kernels
 from fastdit.config import InputError, from_dict
