@@ -34,7 +34,7 @@ def run(command, variables=ENVIRONMENT):
 
 
 def fake_launcher(folder, codes):
-    """A `deepspeed` that writes its arguments down and ends with one code after the other."""
+    """A `deepspeed` that logs its arguments to `folder`/calls and exits with the next of `codes` at each call."""
     (folder / "bin").mkdir()
     (folder / "bin" / "python").symlink_to(sys.executable)
     lines = [
@@ -67,7 +67,7 @@ esac
     ],
 )
 def test_install_sh_asks_for_one_torch_and_its_triton(tmp_path, asked, has, own_triton, torch, triton):
-    """The torch of FASTDIT_TORCH, else the one that is there, else that of constraints.txt; a triton where torch names none."""
+    """The torch of FASTDIT_TORCH, else the installed one, else that of constraints.txt; a triton if torch requires none."""
     (tmp_path / "bin").mkdir()
     script(tmp_path / "bin/python", PYTHON)
     variables = ENVIRONMENT | {"VENV": str(tmp_path), "FASTDIT_TORCH": asked, "HAS": has, "OWN_TRITON": str(own_triton)}

@@ -543,11 +543,3 @@ def test_dry_run_prints_a_config_that_reads_back(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
     assert parse(tmp_path / "c.yaml") == parse(None, settings(tmp_path))
     assert not (tmp_path / "r").exists()
-
-
-def test_info_names_the_backend_of_every_op(capsys):
-    from fastdit import kernels
-
-    assert cli.main(["info"]) == 0
-    out = capsys.readouterr().out
-    assert all(op in out for op in kernels.OPS) and torch.__version__ in out

@@ -4,7 +4,10 @@ Shards of SHARD images are shared out among the ranks and written whole or not a
 that are missing. A batch lies within one shard and the last of a shard is padded: a shard's contents do not depend on the ranks.
 """
 
+import argparse
+import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from fastdit import autoencoder, distributed
 from fastdit.autoencoder import Codec
 from fastdit.config import InputError
+from fastdit.data.imagenet import COUNTS
 from fastdit.data.index import Index, open_index, save_array
 from fastdit.data.latents import MANIFEST, SETTINGS
 from fastdit.data.loader import center_crop_decoder
@@ -113,3 +117,46 @@ def _finish(out: Path, settings: dict, index: Index) -> dict:
     with resumable(out):
         write_atomically(out / MANIFEST, json.dumps(manifest, indent=1))
     return manifest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fastdit encode`, named as the parameters of `encode`."""
+    parser.description = (
+        "Encode every image of an index, as it is and mirrored, to the mean and log-variance of an autoencoder's latents. Runs as "
+        "one process or under torchrun. The same command resumes a run that was killed."
+    )
+    parser.epilog = (
+        "example:\n  torchrun --nproc_per_node 8 -m fastdit.cli encode imagenet.index --autoencoder stabilityai/sd-vae-ft-ema "
+        "--out latents256"
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="INDEX", help="Index that `fastdit prepare` made.")
+    add("--out", type=Path, required=True, metavar="DIR", help="Folder for the latents.")
+    add("--autoencoder", dest="autoencoder_id", required=True, metavar="ID", help="Folder or hub id of a diffusers AutoencoderKL.")
+    add("--image-size", type=int, metavar="N", help="Height and width of the images in pixels (default: %(default)s).")
+    add(
+        "--dtype", choices=("auto", *DTYPES),
+        help="Precision of the autoencoder; auto: bf16 if the device has fast matmuls in it, else fp32 (default: %(default)s).",
+    )  # fmt: skip
+    add("--batch-size", type=int, metavar="N", help="Images per batch and rank (default: %(default)s).")
+    add("--split", choices=tuple(COUNTS), help="Split of the index (default: %(default)s).")
+    add(
+        "--max-bad-files", type=int, metavar="N",
+        help="Undecodable files that each rank replaces; one more ends the run (default: %(default)s).",
+    )  # fmt: skip
+    add("--device", choices=("auto", "cpu", "cuda"), help="Device; auto: CUDA if there is a GPU (default: %(default)s).")
+    parser.set_defaults(**{name: p.default for name, p in _parameters().items() if p.default is not p.empty})
+
+
+def _parameters() -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(encode).parameters
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Encode, and return what was written as text. Raises what `encode` raises."""
+    manifest = encode(**{name: getattr(arguments, name) for name in _parameters()})
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    return (
+        f"latents: {arguments.out} ({manifest['images']:,} images and their mirror images, {size / 2**30:.2f} GiB)\n"
+        f"train on them with data.source={arguments.out} data.autoencoder={arguments.autoencoder_id} data.flip=true"
+    )

@@ -6,6 +6,7 @@ tars) are scanned in chunks. A scanned chunk is written to <index>/.parts at onc
 are missing.
 """
 
+import argparse
 import csv
 import hashlib
 import io
@@ -209,3 +210,33 @@ def describe(folder: Path) -> str:
     images = ", ".join(f"{count:,} {split} images" for split, count in content["images"].items())
     bad = f"\n{content['bad_files']} bad files were left out: {folder / 'bad_files.csv'}" if content["bad_files"] else ""
     return f"index: {folder} ({images}, {len(content['classes']):,} classes){bad}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fastdit prepare`."""
+    parser.description = (
+        "Make the index of a data set, in place: nothing is unpacked or copied. The same command resumes a run that was killed. "
+        "Images that cannot be decoded are left out and listed in bad_files.csv."
+    )
+    parser.epilog = (
+        "example:\n  fastdit prepare ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz"
+    )
+    parser.add_argument(
+        "sources", nargs="+", type=Path, metavar="SOURCE",
+        help="Training images: ImageNet's train archive, a folder of class folders, tars of images, or a folder of such tars. The "
+        "class of an image in a tar is its folder, or stands in a .cls or .json file beside it.",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="INDEX", help="Folder of the index (default: SOURCE.index, beside SOURCE).")
+    parser.add_argument(
+        "--val", type=Path, metavar="SOURCE", help="Validation images: ImageNet's archive (which needs --devkit), or as SOURCE."
+    )
+    parser.add_argument(
+        "--devkit", type=Path, metavar="TAR.GZ",
+        help="ILSVRC2012_devkit_t12.tar.gz, for the classes of ImageNet's validation images and the names of all classes.",
+    )  # fmt: skip
+    parser.add_argument("--verify", action="store_true", help="Compare the archives with ImageNet's published MD5 sums first.")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Make the index, and return what it holds as text. Raises InputError."""
+    return describe(prepare(arguments.sources, arguments.out, arguments.val, arguments.devkit, arguments.verify))

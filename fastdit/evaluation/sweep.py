@@ -1,6 +1,7 @@
 """`fastdit sweep`: one checkpoint's metrics over a grid of sampler settings and EMA decays: a table, a CSV, and the same seeds
 drawn under each setting."""
 
+import argparse
 import csv
 import io
 import itertools
@@ -160,3 +161,33 @@ def sweep(request: evaluate_command.Request, axes: dict[str, list], out: Path) -
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
     return rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fastdit sweep`."""
+    parser.description = (
+        "Evaluate a checkpoint under every combination of sampler settings and weights: a table with the best row marked, a CSV, "
+        "and a picture of the same seeds under each setting."
+    )
+    parser.epilog = (
+        "example:\n  fastdit sweep runs/digits guidance=0,1,2 steps=8,15 weights=ema,raw --features digits --samples 500"
+    )
+    parser.add_argument(
+        "source", metavar="CHECKPOINT", help="Folder of a run (its newest checkpoint) or of a checkpoint, or exported file."
+    )
+    parser.add_argument(
+        "axes", nargs="+", metavar="KEY=VALUE,VALUE",
+        help=f"Values to combine; KEY is one of weights, {', '.join(f.name for f in fields(SampleConfig))}.",
+    )  # fmt: skip
+    evaluate_command.add_request(parser)
+    parser.add_argument(
+        "--out", type=Path, default=Path("sweep.csv"), metavar="CSV",
+        help="File for the table; the picture lies beside it (default: %(default)s).",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Sweep, and return the table and the files that were written as text. Raises InputError."""
+    out = arguments.out
+    rows = sweep(evaluate_command.request_of(arguments), parse_axes(arguments.axes), out)
+    return f"{table(rows)}\ntable: {out}; picture: {out.with_suffix('.png')} (the same seeds under each setting)"

@@ -1,4 +1,4 @@
-"""When plan calls a run host-bound, and where its figures come from."""
+"""When plan calls a run host-bound, and the source of its figures."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from benchmarks.without_gpu import cuda_host
 from fastdit import cli
 from fastdit.planning import host, plan
 
-CSV = Path(__file__).parent.parent / "benchmarks" / "results" / "cuda_host_epyc_avx512.csv"
+CSV = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "cuda_host_epyc_avx512.csv"
 TABLE = {
     "blocks": host.Host(1.0, 20.0, 4.0, 100.0),
     "graphs": host.Host(0.0, 0.0, 4.0, 100.0),
@@ -48,13 +48,13 @@ def test_a_launch_takes_the_driver_2_to_5_us(monkeypatch):
 )
 def test_the_line(monkeypatch, gpu_ms, words, kind):
     monkeypatch.setattr(host, "HOST", TABLE)
-    found = host.predict(config("train.compile=blocks", *words), 1, gpu_ms / 1e3)
-    assert kind in host.describe(found)
-    assert ("graphs" in host.describe(found)) == ("GPU-bound" not in kind and "not measured" not in kind)
+    line = host.describe(host.predict(config("train.compile=blocks", *words), 1, gpu_ms / 1e3))
+    assert kind in line
+    assert ("graphs" in line) == ("GPU-bound" not in kind and "not measured" not in kind)
 
 
 def test_several_ranks_have_graphs_of_their_own(monkeypatch):
-    """A graph for each block, which takes longer than one of the whole model; none under ZeRO 3."""
+    """One graph per block, which takes longer than one of the whole model; none under ZeRO 3."""
     monkeypatch.setattr(host, "HOST", TABLE)
     assert "train.compile=graphs: 6.4 to 6.8 ms" in host.describe(host.predict(config("train.compile=blocks"), 8, 0.01))
     assert host.describe(host.predict(config(), 8, 0.01)).startswith("6.4 to 6.8 ms per micro-step with compile=graphs")
