@@ -1,6 +1,8 @@
-"""fastdit/ is the package `fastdit`, kernels/ is `fastdit.kernels` (a PyPI package owns the name `kernels`), csrc/ is
-`fastdit.kernels._cpp`, the C++ kernels for CPUs: built when torch and a compiler are there; FASTDIT_BUILD_EXT=1 makes a build that
-fails an error, 0 leaves it out.
+"""The packages and the C++ extension; metadata and version are in pyproject.toml.
+
+fastdit/ is the package `fastdit`, kernels/ is `fastdit.kernels` (a PyPI package owns the name `kernels`), csrc/ is
+`fastdit.kernels._cpp`, the C++ kernels for CPUs. The extension is built if torch and a compiler are installed. With
+FASTDIT_BUILD_EXT=1 a build that is not possible or fails is an error; 0 leaves the extension out.
 """
 
 import os
@@ -13,7 +15,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-# Which one runs is chosen when it runs: what is built on one machine runs on another.
+# The instruction set is chosen at run time: what is built on one machine runs on another.
 ISA_FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -40,7 +42,6 @@ def extensions() -> list[Extension]:
             "fastdit.kernels._cpp",
             sorted(str(path) for path in Path("csrc").glob("*.cpp")),
             depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
-            include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu", "c10"],
             define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
@@ -50,6 +51,8 @@ def extensions() -> list[Extension]:
                 "-O3",
                 "-g0",
                 "-fno-math-errno",
+                "-Wshadow",
+                *(f"-isystem{path}" for path in include_paths()),  # no warnings of torch's headers
                 "-Wno-psabi",
                 "-Wno-maybe-uninitialized",
                 "-Wno-uninitialized",
@@ -81,48 +84,9 @@ class BuildExtension(build_ext):
 
 
 setup(
-    name="fastdit",
-    version="0.1.0",
-    description="Train and sample flow-matching diffusion transformers on ImageNet at the speed of the hardware",
-    license="Apache-2.0",
-    python_requires=">=3.10",
     packages=[*find_packages(include=["fastdit", "fastdit.*"]), "fastdit.kernels"],
     package_dir={"fastdit.kernels": "kernels"},
     package_data={"fastdit.evaluation": ["digit_classifier.safetensors"], "fastdit.data": ["imagenet_classes.txt"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
-    install_requires=[
-        "torch>=2.11",
-        "triton>=3.6; platform_system == 'Linux'",
-        "deepspeed>=0.19.8",  # older ones race under overlap_comm + compile
-        "diffusers>=0.36",
-        "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'",
-        "wandb>=0.20",
-        "safetensors",
-        "numpy",
-        "scipy",  # reads ImageNet's meta.mat
-        "torchdiffeq",  # the adaptive solver of `fastdit sample`
-        "pillow",
-        "matplotlib",
-        "pyyaml",
-        "tqdm",
-    ],
-    extras_require={
-        "flash": ["flash-attn"],
-        # pytest-benchmark 5.3 installs a fork over the files of py-cpuinfo, which deepspeed needs
-        # scikit-image and scikit-learn carry the photographs that the tests make archives of, nbclient and ipykernel run the
-        # notebook
-        "test": [
-            "pytest",
-            "pytest-xdist",
-            "pytest-benchmark<5.3",
-            "ruff==0.17.6",
-            "wheel",
-            "scikit-image",
-            "scikit-learn",
-            "nbclient",
-            "ipykernel",
-        ],
-    },
-    entry_points={"console_scripts": ["fastdit = fastdit.cli:main"]},
 )

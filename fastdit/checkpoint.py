@@ -10,6 +10,7 @@ It is written under a temporary name, flushed to disk and renamed. The newest fo
 random number and the order of the data follow from seed and step: there is no other state.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -231,3 +232,25 @@ def export(path: Path, weights: str, out: Path) -> int:
     except (OSError, SafetensorError) as error:
         raise InputError(f"--out {out} cannot be written: {error}") from error
     return opened.state.step
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fastdit export`."""
+    parser.description = (
+        "Write a checkpoint's weights, of any ZeRO stage and number of ranks, to one safetensors file, with its config as JSON "
+        "beside it. `fastdit sample --checkpoint FILE` reads it."
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="Folder of a run (its newest checkpoint) or of a checkpoint.")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="File to write.")
+    parser.add_argument(
+        "--weights", default="ema", metavar="ema|raw|ema_D",
+        help="Weights: the average (ema), those of the last step (raw), or a further average of train.ema_more, such as ema_0.9999 "
+        "(default: %(default)s).",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Export, and return what was written as text. Raises InputError."""
+    out = arguments.out
+    step = export(arguments.checkpoint, arguments.weights, out)
+    return f"exported: {out} and {out.with_suffix('.json').name} ({arguments.weights} weights of step {step})"

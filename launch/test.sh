@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# The tests: the fast tier, or with --all also those marked slow. Other arguments go to pytest. First argument instead of --all:
-#   --torch 2.11.0    the fast tier in .venv-torch2.11.0, with that torch and the triton that it asks for, installed at the first
+# Check style, spelling and types, then run the tests: the fast tier, or with --all also those marked slow. Other arguments go to
+# pytest. First argument instead of --all:
+#   --checks          only the checks of style, spelling and types
+#   --torch 2.11.0    the fast tier in .venv-torch2.11.0, with that torch and the triton that it requires, installed at the first
 #                     call (from PyPI, so with CUDA: 6 to 9 GB on disk)
 #   --cuda-host DIR   the CUDA paths without a GPU, on the libraries that benchmarks/without_gpu/stubs/build.sh made in DIR (2.5 GB):
 #                     selftest.py, then the kernel tests, which launch everything and compare no values
@@ -17,15 +19,27 @@ launch/install.sh
 bin=$(cd "${VENV:-.venv}/bin" && pwd)
 tier=(-m "not slow")
 cores=$(nproc)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a process a core, each of one thread
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # one process per core, each with one thread
 if [ -n "${cuda_host:-}" ]; then
     . "$cuda_host/env.sh"
-    "$bin/python" benchmarks/without_gpu/selftest.py
-    # plain assertions, short tracebacks: the text of a tensor whose values are garbage takes gigabytes
+    "$bin/python" -m benchmarks.without_gpu.selftest
+    # plain assertions and short tracebacks: the text of a tensor with garbage in it takes gigabytes
     FASTDIT_NO_VALUES=1 exec "$bin/python" -m pytest --assert=plain --tb=short "${tier[@]}" -k "not cpp and not dit_block and not codegen" \
         tests/kernels "$@"
 fi
-[ "${1:-}" = --all ] && { tier=(); shift; }
 "$bin/ruff" check .
 "$bin/ruff" format --check .
+"$bin/clang-format" --dry-run -Werror csrc/* tests/kernels/race_test.cpp
+"$bin/codespell"
+(
+    # a copy that has kernels/ in fastdit/, as in an installation
+    copy=$(mktemp -d)
+    trap 'rm -rf "$copy"' EXIT
+    cp -r fastdit pyproject.toml "$copy"
+    cp -r kernels "$copy/fastdit/kernels"
+    cd "$copy"
+    "$bin/basedpyright" --pythonpath "$bin/python"
+)
+[ "${1:-}" = --checks ] && exit
+[ "${1:-}" = --all ] && { tier=(); shift; }
 PATH="$bin:$PATH" exec "$bin/python" -m pytest -n $((cores < 8 ? cores : 8)) --dist loadfile "${tier[@]}" "$@"

@@ -1,4 +1,4 @@
-"""Config: every wrong key, type and value is one sentence that names what is right; what is printed reads back the same."""
+"""Config: every wrong key, type and value is one sentence that names the fix; a printed config reads back the same."""
 
 import json
 
@@ -56,7 +56,8 @@ def test_wrong_override_is_one_sentence(override, words):
         ("model", "time_embedding", ["sinusoidal", "base"]),
         ("model", "attention", ["auto", "flash", "sdpa", "matmul"]),
         ("train", "precision", ["auto", "bf16", "fp32"]),
-        ("train", "compile", ["auto", "blocks", "model", "none"]),
+        ("train", "compile", ["auto", "graphs", "blocks", "model", "none"]),
+        ("train", "recompute", list(config.RECOMPUTE)),
         ("train", "device", ["auto", "cpu", "cuda"]),
         ("train", "schedule", ["constant", "cosine"]),
         ("train", "wandb", ["disabled", "offline", "online"]),
@@ -67,7 +68,7 @@ def test_wrong_override_is_one_sentence(override, words):
 def test_every_choice_can_be_given(tmp_path, section, key, values):
     for value in values:
         assert getattr(getattr(parse(None, [f"{section}.{key}={value}"]), section), key) == value
-        if key != "name":  # in a file, YAML decides what is text
+        if key != "name":  # in a file YAML decides which values are text
             (tmp_path / "c.yaml").write_text(f"{section}: {{{key}: {value}}}\n")
             assert getattr(getattr(parse(tmp_path / "c.yaml"), section), key) == value
 
@@ -83,10 +84,10 @@ def test_profile_names_steps(steps):
         parse(None, [f"train.profile={steps}"])
 
 
-@pytest.mark.parametrize("what", ["blocks", "model"])
-def test_compiling_and_zero_3_do_not_go_together(what):
+@pytest.mark.parametrize("value", ["graphs", "blocks", "model"])
+def test_compiling_and_zero_3_exclude_each_other(value):
     with pytest.raises(InputError, match=r"zero\.stage=3"):
-        parse(None, [f"train.compile={what}", "zero.stage=3"])
+        parse(None, [f"train.compile={value}", "zero.stage=3"])
 
 
 @pytest.mark.parametrize("text", ["- a\n- b", "model: 3", "model: {width: 64", "train: {lr: [1]}"])
@@ -140,8 +141,8 @@ def test_published_hidden_rule():
 
 
 def test_the_old_name_of_recompute():
-    """An error that names the new one; but what a run saved under it is read."""
-    with pytest.raises(InputError, match=r"train\.checkpoint is called train\.recompute now"):
+    """It is an error that names the new one, but saved configs may have it."""
+    with pytest.raises(InputError, match=r"train\.checkpoint is now called train\.recompute"):
         parse(None, ["train.checkpoint=light"])
     saved = parse(None, ["train.recompute=light"]).to_dict()
     saved["train"]["checkpoint"] = saved["train"].pop("recompute")

@@ -1,12 +1,17 @@
-"""The wheel carries fastdit.kernels, the README's commands parse, and importing kernels pulls in torch alone."""
+"""What the wheel holds, the Python API, the README's commands, and that importing kernels needs only torch."""
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
+import fastdit
 from fastdit import cli
 from fastdit.config import parse
 
@@ -26,13 +31,42 @@ def python(code, cwd, *flags, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_wheel_has_the_kernels(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, ROOT]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+def test_the_wheel_holds_every_package_and_data_file(tmp_path):
+    """Every file below fastdit/ and kernels/ that is not built, hidden or a README, and nothing from elsewhere."""
+    source = tmp_path / "source"  # a copy: setuptools takes what earlier builds left behind in build/
+    for name in ("fastdit", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    options = ["--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path)]
+    environment = {**os.environ, "FASTDIT_BUILD_EXT": "0"}
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment)
     (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith(f"fastdit-{fastdit.__version__}.dist-info/")}
+    files = [file.relative_to(ROOT) for top in ("fastdit", "kernels") for file in (ROOT / top).rglob("*") if file.is_file()]
+    wanted = {file for file in files if file.suffix not in (".pyc", ".so", ".md") and file.name[0] != "."}
+    assert names == {str(Path("fastdit" if path.parts[0] == "kernels" else "") / path) for path in wanted}
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code, out = python("import fastdit.kernels as k; print(k.__file__)", tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert code == 0 and str(tmp_path / "site/fastdit/kernels") in out, out
+
+
+def test_the_version_is_that_of_pyproject():
+    """Which an editable installation has from its last `pip install`."""
+    assert f'\nversion = "{fastdit.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_python_api():
+    for name in fastdit.__all__:
+        assert name in dir(fastdit) and callable(getattr(fastdit, name)) and getattr(fastdit, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = fastdit.nonsense
+
+
+def test_importing_fastdit_imports_no_torch(tmp_path):
+    code, out = python("import sys, fastdit; print('torch' in sys.modules)", tmp_path)
+    assert code == 0 and out.strip() == "False", out
 
 
 def test_a_clone_that_is_not_installed_says_what_to_do(tmp_path):
@@ -42,7 +76,7 @@ def test_a_clone_that_is_not_installed_says_what_to_do(tmp_path):
     assert code == 1 and "pip install --no-build-isolation -e ." in out.splitlines()[-1]
 
 
-def test_kernels_need_torch_alone(tmp_path):
+def test_kernels_need_only_torch(tmp_path):
     heavy = "deepspeed diffusers nvidia.dali wandb yaml PIL matplotlib safetensors"
     code, out = python(f"import sys, fastdit.kernels; print([m for m in '{heavy}'.split() if m in sys.modules])", tmp_path)
     assert code == 0 and out.strip() == "[]", out
@@ -54,7 +88,7 @@ def test_commands_of_the_readme_parse():
     assert len(commands) >= 3
     for command in commands:
         words = shlex.split(command, comments=True)[1:]
-        arguments = cli._parser().parse_args(words)
+        arguments = cli.make_parser(words[0]).parse_args(words)
         if arguments.command == "train":
             files = [w for w in arguments.settings if "=" not in w]
             parse(ROOT / files[0] if files else None, [w for w in arguments.settings if "=" in w])

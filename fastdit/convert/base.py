@@ -3,6 +3,7 @@
 A base checkpoint is two files, model_Ns.pkl (a state_dict) and model_params_Ns.json. D head dim.
 """
 
+import argparse
 import json
 import pickle
 from pathlib import Path
@@ -192,3 +193,23 @@ def _autoencoder(weights: dict[str, Tensor], file: Path):
             f"the VAE.* weights in {file} are not those of sd-vae-ft-ema: {str(error).splitlines()[1].strip()}"
         ) from error
     return vae
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fastdit import-base`."""
+    parser.description = (
+        "Convert a checkpoint of the published base model, with its autoencoder, to a run. `fastdit sample --checkpoint DIR` draws "
+        "from it."
+    )
+    parser.add_argument(
+        "pickle", type=Path, metavar="model_Ns.pkl", help="Weights of the base model. Code in the file is refused and never run."
+    )
+    parser.add_argument(
+        "--params", type=Path, metavar="JSON", help="Parameters of the model (default: model_params_Ns.json beside it)."
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Folder of the run to make.")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Convert, and return the folder of the checkpoint as text. Raises InputError."""
+    return f"checkpoint: {import_run(arguments.pickle, arguments.params, arguments.out)}"

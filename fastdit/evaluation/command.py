@@ -4,11 +4,12 @@ Samples go from the sampler straight into the metrics, and every choice behind t
 evaluators differ, this one follows the ADM evaluator (fastdit/evaluation/metrics.py). Its feature network is the given file.
 """
 
+import argparse
 import json
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,11 +18,13 @@ from tqdm import tqdm
 from fastdit import progress
 from fastdit.checkpoint import MANIFEST
 from fastdit.config import InputError
+from fastdit.data.imagenet import COUNTS
 from fastdit.device import device_name, versions
 from fastdit.distributed import World, world_of_this_process
 from fastdit.evaluation import features, image_sets, metrics
 from fastdit.evaluation.image_sets import ImageSet
 from fastdit.files import check_writable, sha256, write_atomically
+from fastdit.sampling.command import add_sampler, add_weights, sampler_settings
 from fastdit.sampling.sampler import Sampler
 
 SAMPLE_FEATURES = 50_000  # features kept for KID, precision and recall, at most: the ADM evaluator's numbers
@@ -218,4 +221,91 @@ def metrics_table(result: dict) -> str:
     for name, value in result["metrics"].items():
         text = " ".join(f"{share:.1%}" for share in value) if isinstance(value, list) else f"{value:.6g}"
         lines.append(f"{metrics.METRICS[name].label:18} {text}")
+    return "\n".join(lines)
+
+
+def add_request(parser: argparse.ArgumentParser) -> None:
+    """Add what `fastdit evaluate` and `fastdit sweep` share, named as the fields of EvaluationRequest."""
+    add = parser.add_argument
+    add(
+        "--features", required=True, metavar="digits|FILE",
+        help="Feature network: the built-in classifier of digits, or a TorchScript file such as inception-2015-12-05.pt (nothing "
+        "is downloaded).",
+    )  # fmt: skip
+    add("--feature-sha256", metavar="HASH", help="SHA-256 that the file of --features must have.")
+    add(
+        "--spatial", metavar="MODULE",
+        help="Submodule of the feature network for sFID, from its first 7 channels, such as layers.mixed_6.conv (unverified).",
+    )  # fmt: skip
+    add(
+        "--reference", metavar="PATH",
+        help="Reference: an .npz of statistics (ADM's: mu, sigma, mu_s, sigma_s) or of images, a folder, an index, or mnist5k "
+        "(default with --features digits: mnist5k).",
+    )  # fmt: skip
+    add("--split", choices=tuple(COUNTS), help="Split of a reference that is an index or mnist5k (default: %(default)s).")
+    add("--image-size", type=int, metavar="N", help="Height and width in pixels to which the images of an index are cut.")
+    add(
+        "--samples", type=int, metavar="N",
+        help=f"Number of samples to draw from a checkpoint (default: {SAMPLES:,}; with --features digits {DIGITS}).",
+    )  # fmt: skip
+    add(
+        "--labels", choices=("balanced", "random"),
+        help="Classes of the samples: each equally often, or drawn at random (default: %(default)s).",
+    )  # fmt: skip
+    add("--seed", type=int, metavar="N", help="Seed of the noise and of random labels (default: %(default)s).")
+    add_weights(parser)
+    add_sampler(parser.add_argument_group("sampler", "Defaults: the sample settings of the run."))
+    parser.set_defaults(**{f.name: f.default for f in fields(EvaluationRequest) if f.default is not MISSING})
+
+
+def request_of(arguments: argparse.Namespace) -> EvaluationRequest:
+    """Return the request of a command line. Raises InputError without a reference."""
+    given = {f.name: getattr(arguments, f.name) for f in fields(EvaluationRequest) if f.name in arguments}
+    if given["reference"] is None:
+        if given["features"] != "digits":
+            raise InputError("--reference is needed: an .npz of statistics or images, a folder, an index or mnist5k")
+        given["reference"] = "mnist5k"
+    return EvaluationRequest(**given, sampler=sampler_settings(arguments))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fastdit evaluate`."""
+    parser.description = (
+        "Evaluate the samples of a checkpoint, which go straight into the metrics, or existing images. Runs as one process or "
+        "under torchrun. Everything that the numbers depend on is written beside them."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  fastdit evaluate runs/digits --features digits\n"
+        "  fastdit evaluate runs/xl --features inception-2015-12-05.pt --reference VIRTUAL_imagenet256_labeled.npz\n"
+        "  fastdit evaluate --features inception-2015-12-05.pt --reference imagenet.index --image-size 256 "
+        "--save-reference imagenet256.npz"
+    )
+    parser.add_argument(
+        "source", nargs="?", metavar="SOURCE",
+        help="Folder of a run (its newest checkpoint) or of a checkpoint, exported file, or the base model's .pkl; or images: an "
+        ".npz (arr_0, arr_1), a folder, an index, mnist5k.",
+    )  # fmt: skip
+    add_request(parser)
+    parser.add_argument(
+        "--out", type=Path, default=Path("evaluation.json"), metavar="JSON",
+        help="File for the metrics and every choice behind them (default: %(default)s).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--save-reference", type=Path, metavar="NPZ", help="File for the statistics of the reference, which --reference reads."
+    )
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Evaluate, and return the metrics and the files that were written as text. Raises InputError."""
+    request = request_of(arguments)
+    if request.source is None and arguments.save_reference is None:
+        raise InputError("nothing to do: give a source to evaluate, or --save-reference to keep the reference's statistics")
+    result = evaluate(request, arguments.out, arguments.save_reference)
+    lines = []
+    if "metrics" in result:
+        lines.append(metrics_table(result))
+        lines.append(f"result: {arguments.out} (every choice behind these numbers; again: {result['command']})")
+    if arguments.save_reference:
+        lines.append(f"reference: {arguments.save_reference}")
     return "\n".join(lines)

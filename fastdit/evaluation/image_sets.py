@@ -17,11 +17,10 @@ from fastdit import files, kernels
 from fastdit.config import InputError, SampleConfig
 from fastdit.data.builtin import mnist5k
 from fastdit.data.index import is_index, open_index
-from fastdit.data.order import center_crops
 from fastdit.distributed import World
 from fastdit.evaluation.metrics import BAD_NPZ
 from fastdit.flow import Stream
-from fastdit.sampling.sampler import Sampler, image_shape, shares
+from fastdit.sampling.sampler import Sampler, shares
 
 BATCH = 100  # images read at a time
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -86,7 +85,8 @@ def of_sampler(sampler: Sampler, settings: SampleConfig, labels: Tensor, seed: i
         for ids, images in sampler.stream(labels, seed, settings, world=world):
             yield np.arange(ids.start, ids.stop), images
 
-    return ImageSet(len(labels), image_shape(sampler.config, sampler.codec), batches, about, labels.numpy())
+    shape = (sampler.config.data.image_size, sampler.config.data.image_size, sampler.codec.image_channels)
+    return ImageSet(len(labels), shape, batches, about, labels.numpy())
 
 
 def of_checkpoint(sampler: Sampler, count: int, balance: str, overrides: dict, seed: int) -> ImageSet:
@@ -101,8 +101,8 @@ def of_checkpoint(sampler: Sampler, count: int, balance: str, overrides: dict, s
         "weights": sampler.weights, "ema_decay": sampler.ema_decay, "sampler": asdict(settings),
         "guidance_scale": 1 + settings.guidance, "guided_channels": "all", "labels": balance, "seed": seed, "images": count,
         "classes": sampler.null, "dtype": sampler.dtype, "autoencoder": config.data.autoencoder,
-        "autoencoder_sha256": codec.sha256() if hasattr(codec, "sha256") else None,
-        "autoencoder_dtype": str(codec.vae.dtype).removeprefix("torch.") if hasattr(codec, "vae") else None,
+        "autoencoder_sha256": codec.sha256(),
+        "autoencoder_dtype": str(codec.dtype).removeprefix("torch.") if codec.dtype else None,
     }  # fmt: skip
     return of_sampler(sampler, settings, labels, seed, about)
 
@@ -196,7 +196,7 @@ def of_index(folder: Path, size: int, split: str, device: torch.device, at_most:
 
     They are resized (antialiased, cubic) and cut to size x size pixels as for training. Raises InputError.
     """
-    from fastdit.data.loader import Decoder
+    from fastdit.data.loader import center_crop_decoder
 
     index = open_index(folder)
     rows = index.rows(split)
@@ -204,17 +204,8 @@ def of_index(folder: Path, size: int, split: str, device: torch.device, at_most:
 
     def batches(world: World) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         shares = list(_shares(len(rows), world))
-
-        def choose(position: int) -> tuple[np.ndarray, int]:
-            ids = shares[min(position, len(shares) - 1)]
-            return np.concatenate((ids, np.full(BATCH - len(ids), ids[-1]))), 0
-
-        def cut(images: np.ndarray, _: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            return *center_crops(rows["height"][images], rows["width"][images], size), np.zeros(len(images), np.int32)
-
         if shares:
-            decoder = Decoder(index, rows, choose, cut, BATCH, size, device, None, max_bad_files=10)
-            decoder.seek(0)
+            decoder = center_crop_decoder(index, rows, shares, BATCH, size, device, max_bad_files=10)
         for ids in shares:
             images = ((decoder.next()[0][: len(ids)] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             yield ids, images.permute(0, 2, 3, 1).cpu().numpy()

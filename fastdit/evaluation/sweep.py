@@ -3,6 +3,7 @@
 It makes a table, a CSV, and a picture of the same seeds under each setting.
 """
 
+import argparse
 import csv
 import io
 import itertools
@@ -168,3 +169,34 @@ def _samples_of_settings(request: EvaluationRequest, settings: list[dict], devic
         asked = replace(request, sampler={**request.sampler, **sampler_settings})
         samples.append(evaluate_command.samples_of(samplers[weights], asked))
     return samples
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fastdit sweep`."""
+    parser.description = (
+        "Evaluate a checkpoint under every combination of sampler settings and weights: a table with the best row marked, a CSV, "
+        "and a picture of the same seeds under each setting."
+    )
+    parser.epilog = (
+        "example:\n  fastdit sweep runs/digits guidance=0,1,2 steps=8,15 weights=ema,raw --features digits --samples 500"
+    )
+    parser.add_argument(
+        "source", metavar="CHECKPOINT",
+        help="Folder of a run (its newest checkpoint) or of a checkpoint, exported file, or the base model's .pkl.",
+    )  # fmt: skip
+    parser.add_argument(
+        "axes", nargs="+", metavar="KEY=VALUE,VALUE",
+        help=f"Values to combine; KEY is one of weights, {', '.join(f.name for f in fields(SampleConfig))}.",
+    )  # fmt: skip
+    evaluate_command.add_request(parser)
+    parser.add_argument(
+        "--out", type=Path, default=Path("sweep.csv"), metavar="CSV",
+        help="File for the table; the picture lies beside it (default: %(default)s).",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Sweep, and return the table and the files that were written as text. Raises InputError."""
+    out = arguments.out
+    rows = sweep(evaluate_command.request_of(arguments), parse_axes(arguments.axes), out)
+    return f"{sweep_table(rows)}\ntable: {out}; picture: {out.with_suffix('.png')} (the same seeds under each setting)"

@@ -1,1 +1,1 @@
-"""Predictions of what a run needs, and measurements of what a machine gives: `fastdit plan`, `fastdit doctor`."""
+"""Predictions of what a run needs, and measurements of a machine: `fastdit plan`, `fastdit doctor` and `fastdit info`."""

@@ -6,24 +6,23 @@ from fastdit.config import InputError, nearest
 
 
 class Card(NamedTuple):
-    """Datasheet figures of one GPU: dense bf16 with fp32 sums, fp32 without tensor cores, memory, its rate, and the link to the
-    node's other GPUs in one direction (half of the number that NVIDIA prints)."""
+    """Datasheet figures of one GPU."""
 
     name: str
-    device: str  # what torch.cuda.get_device_name says of it, and of no other
-    bf16: float  # FLOP/s
-    fp32: float  # FLOP/s
-    bandwidth: float  # bytes/s
+    device: str  # the name in torch.cuda.get_device_name, of this card only
+    bf16: float  # FLOP/s of tensor cores, dense, with fp32 sums
+    fp32: float  # FLOP/s without tensor cores
+    bandwidth: float  # bytes/s of the memory
     memory: float  # bytes
-    link: float  # bytes/s
+    link: float  # bytes/s to the other GPUs of the node in one direction: half of the number that NVIDIA prints
     source: str
 
     def peak(self, precision: str) -> float:
-        """FLOP/s in train.precision."""
+        """Return the FLOP/s in train.precision."""
         return self.bf16 if precision == "bf16" else self.fp32
 
 
-# Where a datasheet gives tensor-core rates with sparsity, half of them.
+# If a datasheet gives tensor-core rates with sparsity: half of them.
 CARDS = {
     "a100": Card("A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.039e12, 80e9, 300e9, "NVIDIA A100 datasheet (2021)"),
     "h100": Card("H100 SXM", "NVIDIA H100 80GB HBM3", 989.4e12, 67e12, 3.35e12, 80e9, 450e9, "NVIDIA H100 datasheet (2023)"),
@@ -37,18 +36,19 @@ CARDS = {
     "rtx5090": Card("RTX 5090", "NVIDIA GeForce RTX 5090", 209.5e12, 104.8e12, 1.792e12, 32e9, 64e9,
                     "NVIDIA RTX Blackwell whitepaper (2025); PCIe 5.0 x16"),
 }  # fmt: skip
-GPUS_A_NODE = 8
-NETWORK = 50e9  # bytes/s a GPU and direction between nodes: one 400 Gb/s adapter for each
+GPUS_PER_NODE = 8
+NETWORK = 50e9  # bytes/s per GPU and direction between nodes: one 400 Gb/s adapter each
 
 
 def find_card(name: str) -> Card:
-    """A row of CARDS. Raises InputError."""
+    """Return the row of CARDS for a --gpu, in any case, with spaces or hyphens. Raises InputError."""
     key = name.lower().replace(" ", "").replace("-", "")
     if key not in CARDS:
-        raise InputError(f"--gpu {name} is not in plan's table: {nearest(key, list(CARDS))}")
+        raise InputError(f"--gpu {name} is unknown: {nearest(key, list(CARDS))}")
     return CARDS[key]
 
 
 def card_of(device: str) -> Card | None:
-    """The row of CARDS for a name that torch.cuda.get_device_name gave. None for others: slower relatives share most of a name."""
+    """Return the row of CARDS for a name in torch.cuda.get_device_name, or None. The whole name must be equal, because slower
+    relatives share most of it."""
     return next((card for card in CARDS.values() if card.device == device), None)

@@ -1,4 +1,4 @@
-"""Whether a run would be bound by its host: the time of Python and the CUDA driver to launch a step, and of the GPU to run it."""
+"""Whether a run would be limited by its host: the time that Python and the CUDA driver take to launch a step, against the GPU's."""
 
 from typing import NamedTuple
 
@@ -10,29 +10,29 @@ from fastdit.training.engine import compiles
 
 
 class Host(NamedTuple):
-    """What the host does in a step of one rank, per block and around the blocks: its milliseconds, and how often it launches."""
+    """The host's work for a micro-step of one rank, the optimizer's step included."""
 
-    block_ms: float
-    block_launches: float
-    outside_ms: float
+    block_ms: float  # processor time per block
+    block_launches: float  # kernels and graphs launched per block
+    outside_ms: float  # processor time outside the blocks
     outside_launches: float
 
 
-BLOCK_GRAPHS = "graphs of several ranks"  # train.compile=graphs, where each block has graphs of its own
-# By train.compile, and BLOCK_GRAPHS: lines through benchmarks/results/cuda_host.csv, which benchmarks/without_gpu/cuda_host.py
-# writes, and prints as this table. Processor time of one core of the CPU that the CSV names, without the driver's.
+BLOCK_GRAPHS = "graphs of several ranks"  # train.compile=graphs on several ranks: each block has its own graphs
+# By train.compile, and BLOCK_GRAPHS: lines fitted to benchmarks/results/cuda_host_epyc_avx512.csv, as its writer
+# benchmarks/without_gpu/cuda_host.py prints them. CPU time of one core of the CPU that the CSV names, without the driver's.
 HOST: dict[str, Host] = {
     "none": Host(0.88, 30.3, 0.0, 80.0),
     "blocks": Host(0.83, 30.3, 0.1, 81.0),
     "graphs": Host(0.1, 1.8, 0.6, 42.0),
     BLOCK_GRAPHS: Host(0.14, 2.8, 0.3, 43.0),
 }
-DRIVER = (2e-6, 5e-6)  # seconds of a launch in NVIDIA's driver, which that measurement does not have
+DRIVER = (2e-6, 5e-6)  # seconds per launch in NVIDIA's driver, least and most: not part of that measurement
 
 
 def seconds(config: Config, compiled: str) -> tuple[float, float] | None:
-    """Least and most that the host of one rank needs for a micro-step with a train.compile, the optimizer's step included. None:
-    not measured."""
+    """Return the least and most seconds that the host of one rank needs for a micro-step with a train.compile, the optimizer's step
+    included, or None if that was not measured."""
     if compiled not in HOST:
         return None
     block_ms, block_launches, outside_ms, outside_launches = HOST[compiled]
@@ -43,9 +43,10 @@ def seconds(config: Config, compiled: str) -> tuple[float, float] | None:
 
 
 def predict(config: Config, gpus: int, gpu_seconds: float) -> dict:
-    """The host's time for a micro-step, as nested dicts. gpu_seconds: of the GPU's work for a step, at the least.
+    """Return the host's time for a micro-step, as a dict. gpu_seconds: least time of the GPU for a step.
 
-    `graphs`: the time with train.compile=graphs, where that is another one, fits the run and needs less than the GPU; else None.
+    `graphs` is the time with train.compile=graphs, if the run does not use graphs but could, and they need less time than the GPU;
+    else None.
     """
     compiled = compiles(config, World(0, gpus, torch.device("cuda"), None))
     work = gpu_seconds / config.train.accumulation
@@ -57,21 +58,25 @@ def predict(config: Config, gpus: int, gpu_seconds: float) -> dict:
 
 
 def describe(host: dict) -> str:
-    """What `predict` found, in one line."""
-    number = lambda value: f"{value * 1e3:.{0 if value >= 0.01 else 1}f}"
-    between = lambda values: f"{number(values[0])} to {number(values[1])} ms"
-    own, work = host["seconds"], host["gpu_seconds"]
-    if own is None:
+    """Format what `predict` returned, in one line."""
+    if host["seconds"] is None:
         return f"time of a step with compile={host['compile']} not measured"
-    kind = "host-bound" if own[0] > work else "GPU-bound" if own[1] < work else "about even"
-    line = f"{between(own)} per micro-step with compile={host['compile']} against {number(work)} ms of GPU work: {kind}"
+    (least, most), work = host["seconds"], host["gpu_seconds"]
+    kind = "host-bound" if least > work else "GPU-bound" if most < work else "about even"
+    line = f"{_milliseconds(least)} to {_milliseconds(most)} ms per micro-step with compile={host['compile']} against "
+    line += f"{_milliseconds(work)} ms of GPU work: {kind}"
     if kind != "GPU-bound" and host["graphs"]:
-        line += f"; train.compile=graphs: {between(host['graphs'])}"
+        least, most = host["graphs"]
+        line += f"; train.compile=graphs: {_milliseconds(least)} to {_milliseconds(most)} ms"
     return line
 
 
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.{0 if seconds >= 0.01 else 1}f}"
+
+
 def assumption() -> str:
-    """What the host's time rests on."""
+    """Return the sentence on what the host's time rests on."""
     return (
         f"host: processor time of one rank without recomputation on one CPU, and {DRIVER[0] * 1e6:.0f} to {DRIVER[1] * 1e6:.0f} us "
         "per launch in the driver; ZeRO adds to it, another CPU differs"

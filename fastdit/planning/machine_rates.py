@@ -1,4 +1,4 @@
-"""Rates of a machine, measured: matmuls, attention, copies, links. Needs torch alone.
+"""Rates of a machine, measured: matmuls, attention, copies, links. Needs only torch.
 
 B batch, T tokens, H width, N heads, D head dim, W ranks.
 """
@@ -14,12 +14,12 @@ from fastdit import attention
 from fastdit.config import ModelConfig
 from fastdit.device import synchronize
 
-COPY = 1 << 28  # bytes: eight times the last-level cache of the machines it ran on, five times an H100's
-LINK = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes of an all-reduce
+COPY = 1 << 28  # bytes per copy: eight times the last-level cache of the machines it ran on, five times an H100's
+LINK = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes per all-reduce
 
 
 def seconds(call: Callable[[], object], device: torch.device, calls: int) -> float:
-    """Of one call, the mean of some after one that is not counted."""
+    """Return the mean seconds of `calls` calls, after one that is not counted."""
     call()
     synchronize(device)
     start = time.perf_counter()
@@ -30,21 +30,25 @@ def seconds(call: Callable[[], object], device: torch.device, calls: int) -> flo
 
 
 def matmul_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of [M,K] @ [K,N]. shape: M, K, N."""
+    """Return the FLOP/s of [M,K] @ [K,N]. shape: M, K, N."""
     M, K, N = shape
     a, b = (torch.randn(s, dtype=dtype, device=device) for s in ((M, K), (K, N)))
     flop = 2 * M * K * N
-    return flop / seconds(lambda: a @ b, device, max(3, min(200, int(2e10 / flop))) if device.type == "cpu" else 50)
+    calls = max(3, min(200, int(2e10 / flop))) if device.type == "cpu" else 50
+    return flop / seconds(lambda: a @ b, device, calls)
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes/s of a large copy within the device's memory, reads and writes counted."""
+    """Return the bytes/s of a large copy within the device's memory, reads and writes counted."""
     source, target = (torch.ones(COPY // 4, device=device) for _ in range(2))
     return 2 * COPY / seconds(lambda: target.copy_(source), device, 3 if device.type == "cpu" else 50)
 
 
 def link_rate(ranks: int, device: torch.device) -> float | None:
-    """Bytes/s that a rank sends in an all-reduce, as by a ring: 2·(W-1)/W of the tensor. None: one rank. All ranks must call it."""
+    """Return the bytes/s that a rank sends in an all-reduce, counted as a ring sends them, 2·(W-1)/W of the tensor.
+
+    None on one rank. All ranks must call it.
+    """
     if ranks == 1:
         return None
     size = LINK[device.type]
@@ -53,25 +57,30 @@ def link_rate(ranks: int, device: torch.device) -> float | None:
 
 
 def attention_rate(model: ModelConfig, B: int, dtype: torch.dtype, device: torch.device) -> tuple[str, float]:
-    """(What attention runs, as the profiler names it; its FLOP/s, forward and backward: 12·B·T²·H)."""
+    """Return what attention runs, as the profiler names it, and its FLOP/s forward and backward, counted as 12·B·T²·H."""
     T, N = (model.input_size // model.patch_size) ** 2, model.heads
     packed = torch.randn(B, T, 3, N, model.width // N, dtype=dtype, device=device)
-    # as qk_norm_rope leaves them: token-major, v a view of packed memory
+    # as qk_norm_rope returns them: token-major, v a view of packed memory
     q, k, v = packed[:, :, 0].contiguous(), packed[:, :, 1].contiguous(), packed[:, :, 2]
     q, k, v = (tensor.transpose(1, 2).requires_grad_() for tensor in (q, k, v))
     ones = torch.ones(B, T, model.width, dtype=dtype, device=device)  # sum() would give a gradient of stride 0, which cuDNN copies
-    call = lambda: torch.autograd.grad(attention.attention(q, k, v, model.attention), (q, k, v), ones)
-    taken = seconds(call, device, 5)
-    with profile() as found:
-        call()
-    names = [event.key for event in found.key_averages()]
+
+    def forward_and_backward() -> None:
+        torch.autograd.grad(attention.attention(q, k, v, model.attention), (q, k, v), ones)
+
+    per_call = seconds(forward_and_backward, device, 5)
+    with profile() as profiler:
+        forward_and_backward()
+    names = [event.key for event in profiler.key_averages()]
     fused = next((name for name in names if name.startswith(("aten::_scaled_dot_product", "flash_attn::"))), "matmul")
-    return fused.removeprefix("aten::_"), 12 * B * T * T * model.width / taken
+    return fused.removeprefix("aten::_"), 12 * B * T * T * model.width / per_call
 
 
 def hidden_share(device: torch.device, matmul: tuple[int, int, int], dtype: torch.dtype) -> float | None:
-    """How much of a copy from pinned host memory, on a stream of its own, is hidden behind matmuls of the same length: 1 all of
-    it, 0 none. None on a CPU, which has no streams."""
+    """Return how much of a copy from pinned host memory, on its own stream, is hidden behind matmuls that take as long.
+
+    1 is all of it, 0 none; None on a CPU, which has no streams.
+    """
     if device.type != "cuda":
         return None
     M, K, N = matmul
@@ -83,9 +92,16 @@ def hidden_share(device: torch.device, matmul: tuple[int, int, int], dtype: torc
         with torch.cuda.stream(side):
             target.copy_(source, non_blocking=True)
 
-    alone = seconds(copy, device, 5)
-    count = max(1, round(alone / seconds(lambda: a @ b, device, 20)))
-    multiply = lambda: [a @ b for _ in range(count)]
-    work = seconds(multiply, device, 5)
-    both = seconds(lambda: (copy(), multiply()), device, 5)
-    return (alone + work - both) / min(alone, work)
+    copy_seconds = seconds(copy, device, 5)
+    count = max(1, round(copy_seconds / seconds(lambda: a @ b, device, 20)))
+
+    def multiply() -> None:
+        for _ in range(count):
+            torch.matmul(a, b)
+
+    def both() -> None:
+        copy()
+        multiply()
+
+    matmul_seconds = seconds(multiply, device, 5)
+    return (copy_seconds + matmul_seconds - seconds(both, device, 5)) / min(copy_seconds, matmul_seconds)

@@ -1,9 +1,10 @@
 """`fastdit sample`: the samples that are drawn, by one rank or several, and the files that they are written to."""
 
+import argparse
 import os
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastdit import distributed, files
 from fastdit.config import InputError, SampleConfig
-from fastdit.device import choose_device, device_name, native_bf16, synchronize
+from fastdit.device import DTYPES, choose_device, device_name, native_bf16, synchronize
 from fastdit.distributed import World
 from fastdit.files import check_writable
 from fastdit.progress import progress_bar
@@ -250,3 +251,130 @@ def sample(request: SampleRequest) -> None:
         for name in ("out", "folder", "gif", "npz", "latents"):
             if getattr(request, name):
                 print(f"{name}: {getattr(request, name)}")
+
+
+def add_weights(parser: argparse._ActionsContainer) -> None:
+    """Add --weights and --dtype, which all commands that draw samples share."""
+    parser.add_argument(
+        "--weights", metavar="ema|raw|ema_D",
+        help="Weights: the average (ema), those of the last step (raw), or a further average of train.ema_more, such as ema_0.9999 "
+        "(default: %(default)s).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("auto", *DTYPES),
+        help="Precision of the model; auto: that of the run if the device has fast matmuls in it, else fp32, and fp32 for the base "
+        "model (default: %(default)s).",
+    )  # fmt: skip
+
+
+def add_sampler(parser: argparse._ActionsContainer) -> None:
+    """Add an argument for each field of SampleConfig, None where it is not given."""
+    add = parser.add_argument
+    add("--steps", "--num_steps", type=int, metavar="N", help="Number of solver steps.")
+    add(
+        "--solver", "--sampler", metavar="NAME",
+        help="Solver: " + "; ".join(f"{name} ({solver.help})" for name, solver in SOLVERS.items()) + ".",
+    )  # fmt: skip
+    add(
+        "--guidance", type=float, metavar="W",
+        help="Strength w of classifier-free guidance, (1+w)·v(class) - w·v(null). The scale in papers is 1+w.",
+    )  # fmt: skip
+    add(
+        "--guidance-low", type=float, metavar="T",
+        help="Least timestep with guidance, 0 to 1 (1 is noise). Steps without guidance take half of the time.",
+    )  # fmt: skip
+    add("--guidance-high", type=float, metavar="T", help="Greatest timestep with guidance, 0 to 1.")
+    add(
+        "--time-shift", type=float, metavar="S", help="Shift t -> S·t/(1+(S-1)·t) of the timesteps: above 1, more steps near noise."
+    )
+
+
+def sampler_settings(arguments: argparse.Namespace) -> dict:
+    """Return the values of SampleConfig's fields that a command line gives."""
+    given = {f.name: getattr(arguments, f.name) for f in fields(SampleConfig)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fastdit sample`, named as the fields of SampleRequest."""
+    parser.description = (
+        "Draw images from a run, an exported file or the base model's .pkl. Runs as one process or under torchrun. Where an option "
+        "has two names, the second is the base command's, with the same meaning."
+    )
+    parser.epilog = (
+        "examples:\n"
+        "  fastdit sample --checkpoint runs/digits --class 3,7 --per-class 8\n"
+        "  fastdit sample --checkpoint model_250000s.pkl --class otter,207 --per-class 4 --guidance 3 --out grid.png"
+    )
+    _add_model(parser)
+    _add_samples(parser.add_argument_group("samples"))
+    add_sampler(parser.add_argument_group("sampler", "Defaults: the sample settings of the run."))
+    _add_files(parser.add_argument_group("files", "Default: --out samples.png."))
+    parser.set_defaults(**{f.name: f.default for f in fields(SampleRequest) if f.default is not MISSING})
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--checkpoint", type=Path, metavar="PATH",
+        help="Folder of a run (its newest checkpoint) or of a checkpoint, exported file, or the base model's model_Ns.pkl.",
+    )  # fmt: skip
+    add("--params", type=Path, metavar="JSON", help="Parameters of a .pkl (default: model_params_Ns.json beside it).")
+    add("--loadDir", dest="load_dir", type=Path, default=Path(), metavar="DIR", help="Base command: folder of the two files below.")
+    add("--loadFile", dest="load_file", metavar="PKL", help="Base command: name of the weights in --loadDir.")
+    add("--loadDefFile", dest="load_def_file", metavar="JSON", help="Base command: name of the parameters in --loadDir.")
+    add_weights(parser)
+    add(
+        "--device", choices=("auto", "cpu", "cuda", "gpu"),
+        help="Device; auto: CUDA if there is a GPU; gpu: the same as cuda (default: %(default)s).",
+    )  # fmt: skip
+
+
+def _add_samples(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--class", "--class_label", "--class-name", dest="classes", metavar="IDS",
+        help='Classes: ids or names such as 207,360 or "golden retriever,otter", all, or -1 for a random class (default: all if '
+        f"there are at most {FEW_CLASSES}, else -1).",
+    )  # fmt: skip
+    add("--per-class", "--batch_size", type=int, metavar="N", help="Images per class (default: %(default)s).")
+    add("--seed", type=int, metavar="N", help="Seed of the noise; -1: a random one, which is printed (default: %(default)s).")
+    add(
+        "--seed-per-sample", action="store_true",
+        help="Let an image depend only on the seed and its number, not on batch size and ranks (default: one generator draws all "
+        "noise, as in the base command).",
+    )  # fmt: skip
+    add("--at-once", type=int, metavar="N", help="Images per batch; fewer need less memory (default: %(default)s).")
+
+
+def _add_files(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--out", "--out_imgname", type=Path, metavar="PNG", help=f"Grid with one row per class, of its first {SHOWN} images.")
+    add("--folder", type=Path, metavar="DIR", help="Folder for one PNG file per image.")
+    add("--gif", "--out_gifname", type=Path, metavar="GIF|WEBP", help="Animation of how some samples are denoised.")
+    add(
+        "--gif-of", metavar="I,J",
+        help=f"Numbers of the samples in the animation, counted from 0 (default: the first {FRAME_COLUMNS}).",
+    )  # fmt: skip
+    add("--gif-fps", "--gif_fps", type=float, metavar="N", help="Frames per second of the animation (default: %(default)g).")
+    add(
+        "--npz", type=Path, metavar="NPZ",
+        help="Images uint8 [n,S,S,C] (arr_0) and class ids (arr_1), as ADM's evaluator reads them. The same command resumes one "
+        "that was killed.",
+    )  # fmt: skip
+    add(
+        "--latents", type=Path, metavar="NPZ",
+        help="Final latents fp32 [n,C,h,w] in the model's scale. No autoencoder is needed if this is the only file.",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draw and write what the command line asks for. Raises InputError."""
+    if arguments.load_file:
+        arguments.checkpoint = arguments.load_dir / arguments.load_file
+        if arguments.load_def_file:
+            arguments.params = arguments.load_dir / arguments.load_def_file
+    if arguments.checkpoint is None:
+        raise InputError("fastdit sample needs --checkpoint PATH, or the base command's --loadDir and --loadFile")
+    given = {f.name: getattr(arguments, f.name) for f in fields(SampleRequest) if f.name in arguments}
+    sample(SampleRequest(**given, settings=sampler_settings(arguments)))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdit import attention, autoencoder, checkpoint, files, kernels
+from fastdit.autoencoder import Codec
 from fastdit.checkpoint import Checkpoint, RunState
 from fastdit.config import Config, InputError, SampleConfig
 from fastdit.convert import base
@@ -85,11 +86,6 @@ def one_generator_noise(seed: int, shape: tuple[int, ...]) -> Noise:
     return draw
 
 
-def image_shape(config: Config, codec) -> tuple[int, int, int]:
-    """Return (S, S, channels) of the images that a run's codec decodes."""
-    return (config.data.image_size, config.data.image_size, codec.channels if config.data.autoencoder == "pixels" else 3)
-
-
 class Sampler:
     """A model with its codec and class names, loaded once to draw samples again and again by the fastest path of its device.
 
@@ -107,7 +103,7 @@ class Sampler:
 
     def __init__(
         self, source: Checkpoint | Path | str, weights: str = "ema", device: torch.device | str = "auto", dtype: str = "auto",
-        parameters: Path | None = None, codec=None,
+        parameters: Path | None = None, codec: Codec | None = None,
     ) -> None:  # fmt: skip
         """Load the weights of a run, a checkpoint, an exported file or the base model's model_Ns.pkl.
 
@@ -151,7 +147,7 @@ class Sampler:
         self._codec = codec
 
     @classmethod
-    def of_model(cls, model: DiT, config: Config, codec) -> "Sampler":
+    def of_model(cls, model: DiT, config: Config, codec: Codec | None) -> "Sampler":
         """Return a sampler of a model in memory, in the model's dtype and on its device.
 
         model: becomes the sampler's, which may change it in place: it cannot be trained, saved or cast any more.
@@ -178,7 +174,7 @@ class Sampler:
         self._velocity = fast_velocity(self.model, self.device)
 
     @property
-    def codec(self):
+    def codec(self) -> Codec:
         """Codec, loaded at the first use. It decodes in `dtype` on CUDA, in fp32 on a CPU."""
         if self._codec is None:
             codec = autoencoder.load(self.config.data, self.config.model, self.config.model.in_channels, self.device, vae=self._vae)

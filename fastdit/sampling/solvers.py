@@ -65,7 +65,7 @@ def guided(
     v(class) is computed.
 
     Args:
-        model: a DiT, or what has its `prepare` and `velocity`.
+        model: a DiT, or what has its `embed_classes` and `velocity`.
         labels: class ids, int64 [B].
         null: id of the null class.
         run: function that is called in place of model.velocity, such as that of `fast.fast_velocity`.
@@ -73,8 +73,8 @@ def guided(
     import torch
 
     run = run or model.velocity
-    conditional = model.prepare(labels)
-    both = model.prepare(torch.cat((labels, torch.full_like(labels, null)))) if guidance else None
+    conditional = model.embed_classes(labels)
+    both = model.embed_classes(torch.cat((labels, torch.full_like(labels, null)))) if guidance else None
     low, high = interval
 
     def velocity(x: Tensor, t: Tensor, at: float) -> Tensor:

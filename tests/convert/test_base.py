@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import inception
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import base_files
+import inception
 from commands import complains
 from fastdit import autoencoder, checkpoint, cli, files, kernels
 from fastdit.config import InputError

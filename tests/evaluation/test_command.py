@@ -5,21 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fast_paths
-import inception as inception_net
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import TINY_RUN
 
-import photographs
+import fast_paths
+import inception as inception_net
+from benchmarks import photographs
 from commands import environment
 from fastdit import cli, files
 from fastdit.config import parse
 from fastdit.data.builtin import mnist5k
 from fastdit.sampling import sampler
 from fastdit.training.loop import train
+from runs import TINY_RUN
 
 
 @pytest.fixture(scope="module")

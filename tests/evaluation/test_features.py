@@ -1,10 +1,10 @@
 """Feature networks: precision, batches of one shape, the interface of the Inception file, sFID's resize."""
 
-import inception as inception_net
 import numpy as np
 import pytest
 import torch
 
+import inception as inception_net
 from fastdit.config import InputError
 from fastdit.data.builtin import mnist5k
 from fastdit.evaluation import features

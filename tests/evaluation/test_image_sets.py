@@ -1,12 +1,12 @@
 """Image sets: what they hold, in shares that together are all of it; labels of samples; an index as a reference."""
 
-import inception as inception_net
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import photographs
+import inception as inception_net
+from benchmarks import photographs
 from fastdit import cli
 from fastdit.config import InputError
 from fastdit.distributed import World

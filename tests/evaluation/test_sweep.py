@@ -2,17 +2,17 @@
 
 import json
 
-import fast_paths
 import pytest
 from PIL import Image
-from runs import TINY_RUN
 
+import fast_paths
 from fastdit import checkpoint, cli
 from fastdit.config import parse
 from fastdit.evaluation import sweep as sweep_command
 from fastdit.evaluation.command import EvaluationRequest
 from fastdit.evaluation.sweep import Row, best, sweep_table
 from fastdit.training.loop import train
+from runs import TINY_RUN
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import pytest
 
 from fastdit.config import InputError
+from fastdit.data.imagenet import imagenet_names
 from fastdit.sampling.class_names import parse_classes
 
 NAMES = ["tench, Tinca tinca", "crane", "otter", "crane"]
@@ -38,3 +39,12 @@ def test_another_class_is_refused(text, message):
 def test_names_need_a_model_that_has_some():
     with pytest.raises(InputError, match="must be 'all' or class ids"):
         parse_classes("otter", 4)
+
+
+def test_names_of_imagenet():
+    names = imagenet_names()
+    assert parse_classes("golden retriever, Otter,0,tinca tinca", 1000, names) == [207, 360, 0, 0]
+    with pytest.raises(InputError, match="names classes 134 and 517: give the id"):
+        parse_classes("crane", 1000, names)
+    with pytest.raises(InputError, match="did you mean 'golden retriever'"):
+        parse_classes("golden retreiver", 1000, names)

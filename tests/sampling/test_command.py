@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import make_run
 
 import autoencoders
 from commands import environment
 from fastdit import cli
 from fastdit.sampling.pictures import grid
 from fastdit.sampling.sampler import Sampler
+from runs import make_run
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = environment(GLIBC_TUNABLES="")

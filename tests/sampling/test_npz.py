@@ -7,12 +7,12 @@ import time
 
 import numpy as np
 import pytest
-from runs import make_run
 
 from commands import environment
 from fastdit import cli
 from fastdit.sampling.npz import Parts
 from fastdit.sampling.sampler import Sampler
+from runs import make_run
 
 ENVIRONMENT = environment(GLIBC_TUNABLES="")
 COMMAND = [sys.executable, "-m", "fastdit.cli", "sample"]

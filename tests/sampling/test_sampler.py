@@ -4,13 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fast_paths
 import numpy as np
 import pytest
 import torch
-from runs import make_run, random_model
 
 import cuda_graphs
+import fast_paths
 from commands import environment
 from fastdit import attention, autoencoder, checkpoint, cli, files, kernels
 from fastdit.config import InputError
@@ -18,6 +17,7 @@ from fastdit.distributed import World
 from fastdit.flow import Stream
 from fastdit.sampling import sampler
 from fastdit.sampling.sampler import BATCH, Sampler, batch_size, one_generator_noise, per_sample_noise, shares
+from runs import make_run, random_model
 
 CPU = torch.device("cpu")
 SUPPORT = Path(__file__).parent.parent / "support"

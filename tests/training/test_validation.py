@@ -2,20 +2,20 @@
 
 import json
 
-import fast_paths
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import TINY_RUN
 
 import autoencoders
-import photographs
+import fast_paths
+from benchmarks import photographs
 from fastdit import autoencoder, cli
 from fastdit.config import InputError, parse
 from fastdit.distributed import World
 from fastdit.training.loop import train
 from fastdit.training.validation import _held_out
+from runs import TINY_RUN
 
 VALIDATION = ["validate.steps=2", "validate.images=20"]
 FID = ["validate.features=digits", "validate.samples=20"]

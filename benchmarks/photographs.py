@@ -1,0 +1,102 @@
+"""Real photographs that installed packages carry, cut to about 500x375 pixels like ImageNet's, and archives of them."""
+
+import importlib.metadata
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+from PIL import Image
+
+FILES = {
+    "scikit-image": [
+        f"skimage/data/{name}"
+        for name in ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "motorcycle_left.png", "rocket.jpg")
+    ],
+    "scikit-learn": ["sklearn/datasets/images/china.jpg", "sklearn/datasets/images/flower.jpg"],
+}
+
+
+def photographs() -> list[Image.Image]:
+    """Return the photographs as RGB images, without importing the packages."""
+    paths = [importlib.metadata.distribution(package).locate_file(file) for package, files in FILES.items() for file in files]
+    return [Image.open(path).convert("RGB") for path in paths]
+
+
+def crops(count: int, seed: int = 0) -> Iterator[Image.Image]:
+    """Yield `count` cuts of 300 to 500 pixels per side, landscape and portrait, odd sizes too."""
+    random, originals = np.random.default_rng(seed), photographs()
+    for i in range(count):
+        original = originals[i % len(originals)]
+        long, short = random.integers(440, 501), random.integers(330, 376)
+        width, height = (long, short) if i % 3 else (short, long)
+        width, height = min(width, original.width), min(height, original.height)
+        left, top = random.integers(original.width - width + 1), random.integers(original.height - height + 1)
+        yield original.crop((left, top, left + width, top + height))
+
+
+def encoded(image: Image.Image, **options) -> bytes:
+    """Return an image as a JPEG of quality 90, or as `options` of Image.save say."""
+    file = io.BytesIO()
+    image.save(file, **{"format": "JPEG", "quality": 90, **options})
+    return file.getvalue()
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    """Return a tar archive of files by name."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in files.items():
+            add(tar, name, data)
+    return out.getvalue()
+
+
+def odd_files(images: Iterator[Image.Image]) -> dict[str, bytes]:
+    """Return unusual files as ImageNet holds some, by a word for the name; those that begin with "bad" cannot be decoded."""
+    jpeg = encoded(next(images))
+    return {
+        "png": encoded(next(images), format="PNG"), "cmyk": encoded(next(images).convert("CMYK")),
+        "grey": encoded(next(images).convert("L")), "progressive": encoded(next(images), progressive=True),
+        "trailing": encoded(next(images)) + b"\0\0garbage", "bad_truncated": jpeg[: len(jpeg) // 2], "bad_empty": b"",
+        "bad_text": b"no image at all", "bad_end": jpeg[:-2],
+    }  # fmt: skip
+
+
+def imagenet(folder: Path, classes: int = 5, each: int = 6, val: int = 8) -> tuple[Path, Path, Path]:
+    """Write a train archive, a validation archive and a development kit in ImageNet's format; the odd files are in class 1.
+
+    Class i has wnid n{(i*7+3) % 10:08d}…, so that the order in the archive is not that of the labels.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    wnids = [f"n{(i * 7 + 3) % 10:02d}{i:06d}" for i in range(classes)]
+    images = crops(10_000)
+    inner = {}
+    for i, wnid in enumerate(wnids):
+        files = {f"{wnid}_{j}.JPEG": encoded(next(images)) for j in range(each)}
+        if i == 1:
+            files |= {f"{wnid}_{word}.JPEG": data for word, data in odd_files(images).items()}
+        inner[f"{wnid}.tar"] = tar_of(files)
+    train, val_tar, devkit = folder / "ILSVRC2012_img_train.tar", folder / "ILSVRC2012_img_val.tar", folder / "devkit_t12.tar.gz"
+    train.write_bytes(tar_of(inner))
+    val_tar.write_bytes(tar_of({f"ILSVRC2012_val_{i + 1:08d}.JPEG": encoded(next(images)) for i in range(val)}))
+    kind = [
+        ("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "f8"), ("children", "O"),
+        ("wordnet_height", "f8"), ("num_train_images", "f8"),
+    ]  # fmt: skip
+    rows = [(i + 1, wnid, f"thing {i}, item {i}", "a thing", 0, np.zeros((1, 0)), 0, each) for i, wnid in enumerate(wnids)]
+    rows.append((classes + 1, "n99999999", "entity", "the root", classes, np.arange(1, classes + 1), 9, 0))
+    meta = io.BytesIO()
+    scipy.io.savemat(meta, {"synsets": np.array(rows, kind).reshape(-1, 1)}, do_compression=True)
+    truth = "".join(f"{i * 3 % classes + 1}\n" for i in range(val)).encode()
+    with tarfile.open(devkit, "w:gz") as tar:
+        add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", meta.getvalue())
+        add(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", truth)
+    return train, val_tar, devkit
