@@ -74,7 +74,8 @@ class FeatureNetwork:
             raise InputError(
                 f"feature network {self.name} must give one vector per image, but gives {list(outputs.features.shape)}"
             )
-        self.widths = tuple(0 if o is None else o.shape[1] for o in outputs)
+        features, probabilities, spatial = (0 if o is None else o.shape[1] for o in outputs)
+        self.widths = (features, probabilities, spatial)
         return self.widths
 
     def __call__(self, images: np.ndarray) -> Iterator[Outputs]:

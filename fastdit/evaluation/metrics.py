@@ -147,12 +147,10 @@ class Statistics:
         if self.probabilities.shape[1]:
             p = self.probabilities / self.members[:, None]
             score = (self.entropies / self.members - torch.xlogy(p, p).sum(1)).exp().mean().item()
-        return Summary(
-            *(t.cpu() for t in self.moments.result()),
-            *((t.cpu() for t in self.spatial.result()) if self.spatial else (None, None)),
-            _in_order(chosen), score,
-            self.hits.long().cpu() if self.hits.any() else None,
-        )  # fmt: skip
+        mu, sigma = self.moments.result()
+        mu_s, sigma_s = self.spatial.result() if self.spatial else (None, None)
+        hits = self.hits.long() if self.hits.any() else None
+        return Summary(mu, sigma, mu_s, sigma_s, _in_order(chosen), score, hits).to(torch.device("cpu"))
 
 
 def _in_order(pairs: list[tuple[Tensor, Tensor]]) -> Tensor | None:

@@ -24,6 +24,7 @@ from fastdit.distributed import World
 from fastdit.evaluation import command as evaluate_command
 from fastdit.evaluation import features, image_sets, metrics
 from fastdit.files import replacing
+from fastdit.model import DiT
 from fastdit.sampling.sampler import Sampler
 from fastdit.training.telemetry import Log
 
@@ -142,7 +143,7 @@ class Validation:
         named = {f"val_loss_{name}": part / len(TIMESTEPS) for name, part in zip(names, parts, strict=True)}
         return {"val_loss": sum(by_timestep) / len(TIMESTEPS), "val_losses": by_timestep, **named}
 
-    def _distances(self, model: nn.Module) -> dict:
+    def _distances(self, model: DiT) -> dict:
         """Return the metrics of samples of the model on rank 0, nothing on the others. The model cannot be used afterwards."""
         config = self.config
         sampler = Sampler.of_model(model, config, self.codec)
@@ -150,7 +151,7 @@ class Validation:
         samples = evaluate_command.summarize(drawn, self.network, self.world, "FID")
         return metrics.scalars(metrics.compare(samples, self.reference, self.world.device)) if self.world.rank == 0 else {}
 
-    def step(self, done: int, last: bool, averaged: Callable[[], nn.Module], log: Log) -> None:
+    def step(self, done: int, last: bool, averaged: Callable[[], DiT], log: Log) -> None:
         """After step `done`, if it is time: validate the model that `averaged` makes, log, draw. All ranks must call it."""
         if done % self.config.validate.steps and not last:
             return

@@ -27,7 +27,7 @@ def test_a_random_class_depends_on_the_seed_and_its_position():
         ("4", "--class 4 is out of range: this model's classes are 0 to 3"),
         ("-2", "--class -2 is out of range"),
         ("crane", "it names classes 1 and 3: give the id"),
-        ("oter", "did you mean 'otter'"),
+        ("ottre", "did you mean 'otter'"),
     ],
 )
 def test_another_class_is_refused(text, message):
