@@ -37,7 +37,7 @@ def info() -> str:
     backend, built = check_backend(device), None
     if library.EXTENSION:
         built = f"built, runs {library.INSTRUCTION_SETS[library.cpp.isa()]}"
-    config = engine.settle(Config(), device)
+    config = engine.resolve_precision(Config(), device)
     zero = engine.deepspeed_config(config, 2)["zero_optimization"]
     overlap = "with" if zero["overlap_comm"] else "without"
     rows = {
@@ -125,7 +125,7 @@ def examine(config: Config) -> dict:
     Nothing is written but into a temporary folder. Raises InputError for bad input, as training would.
     """
     world = distributed.start(config.train.device)
-    config = engine.settle(config, world.device)
+    config = engine.resolve_precision(config, world.device)
     backend = check_backend(world.device)
     _, loader, codec = open_data(config, world)
     model, train, device = config.model, config.train, world.device

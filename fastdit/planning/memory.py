@@ -11,6 +11,7 @@ from fastdit.config import Config, ModelConfig
 from fastdit.flops import walk
 from fastdit.planning.cards import Card
 from fastdit.training.engine import deepspeed_config
+from fastdit.training.optimizer import STATE_BYTES
 
 RESERVE = 2e9  # bytes: CUDA context, cuBLAS and NCCL workspaces
 FRAGMENTATION = 0.05  # of a card's memory, that the allocator cannot use
@@ -72,7 +73,7 @@ def memory(config: Config, gpus: int, card: Card | None = None) -> Memory:
         3: (p * share, (4 + p) * share),
     }[stage]
     weights = share * p + min(N, ZERO_3_LIVE) * p if stage == 3 else N * p
-    masters = 0 if config.zero.offload else 8 * share if stage == 0 and not bf16 else 12 * share
+    masters = 0 if config.zero.offload else (STATE_BYTES + 4 * (stage > 0 or bf16)) * share  # else the weights are the masters
     ema = 0 if config.zero.offload else 4 * share * (1 + len(train.ema_more))
     # of the reduction, two of them: ZeRO 1 reduces fp32 sums
     buckets = {0: 0, 1: 8 * bucket, 2: 2 * p * bucket, 3: 2 * p * bucket}[stage] if card else 0

@@ -97,7 +97,7 @@ def train(config: Config) -> Path:
 def _train(config: Config) -> Path:
     faulthandler.register(signal.SIGUSR1, sys.__stderr__)  # kill -USR1 prints where a run hangs
     world = distributed.start(config.train.device)
-    config = engine.settle(config, world.device)
+    config = engine.resolve_precision(config, world.device)
     device.check_backend(world.device)
     resume_from, state = world.together(lambda: _checkpoint_to_resume(config, world), everywhere=False)
     if resume_from and state.step >= config.train.total_steps:
@@ -131,7 +131,7 @@ class Trainer:
         model = DiT(config.model)
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         if resume_from:
-            model.load_state_dict(resume_from.shards().whole("raw", self.shapes))
+            model.load_state_dict(resume_from.shards().parameters("raw", self.shapes))
         self.engine = engine.initialize(model, config, world)
         self.ema = ShardedEma(
             engine.fragments(self.engine, world), config.train.ema_decay, *config.train.ema_more,
@@ -229,7 +229,7 @@ class Trainer:
                     self.ema.announce()
             with self.clock.phase("optimizer"):
                 self.engine.step()
-        engine.add_if_taken(self.engine, self.sums, self.step_sums)
+        engine.add_if_applied(self.engine, self.sums, self.step_sums)
         self.unsettled = step
         if not engine.one_rank_optimizer(self.engine):
             self._settle()
@@ -239,7 +239,7 @@ class Trainer:
         step, self.unsettled = self.unsettled, None
         if step is None:
             return
-        if not engine.settle_step(self.engine):
+        if not engine.finish_step(self.engine):
             self._note_skipped(step)
             return
         self.summed_steps += 1
