@@ -18,16 +18,17 @@ NARROW = "tl.program_id without .to(tl.int64)"
 
 # (file, function): what it may do, and why
 ALLOWED = {
-    ("loop.py", "_write_log_line"): {"tolist", "float", "torch.tensor"},  # once in log_steps
-    ("loop.py", "_save"): {"item"},  # once in save_steps
+    ("loop.py", "_reduce_sums"): {"tolist"},  # once per log_steps
+    ("loop.py", "_slowest_phases"): {"tolist", "torch.tensor"},  # once per log_steps
+    ("loop.py", "_save"): {"item"},  # once per save_steps
     ("loop.py", "_train"): {"print"},  # a finished run says so and ends
     ("optimizer.py", "__init__"): {"numpy"},  # the host's view of what a step copies to the host
-    ("optimizer.py", "settle"): {"item", "synchronize"},  # that view, once the event of the last step has passed
+    ("optimizer.py", "finish_step"): {"item", "synchronize"},  # that view, once the event of the last step has passed
     ("adamw.py", "_upload_addresses"): {"torch.tensor"},  # once, before the first step
     ("adamw.py", "upload"): {"torch.tensor", "tolist"},  # of the host's numbers, in pinned memory
     ("engine.py", "initialize"): {"cpu"},  # once, before the first step
-    ("engine.py", "gradient_norm"): {"float"},  # once in log_steps
-    ("engine.py", "steps_taken"): {"item"},  # once in save_steps
+    ("engine.py", "gradient_norm"): {"float"},  # once per log_steps
+    ("engine.py", "steps_applied"): {"item"},  # once per save_steps
     ("solvers.py", "dopri5"): {"item"},  # it reads its error at every step anyway
     ("autoencoder.py", "sha256"): {"cpu", "numpy"},  # once, before the first step
     ("order.py", "random_crops"): {"numpy"},  # on the host, in the threads that read ahead

@@ -1,4 +1,4 @@
-"""Two ranks for real: through torchrun and the deepspeed launcher, against one rank, killed and continued."""
+"""Two ranks, started by torchrun and by the deepspeed launcher: against one rank, and resumed."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import torch
 from commands import environment, free_port
 from fastdit import checkpoint
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parent.parent / "support"
 ENVIRONMENT = environment()
 TINY = [
     "model.preset=test/4",
@@ -55,12 +55,12 @@ def losses(out):
     ],
 )
 def test_engine(ranks, stage, precision, tmp_path, monkeypatch):
-    """EMA equal to a plain fp32 one, dtypes after initialize, overlap on, no synchronisation: see rank_worker.py. By torchrun.
+    """The EMA equals a plain fp32 one; dtypes, overlap and host reads are right: see rank_worker.py. Started by torchrun.
 
-    And DeepSpeed compiles nothing at start: its build folder is not even made.
+    DeepSpeed compiles nothing at start: its build folder is not made.
     """
     monkeypatch.setitem(ENVIRONMENT, "TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    worker = [HERE / "support" / "rank_worker.py", stage, precision]
+    worker = [SUPPORT / "rank_worker.py", stage, precision]
     done = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *worker])
     assert "all checks passed" in done.stdout
     assert not (tmp_path / "extensions").exists()
@@ -69,7 +69,7 @@ def test_engine(ranks, stage, precision, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """Eight steps on two ranks, uninterrupted."""
-    out = tmp_path_factory.mktemp("whole")
+    out = tmp_path_factory.mktemp("two")
     deepspeed(2, out, "train.total_steps=8")
     return out
 
@@ -78,8 +78,8 @@ def test_one_rank_has_the_same_losses(two_ranks, tmp_path):
     deepspeed(1, tmp_path, "train.total_steps=8", "train.accumulation=2", "train.batch_size=4")
     one, two = losses(tmp_path), losses(two_ranks)
     assert list(one) == list(two) == [3, 6, 8]
-    # The same images, noise and labels: only bf16 gradients are summed in another order. Each is off by half a bf16 ulp (2^-9),
-    # Adam moves a weight by at most lr = 1e-3 whatever the gradient, so eight steps shift the loss by far less than 1 %.
+    # Images, noise and labels are the same, but bf16 gradients are summed in another order. Each is off by half a bf16 ulp (2^-9),
+    # and Adam moves a weight by at most lr = 1e-3 whatever the gradient, so eight steps shift the loss by far less than 1 %.
     for step, loss in one.items():
         assert loss == pytest.approx(two[step], rel=1e-2), step
 
@@ -89,12 +89,12 @@ def test_resumed_run_equals_the_uninterrupted_one(two_ranks, tmp_path):
     assert checkpoint.find(tmp_path / "r").path.name == "step_00000006"
     (tmp_path / "r/checkpoints/step_00000006/weights_rank_0001.safetensors").write_bytes(b"cut")  # as after a power loss
     assert checkpoint.find(tmp_path / "r").path.name == "step_00000004"
-    deepspeed(2, tmp_path, "train.total_steps=8")  # from step 4, in the middle between two log lines
+    deepspeed(2, tmp_path, "train.total_steps=8")  # from step 4, between two log lines
     assert losses(tmp_path) == losses(two_ranks)  # to the last bit, each line once
     names = [f"weights_rank_{rank:04d}.safetensors" for rank in (0, 1)]
     for name in names:
-        whole, resumed = (out / "r/checkpoints/step_00000008" / name for out in (two_ranks, tmp_path))
-        assert whole.read_bytes() == resumed.read_bytes()
+        uninterrupted, resumed = (out / "r/checkpoints/step_00000008" / name for out in (two_ranks, tmp_path))
+        assert uninterrupted.read_bytes() == resumed.read_bytes()
 
 
 def test_recorded_steps_are_the_steps_without_graphs(two_ranks, tmp_path):
@@ -116,8 +116,8 @@ def test_recorded_micro_steps_add_up_under_zero(tmp_path, stage, precision):
         f"zero.stage={stage}",
         f"train.precision={precision}",
     ]
-    for how in ("none", "graphs"):
-        deepspeed(2, tmp_path / how, *words, f"train.compile={how}")
+    for compiled in ("none", "graphs"):
+        deepspeed(2, tmp_path / compiled, *words, f"train.compile={compiled}")
     assert losses(tmp_path / "graphs") == losses(tmp_path / "none")
 
 
@@ -133,20 +133,19 @@ def test_checkpoint_of_two_ranks_is_one_model(two_ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [2, 1])
-def test_another_number_of_ranks_goes_on(two_ranks, tmp_path, first):
-    """2 -> 1 and 1 -> 2 ranks, at the same global batch."""
-    on = lambda ranks: ["train.accumulation=2", "train.batch_size=4"] if ranks == 1 else []
-    deepspeed(first, tmp_path, "train.total_steps=4", *on(first))
-    deepspeed(3 - first, tmp_path, "train.total_steps=8", *on(3 - first))
-    wanted = losses(two_ranks)
-    found = losses(tmp_path)
-    assert list(found) == [3, 4, 6, 8]
+def test_another_number_of_ranks_resumes(two_ranks, tmp_path, first):
+    """From 2 to 1 rank and from 1 to 2, at the same global batch."""
+    batch = lambda ranks: ["train.accumulation=2", "train.batch_size=4"] if ranks == 1 else []
+    deepspeed(first, tmp_path, "train.total_steps=4", *batch(first))
+    deepspeed(3 - first, tmp_path, "train.total_steps=8", *batch(3 - first))
+    resumed = losses(tmp_path)
+    assert list(resumed) == [3, 4, 6, 8]
     for step in (3, 8):
-        assert found[step] == pytest.approx(wanted[step], rel=1e-2), step  # as for one rank above
+        assert resumed[step] == pytest.approx(losses(two_ranks)[step], rel=1e-2), step  # as for one rank above
 
 
 def test_another_global_batch_is_refused_with_exit_code_2(two_ranks):
     before = sorted(str(p) for p in two_ranks.rglob("*"))
     done = deepspeed(1, two_ranks, "train.total_steps=10", "train.batch_size=4", expect=2)
-    assert "trained with 8 images a step, but this run has 4" in done.stderr
+    assert "trained with 8 images per step, but this run has 4" in done.stderr
     assert sorted(str(p) for p in two_ranks.rglob("*")) == before
