@@ -35,7 +35,7 @@ def state_of(case: str) -> tuple:
         preset=case, width=width, depth=depth, heads=heads, hidden=hidden, in_channels=4, input_size=32, patch_size=2
     )
     world = distributed.start(DEVICE.type)
-    config = engine.settle(Config(model=model, train=TrainConfig(batch_size=1)), world.device)
+    config = engine.resolve_precision(Config(model=model, train=TrainConfig(batch_size=1)), world.device)
     dit = engine.initialize(DiT(model), config, world)
     x, t, labels = torch.zeros(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     dit.backward(dit(*(each.to(world.device) for each in (x, t, labels))).float().sum())
@@ -52,7 +52,7 @@ def fastdit(folder: Path, case: str) -> Callable[[], dict]:
     def load() -> None:
         saved = open_checkpoint(folder / "run")
         saver.check(saved, config, world)
-        dit.module.load_state_dict(saved.shards().whole("raw", shapes))
+        dit.module.load_state_dict(saved.shards().parameters("raw", shapes))
         saver.load(saved, dit, ema, sums, config, world)
 
     def run() -> dict[str, float]:

@@ -79,7 +79,7 @@ def eager(folder: Path, batch: int, steps: int) -> Callable[[int], float]:
 def fastdit(folder: Path, source: str, batch: int, steps: int) -> Callable[[int], torch.Tensor]:
     """Return the loop of `fastdit train` as a function of the step to its loss."""
     world = distributed.start(DEVICE.type)
-    config = engine.settle(settings(folder, folder / source, batch, steps), world.device)
+    config = engine.resolve_precision(settings(folder, folder / source, batch, steps), world.device)
     _, loader, codec = open_data(config, world)
     run = folder / "runs" / source
     run.mkdir(parents=True)

@@ -151,7 +151,7 @@ def engine_step(shape: tuple, size: int, compiled: str = "auto") -> Step:
         warmup_steps=0,
     )
     world = distributed.start(DEVICE.type)
-    config = engine.settle(Config(model=comparable(*shape), train=train), world.device)
+    config = engine.resolve_precision(Config(model=comparable(*shape), train=train), world.device)
     model = engine.initialize(fastdit_model(EagerDiT(config.model)), config, world)
 
     def run(data: tuple[Tensor, ...]) -> Tensor:

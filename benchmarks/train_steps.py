@@ -73,7 +73,7 @@ def trainer_step(preset: str, provider: str, batch: int, *more: str) -> Callable
     config = config_of(preset, PROVIDERS[provider], batch, folder.name, *more)
     record = lambda model, per_block: graphs.record_training(model, per_block or provider == BLOCK_GRAPHS)
     world = distributed.start(DEVICE.type)
-    config = engine.settle(config, world.device)
+    config = engine.resolve_precision(config, world.device)
     run = Path(folder.name) / "steps"
     run.mkdir()
     data = Moments(config, world)

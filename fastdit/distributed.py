@@ -1,4 +1,4 @@
-"""The ranks of a run: which one this process is, and work that all of them do or refuse together."""
+"""The ranks of a run: which of them this process is, and work that all of them do or refuse together."""
 
 import atexit
 import os
@@ -12,23 +12,23 @@ import torch.distributed as dist
 from fastdit.config import InputError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)  # of a collective of tensors
-CONTROL_TIMEOUT = timedelta(minutes=60)  # rank 0 may hash and write for long while the others wait
+TIMEOUT = timedelta(minutes=10)  # for a collective of tensors
+CONTROL_TIMEOUT = timedelta(minutes=60)  # for flags and objects: rank 0 may hash and write for long while the others wait
 
 
 class World(NamedTuple):
-    """This process among all: `control` is a gloo group for flags, objects and barriers around I/O; the default group
-    carries tensors on `device` only."""
+    """The position of this process among all ranks. The default process group only carries tensors on `device`."""
 
     rank: int
     size: int
     device: torch.device
-    control: dist.ProcessGroup | None  # None: one process, without a process group
+    control: dist.ProcessGroup | None  # gloo group for flags, objects and barriers around I/O; None: no process group is needed
 
     def together(self, work: Callable[[], T], everywhere: bool = True) -> T:
-        """What `work` returns: of each rank, or with everywhere=False of rank 0 alone, which then all ranks get.
+        """Run `work` on every rank and return its result. All ranks must call it.
 
-        An InputError on any rank is raised on all, so that none waits for one that has left.
+        everywhere=False runs it only on rank 0 and returns that result on all ranks. An InputError on any rank is raised on all, so
+        that none waits for a rank that has left.
         """
         if self.size == 1:
             return work()
@@ -40,21 +40,21 @@ class World(NamedTuple):
                 error = caught
         outcomes: list = [None] * self.size
         dist.all_gather_object(outcomes, (None if everywhere else result, error), group=self.control)
-        for _, found in outcomes:
-            if found:
-                raise found
+        for _, error_of_rank in outcomes:
+            if error_of_rank:
+                raise error_of_rank
         return result if everywhere else outcomes[0][0]
 
 
 def start(device: str = "auto") -> World:
-    """Join the processes that the launcher started (deepspeed, torchrun), or be the only one.
+    """Join the processes that a launcher started (deepspeed, torchrun), or start a group of one process.
 
     device: "auto" (CUDA if there is a GPU) | "cpu" | "cuda". Raises InputError if there is no such device for this rank.
     """
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
             raise InputError("srun started several tasks, but none has a rank: start them with torchrun or the deepspeed launcher")
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # 0: a free one
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # 0: any free port
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     options = {}
     if cuda:
@@ -63,27 +63,27 @@ def start(device: str = "auto") -> World:
             raise InputError(
                 f"rank {local_rank} of this node has no GPU of its own: {gpus} are visible; start fewer ranks, or train.device=cpu"
             )
-        place = torch.device("cuda", local_rank)
-        torch.cuda.set_device(place)
-        # cuBLAS may split the long sums of a weight's gradient: their parts must not be rounded to bf16
+        rank_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(rank_device)
+        # cuBLAS may split the long sums of a weight's gradient: the partial sums must not be rounded to bf16
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         if int(os.environ["WORLD_SIZE"]) > 1:
-            options["device_id"] = place
+            options["device_id"] = rank_device
     else:
-        place = torch.device("cpu")
+        rank_device = torch.device("cpu")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, **options)
         atexit.register(dist.destroy_process_group)
-    return World(dist.get_rank(), dist.get_world_size(), place, control_group())
+    return World(dist.get_rank(), dist.get_world_size(), rank_device, control_group())
 
 
 def control_group() -> dist.ProcessGroup:
-    """A gloo group of all ranks. All of them must make it."""
+    """Return a new gloo group of all ranks. All ranks must call it."""
     return dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
 
 
 def world_of_this_process() -> World:
-    """The launcher's ranks. One process on its own needs no process group."""
+    """Return the World of a launcher's ranks, or of a single process, which needs no process group."""
     if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         return start()
     return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)

@@ -1,152 +1,54 @@
-"""Two ranks for real: through torchrun and the deepspeed launcher, against one rank, killed and continued."""
-
-import json
-import subprocess
-import sys
-from pathlib import Path
+"""How a process joins the ranks. Runs on two ranks are in training/test_ranks.py."""
 
 import pytest
 import torch
 
-from commands import environment, free_port
-from fastdit import checkpoint
-
-HERE = Path(__file__).parent
-ENVIRONMENT = environment()
-TINY = [
-    "model.preset=test/4",
-    "train.precision=bf16",
-    "train.schedule=constant",
-    "train.lr=1e-3",
-    "train.warmup_steps=2",
-    "train.log_steps=3",
-    "train.save_steps=4",
-    "train.sample_steps=0",
-]
+from fastdit import distributed
+from fastdit.config import InputError
 
 
-def run(command, expect=0):
-    done = subprocess.run([str(c) for c in command], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done
+def test_weight_gradients_are_summed_in_fp32_on_cuda(monkeypatch):
+    """What `start` sets on CUDA before DeepSpeed starts, tried without a GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(distributed, "control_group", lambda: None)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    try:
+        matmul.allow_bf16_reduced_precision_reduction = True
+        assert distributed.start("cuda").device == torch.device("cuda", 0)
+        assert not matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
 
 
-def deepspeed(ranks, out, *overrides, expect=0):
-    launcher = Path(sys.executable).with_name("deepspeed")
-    words = [*TINY, f"train.out={out}", "train.name=r", f"train.batch_size={8 // ranks}", *overrides]
-    options = ["--no_local_rank", "--master_port", free_port(), "--num_gpus", ranks]
-    return run([sys.executable, launcher, *options, "--module", "fastdit.cli", "train", *words], expect)
+def test_a_rank_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="rank 1 of this node has no GPU of its own: 1 are visible"):
+        distributed.start("cuda")
 
 
-def losses(out):
-    return {line["step"]: line["loss"] for line in map(json.loads, (out / "r" / "metrics.jsonl").read_text().splitlines())}
+def test_one_process_works_without_a_group():
+    world = distributed.World(0, 1, torch.device("cpu"), None)
+    assert world.together(lambda: 3) == world.together(lambda: 3, everywhere=False) == 3
 
 
-@pytest.mark.parametrize(
-    ("ranks", "stage", "precision"),
-    [
-        (2, 2, "bf16"),
-        (1, 2, "bf16"),
-        pytest.param(2, 1, "bf16", marks=pytest.mark.slow),
-        pytest.param(2, 3, "bf16", marks=pytest.mark.slow),
-        pytest.param(2, 2, "fp32", marks=pytest.mark.slow),
-        pytest.param(1, 2, "fp32", marks=pytest.mark.slow),
-        pytest.param(1, 3, "bf16", marks=pytest.mark.slow),
-    ],
-)
-def test_engine(ranks, stage, precision, tmp_path, monkeypatch):
-    """EMA equal to a plain fp32 one, dtypes after initialize, overlap on, no synchronisation: see rank_worker.py. By torchrun.
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_an_error_of_one_rank_is_raised_on_all(monkeypatch, everywhere):
+    """This process is rank 1 of 2; its partner's outcome is played back."""
+    ran = []
 
-    And DeepSpeed compiles nothing at start: its build folder is not even made.
-    """
-    monkeypatch.setitem(ENVIRONMENT, "TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    worker = [HERE / "support" / "rank_worker.py", stage, precision]
-    done = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *worker])
-    assert "all checks passed" in done.stdout
-    assert not (tmp_path / "extensions").exists()
+    def gather(outcomes, mine, group):
+        outcomes[:] = [(None, InputError("rank 0 has no space")), mine]
 
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """Eight steps on two ranks, uninterrupted."""
-    out = tmp_path_factory.mktemp("whole")
-    deepspeed(2, out, "train.total_steps=8")
-    return out
-
-
-def test_one_rank_has_the_same_losses(two_ranks, tmp_path):
-    deepspeed(1, tmp_path, "train.total_steps=8", "train.accumulation=2", "train.batch_size=4")
-    one, two = losses(tmp_path), losses(two_ranks)
-    assert list(one) == list(two) == [3, 6, 8]
-    # The same images, noise and labels: only bf16 gradients are summed in another order. Each is off by half a bf16 ulp (2^-9),
-    # Adam moves a weight by at most lr = 1e-3 whatever the gradient, so eight steps shift the loss by far less than 1 %.
-    for step, loss in one.items():
-        assert loss == pytest.approx(two[step], rel=1e-2), step
-
-
-def test_resumed_run_equals_the_uninterrupted_one(two_ranks, tmp_path):
-    deepspeed(2, tmp_path, "train.total_steps=6")
-    assert checkpoint.find(tmp_path / "r").path.name == "step_00000006"
-    (tmp_path / "r/checkpoints/step_00000006/weights_rank_0001.safetensors").write_bytes(b"cut")  # as after a power loss
-    assert checkpoint.find(tmp_path / "r").path.name == "step_00000004"
-    deepspeed(2, tmp_path, "train.total_steps=8")  # from step 4, in the middle between two log lines
-    assert losses(tmp_path) == losses(two_ranks)  # to the last bit, each line once
-    names = [f"weights_rank_{rank:04d}.safetensors" for rank in (0, 1)]
-    for name in names:
-        whole, resumed = (out / "r/checkpoints/step_00000008" / name for out in (two_ranks, tmp_path))
-        assert whole.read_bytes() == resumed.read_bytes()
-
-
-def test_recorded_steps_are_the_steps_without_graphs(two_ranks, tmp_path):
-    """ZeRO 2 with overlap, whose hooks take each block's gradients while the others are replayed."""
-    done = deepspeed(2, tmp_path, "train.total_steps=8", "train.compile=graphs")
-    assert "CUDA graphs" in done.stdout + done.stderr and losses(tmp_path) == losses(two_ranks)
-    for name in [f"weights_rank_{rank:04d}.safetensors" for rank in (0, 1)]:
-        plain, recorded = (out / "r/checkpoints/step_00000008" / name for out in (two_ranks, tmp_path))
-        assert plain.read_bytes() == recorded.read_bytes()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "bf16")])
-def test_recorded_micro_steps_add_up_under_zero(tmp_path, stage, precision):
-    words = [
-        "train.total_steps=3",
-        "train.batch_size=2",
-        "train.accumulation=2",
-        f"zero.stage={stage}",
-        f"train.precision={precision}",
-    ]
-    for how in ("none", "graphs"):
-        deepspeed(2, tmp_path / how, *words, f"train.compile={how}")
-    assert losses(tmp_path / "graphs") == losses(tmp_path / "none")
-
-
-def test_checkpoint_of_two_ranks_is_one_model(two_ranks):
-    opened = checkpoint.open_checkpoint(two_ranks / "r")
-    assert opened == checkpoint.open_checkpoint(two_ranks / "r/checkpoints/step_00000008")
-    ema, raw = (opened.load_model(weights, torch.device("cpu")) for weights in ("ema", "raw"))
-    state, config = opened.state, opened.config
-    assert state.step == 8 and state.ranks == 2 and config.model.preset == "test/4"
-    pairs = [(p, q) for p, q in zip(ema.parameters(), raw.parameters(), strict=True)]
-    assert all(torch.isfinite(p).all() for p, _ in pairs) and any((p != q).any() for p, q in pairs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", [2, 1])
-def test_another_number_of_ranks_goes_on(two_ranks, tmp_path, first):
-    """2 -> 1 and 1 -> 2 ranks, at the same global batch."""
-    on = lambda ranks: ["train.accumulation=2", "train.batch_size=4"] if ranks == 1 else []
-    deepspeed(first, tmp_path, "train.total_steps=4", *on(first))
-    deepspeed(3 - first, tmp_path, "train.total_steps=8", *on(3 - first))
-    wanted = losses(two_ranks)
-    found = losses(tmp_path)
-    assert list(found) == [3, 4, 6, 8]
-    for step in (3, 8):
-        assert found[step] == pytest.approx(wanted[step], rel=1e-2), step  # as for one rank above
-
-
-def test_another_global_batch_is_refused_with_exit_code_2(two_ranks):
-    before = sorted(str(p) for p in two_ranks.rglob("*"))
-    done = deepspeed(1, two_ranks, "train.total_steps=10", "train.batch_size=4", expect=2)
-    assert "trained with 8 images a step, but this run has 4" in done.stderr
-    assert sorted(str(p) for p in two_ranks.rglob("*")) == before
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(InputError, match="rank 0 has no space"):
+        distributed.World(1, 2, torch.device("cpu"), None).together(lambda: ran.append(1), everywhere)
+    assert ran == [1] * everywhere

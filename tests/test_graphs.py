@@ -202,10 +202,10 @@ def test_auto_is_graphs_where_they_can_be(device, stage, wanted):
 def test_full_recomputation_of_a_compiled_model_needs_a_torch_that_can(monkeypatch):
     config, cpu = parse(None, ["train.recompute=full", "train.compile=model"]), torch.device("cpu")
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0"))
-    engine.settle(config, cpu)
+    engine.resolve_precision(config, cpu)
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.12.1+cu130"))
     with pytest.raises(InputError, match=r"recomputes nothing on torch 2\.12\.1\+cu130: use train\.compile=graphs or blocks"):
-        engine.settle(config, cpu)
+        engine.resolve_precision(config, cpu)
 
 
 @pytest.mark.parametrize(

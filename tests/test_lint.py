@@ -28,18 +28,19 @@ NARROW = "tl.program_id without .to(tl.int64)"
 
 # (file, function): what it may do, and why
 ALLOWED = {
-    ("loop.py", "_write_log_line"): {"tolist", "torch.tensor"},  # once per log_steps
+    ("loop.py", "_reduce_sums"): {"tolist"},  # once per log_steps
+    ("loop.py", "_slowest_phases"): {"tolist", "torch.tensor"},  # once per log_steps
     ("loop.py", "_save"): {"item"},  # once per save_steps
     ("loop.py", "_train"): {"print"},  # a finished run says so and ends
     ("optimizer.py", "__init__"): {"numpy"},  # the host's view of what a step copies to the host
-    ("optimizer.py", "settle"): {"item", "synchronize"},  # that view, once the event of the last step has passed
+    ("optimizer.py", "finish_step"): {"item", "synchronize"},  # that view, once the event of the last step has passed
     ("adamw.py", "_upload_addresses"): {"torch.tensor"},  # once, before the first step
     ("adamw.py", "upload"): {"torch.tensor", "tolist"},  # of the host's numbers, in pinned memory
     ("engine.py", "initialize"): {"cpu"},  # once, before the first step
     ("engine.py", "gradient_norm"): {"float"},  # once per log_steps
-    ("engine.py", "steps_taken"): {"item"},  # once per save_steps
     ("telemetry.py", "write"): {"float", "time.time"},  # once per log_steps
     ("validation.py", "losses"): {"tolist"},  # once per validate.steps, at the end
+    ("engine.py", "steps_applied"): {"item"},  # once per save_steps
     ("solvers.py", "dopri5"): {"item"},  # it reads its error at every step anyway
     ("sampler.py", "decode"): {"cpu", "numpy"},  # once per batch, after its last step
     ("sampler.py", "__init__"): {"float"},  # the decay in the name of the weights

@@ -41,7 +41,7 @@ def one_pass(parameters: list[nn.Parameter], bf16: bool) -> Callable[[list[Tenso
     def step(gradients: list[Tensor]) -> None:
         for p, g in zip(parameters, gradients, strict=True):
             p.grad = g
-        if optimizer.settle():
+        if optimizer.finish_step():
             ema.update()
         ema.announce()
         optimizer.step()

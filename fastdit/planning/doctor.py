@@ -112,7 +112,7 @@ def examine(config: Config) -> dict:
     Writes only into a temporary folder. Raises InputError for bad input, as training would.
     """
     world = distributed.start(config.train.device)
-    config = engine.settle(config, world.device)
+    config = engine.resolve_precision(config, world.device)
     backend = check_backend(world.device)
     _, loader, codec = open_data(config, world)
     model, train, device = config.model, config.train, world.device

@@ -18,7 +18,7 @@ def info() -> str:
     extension = "not built: install again with a C++ compiler and FASTDIT_BUILD_EXT=1"
     if library.EXTENSION:
         extension = f"built, runs {library.INSTRUCTION_SETS[library.cpp.isa()]}"
-    config = engine.settle(Config(), device)
+    config = engine.resolve_precision(Config(), device)
     zero = engine.deepspeed_config(config, 2)["zero_optimization"]
     overlap = "with" if zero["overlap_comm"] else "without"
     rows = {

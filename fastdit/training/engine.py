@@ -1,7 +1,9 @@
-"""The only file that knows DeepSpeed: distributed start, the ZeRO engine, and who owns which fp32 master weights."""
+"""The DeepSpeed engine of a run, and which rank owns which fp32 master weights. No other file knows DeepSpeed.
+
+What DeepSpeed keeps private is read through `_private`, each name with the file of DeepSpeed 0.19 that defines it.
+"""
 
 import dataclasses
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,21 +12,25 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from fastdit import attention
-from fastdit.checkpoint import MOMENTS
 from fastdit.config import Config, InputError
 from fastdit.device import DTYPES, precision
 from fastdit.distributed import World
 from fastdit.graphs import record_training
-from fastdit.training.optimizer import OneRankAdamW
+from fastdit.training.optimizer import STATE_NAMES, OneRankOptimizer, build, learning_rate_factor
 
 COMPILED = {"none": "eager", "graphs": "CUDA graphs", "blocks": "compiled blocks", "model": "compiled model"}
 DEEPSPEED = "0.19.8"  # the first without the races of its issues 7965 and 8061, which gave NaN
+DEEPSPEED_BELOW = "0.20"  # the private layout that this file reads is that of 0.19
 
 
 class Fragment(NamedTuple):
-    """A piece of a parameter whose fp32 master this rank owns: elements start .. start + master.numel() of the flat parameter."""
+    """A piece of a parameter whose fp32 master this rank owns: elements start to start + master.numel() of the flat parameter.
+
+    master: fp32 1-D, a live view of the tensor that the optimizer steps.
+    """
 
     name: str
     start: int
@@ -32,31 +38,48 @@ class Fragment(NamedTuple):
 
 
 def import_deepspeed(device: torch.device):
-    """The deepspeed module, ready for a device. Raises InputError if it is too old.
+    """Return the deepspeed module, prepared for a device. Raises InputError if it is too old or too new.
 
-    On a CPU, DeepSpeed would compile its shared-memory collectives: 70 s, and a lock file that makes later runs hang when the build
-    is killed. They are switched off; gloo does the work.
+    On a CPU, DeepSpeed would compile its shared-memory collectives: that takes 70 s, and if it is killed meanwhile, its lock file
+    makes later runs hang. They are switched off; gloo does the work.
     """
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     from packaging.version import Version
 
-    if Version(deepspeed.__version__) < Version(DEEPSPEED):
-        raise InputError(
-            f"deepspeed {deepspeed.__version__} is installed, whose overlapped communication races with compiled blocks: "
-            f"pip install 'deepspeed>={DEEPSPEED}'"
-        )
+    installed = Version(deepspeed.__version__)
+    fix = f"pip install 'deepspeed>={DEEPSPEED},<{DEEPSPEED_BELOW}'"
+    if installed < Version(DEEPSPEED):
+        raise InputError(f"deepspeed {installed} is installed, whose overlapped communication races with compiled blocks: {fix}")
+    if installed >= Version(DEEPSPEED_BELOW):
+        raise InputError(f"deepspeed {installed} is installed, but this fastdit reads the private layout of 0.19: {fix}")
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has deprecated
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if device.type == "cpu":
-        getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+        _private(deepspeed.ops, "__compatible_ops__")["deepspeed_shm_comm"] = False  # ops/__init__.py; read in comm/torch.py
     return deepspeed
 
 
-def settle(config: Config, device: torch.device) -> Config:
-    """The config with what is "auto" about its precision decided for a device. Raises InputError where this torch or this
-    device cannot do what it asks for."""
+def _private(owner: object, *names: str):
+    """Return the first attribute of `names` that a part of DeepSpeed has. Raises InputError if it has none of them."""
+    for name in names:
+        if hasattr(owner, name):
+            return getattr(owner, name)
+    import deepspeed
+
+    of = getattr(owner, "__name__", type(owner).__name__)
+    raise InputError(
+        f"deepspeed {deepspeed.__version__} has another layout ({of} has no {' or '.join(names)}); this fastdit knows 0.19: "
+        f"pip install 'deepspeed>={DEEPSPEED},<{DEEPSPEED_BELOW}'"
+    )
+
+
+def resolve_precision(config: Config, device: torch.device) -> Config:
+    """Return the config with train.precision=auto resolved for a device.
+
+    Raises InputError if this torch or this device cannot run the config in that precision.
+    """
     if config.train.recompute == "full" and config.train.compile == "model" and torch.__version__ < (2, 13):
         raise InputError(
             f"train.recompute=full with train.compile=model recomputes nothing on torch {torch.__version__}: use "
@@ -68,13 +91,16 @@ def settle(config: Config, device: torch.device) -> Config:
 
 
 def shards(config: Config, world_size: int) -> bool:
-    """Whether ZeRO is in use. On one rank there is nothing to shard or to overlap, but ZeRO 1 and 2 copy every gradient up to three
-    times: 11 to 24 % of a step of S/2 in bf16 on a Xeon with AMX. Stage 3 and offload are taken at their word."""
+    """Return whether ZeRO is in use.
+
+    One rank has nothing to shard and nothing to overlap, but ZeRO 1 and 2 would copy every gradient up to three times: 11 to 24 %
+    of a step of S/2 in bf16 on a Xeon with AMX. Stage 3 and offload are used on one rank too, if the settings ask for them.
+    """
     return world_size > 1 or config.zero.stage == 3 or config.zero.offload
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict:
-    """The DeepSpeed configuration of a run, whose precision is settled."""
+    """Return the DeepSpeed configuration of a run whose precision is resolved."""
     train, zero = config.train, config.zero
     sharded = shards(config, world_size)
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if zero.offload else {}
@@ -82,7 +108,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
         "train_batch_size": train.batch_size * train.accumulation * world_size,
         "train_micro_batch_size_per_gpu": train.batch_size,
         "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": train.clip if sharded else 0.0,  # OneRankAdamW clips by itself, and casts
+        "gradient_clipping": train.clip if sharded else 0.0,  # the optimizer of one rank clips and casts
         "bf16": {"enabled": {"bf16": True, "fp32": False}[train.precision] and sharded},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
@@ -94,110 +120,105 @@ def deepspeed_config(config: Config, world_size: int) -> dict:
             "allgather_bucket_size": zero.bucket,
             **offload,
         },
-        "zero_force_ds_cpu_optimizer": False,  # offload steps torch's AdamW too
+        "zero_force_ds_cpu_optimizer": False,  # with offload, too, torch's AdamW runs
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW
-        "timers": {"throughput": {"enabled": False}},  # it would synchronise the device twice a micro-step
+        "timers": {"throughput": {"enabled": False}},  # it would synchronise the device twice per micro-step
         "wall_clock_breakdown": False,
         "steps_per_print": 1 << 60,
     }
 
 
-def learning_rate_factor(config: Config, step: int) -> float:
-    """Linear warm-up to 1 over warmup_steps, then constant, or half a cosine down to 0 at total_steps. `step` counts from 0."""
-    train = config.train
-    if step < train.warmup_steps:
-        return (step + 1) / train.warmup_steps
-    if train.schedule == "constant":
-        return 1.0
-    progress = (step - train.warmup_steps) / max(1, train.total_steps - train.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
 def compiles(config: Config, world: World) -> str:
-    """How a step reaches the device, a key of COMPILED. Not by graphs or compiled under ZeRO 3, whose hooks break both."""
+    """Return how the operations of a step reach the device, a key of COMPILED. ZeRO 3 runs eagerly: its hooks break graphs."""
     if config.train.compile == "auto":
         return "graphs" if world.device.type == "cuda" and config.zero.stage < 3 else "none"
     return config.train.compile
 
 
 @contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Bitwise the same results again on CUDA, where otherwise attention's backward adds up in any order. Before CUDA is in use.
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Make CUDA results bitwise reproducible inside the block: attention's backward would sum in any order.
 
-    cuBLAS and NCCL read their part from the environment, when they start.
+    Enter it before CUDA is in use: cuBLAS and NCCL read their variables when they start.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")
     os.environ.setdefault("NCCL_PROTO", "Simple")
-    before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    enabled_before = torch.are_deterministic_algorithms_enabled()
+    fill_before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs: it writes every new tensor once more
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor once more
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(enabled_before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill_before
+
+
+def _compile(model: nn.Module, config: Config, world: World) -> None:
+    """Compile or record the model or its blocks, as the config asks for."""
+    how_compiled = compiles(config, world)
+    if how_compiled == "blocks":
+        for block in model.blocks:
+            block.compile(dynamic=False, fullgraph=True)
+    elif how_compiled == "model":  # before DeepSpeed adds its hooks, which Dynamo of torch 2.11 cannot trace
+        model.forward = torch.compile(model.forward, dynamic=False, fullgraph=True)
+    elif how_compiled == "graphs":
+        record_training(model, per_block=world.size > 1)  # ZeRO sends a block's gradients while the blocks before it run
 
 
 def initialize(model: nn.Module, config: Config, world: World):
-    """The DeepSpeed engine of a model: ZeRO where there is something to shard, fused AdamW on fp32 masters, schedule.
+    """Return the DeepSpeed engine of a model, with its optimizer and learning-rate schedule. All ranks must call it.
 
-    Compiles or records blocks or model first if asked. The model must hold fp32 weights.
+    model: fp32 weights. It is compiled or recorded first if the config asks for that.
     """
     deepspeed = import_deepspeed(world.device)
-    train = config.train
-    model.set_recompute(train.recompute)
-    what = compiles(config, world)
-    if what == "blocks":
-        for block in model.blocks:
-            block.compile(dynamic=False, fullgraph=True)
-    elif what == "model":  # without the hooks that DeepSpeed puts around it: Dynamo of torch 2.11 cannot trace them
-        model.forward = torch.compile(model.forward, dynamic=False, fullgraph=True)
-    elif what == "graphs":
-        record_training(model, per_block=world.size > 1)  # ZeRO sends a block's gradients while the blocks before it run
-    options = dict(betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
-    sharded, bf16, schedule = shards(config, world.size), train.precision == "bf16", None
-    if sharded:
-        optimizer = torch.optim.AdamW(model.parameters(), train.lr, fused=True, **options)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(config, step))
-    else:
-        model.to(world.device)  # DeepSpeed would, but the masters are made of its weights here
-        # DeepSpeed moves a schedule on in engine.step, where nobody knows yet whether the step was taken: the optimizer has its own
-        rate = lambda step: train.lr * learning_rate_factor(config, step)
-        optimizer = OneRankAdamW(list(model.parameters()), train.clip, bf16, train.accumulation, rate, **options)
-    weights = {} if not sharded else {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config, world.size)
-    )
+    model.set_recompute(config.train.recompute)
+    _compile(model, config, world)
+    sharded = shards(config, world.size)
     if not sharded:
-        engine.enable_backward_allreduce = False  # it would copy every gradient to a buffer and back
-        engine.zero_grad = lambda: None  # the optimizer has used them up, or keeps them
-        if bf16:
-            model.bfloat16()
+        model.to(world.device)  # DeepSpeed would move it later, but the optimizer makes its masters from these weights
+    groups, optimizer = build(config, model, sharded)
+    # Without ZeRO the optimizer follows the schedule itself: DeepSpeed would advance one in engine.step, where it is not known yet
+    # whether the step is applied.
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step)) if sharded else None
+    weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()} if sharded else {}
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=groups, optimizer=optimizer, lr_scheduler=schedule,
+        config=deepspeed_config(config, world.size),
+    )  # fmt: skip
+    if sharded:
+        # DeepSpeed makes its masters from the bf16 parameters: restore what that rounding lost.
+        for name, start, master in fragments(engine, world):
+            master.copy_(weights[name].flatten()[start : start + master.numel()])
         return engine
-    # DeepSpeed makes its masters from the bf16 parameters: give them back what that rounded away
-    for fragment in fragments(engine, world):
-        fragment.master.copy_(weights[fragment.name].flatten()[fragment.start : fragment.start + fragment.master.numel()])
+    _private(engine, "enable_backward_allreduce")  # runtime/engine.py
+    engine.enable_backward_allreduce = False  # it would copy every gradient to a buffer and back
+    engine.zero_grad = lambda: None  # the optimizer frees the gradients, or still needs them
+    if config.train.precision == "bf16":
+        model.bfloat16()
     return engine
 
 
-def one_rank_optimizer(engine) -> OneRankAdamW | None:
-    """The optimizer where there is one rank, which knows late whether it took a step; None under ZeRO, where engine.step waits."""
-    return engine.optimizer if isinstance(engine.optimizer, OneRankAdamW) else None
+def one_rank_optimizer(engine) -> OneRankOptimizer | None:
+    """Return the optimizer of one rank, which learns late whether a step was applied; None under ZeRO, whose engine.step waits."""
+    return engine.optimizer if isinstance(engine.optimizer, OneRankOptimizer) else None
 
 
-def settle_step(engine) -> bool:
-    """Whether the last optimizer step was taken: not where a gradient was not finite. On one rank this waits for the device, and
-    sets the next learning rate. Under ZeRO, to be asked before the next micro-step."""
+def finish_step(engine) -> bool:
+    """Return whether the last optimizer step was applied: it is skipped if a gradient is not finite.
+
+    On one rank this waits for the device and sets the next learning rate. Under ZeRO, call it before the next micro-step.
+    """
     optimizer = one_rank_optimizer(engine)
-    return optimizer.settle() if optimizer else engine.was_step_applied()
+    return optimizer.finish_step() if optimizer else engine.was_step_applied()
 
 
-def add_if_taken(engine, total: Tensor, of_step: Tensor) -> None:
-    """Add a tensor of the last optimizer step to a total on the device if the step was taken, without waiting for the answer."""
+def add_if_applied(engine, total: Tensor, of_step: Tensor) -> None:
+    """Add `of_step` to `total` on the device if the last optimizer step was applied. On one rank the host does not wait for it."""
     optimizer = one_rank_optimizer(engine)
     if optimizer:
         total += torch.where(optimizer.found_inf == 0, of_step, 0)
@@ -206,74 +227,84 @@ def add_if_taken(engine, total: Tensor, of_step: Tensor) -> None:
 
 
 def gradient_norm(engine) -> float:
-    """Of the last optimizer step, which must be settled: the 2-norm before clipping."""
+    """Return the 2-norm of the last optimizer step's gradient before clipping. The step must be finished."""
     optimizer = one_rank_optimizer(engine)
     return optimizer._global_grad_norm if optimizer else float(engine.get_global_grad_norm())
 
 
 def fragments(engine, world: World) -> list[Fragment]:
-    """The fp32 masters that this rank owns, as live 1-D views, in the order of the model's parameters.
+    """Return the fp32 masters that this rank owns, in the order of the model's parameters.
 
-    On one rank they are whole; ZeRO 1 and 2 keep a private `_hp_mapping` on each parameter (None: not on this rank); ZeRO 3 cuts
-    every parameter evenly.
+    One rank owns them whole. ZeRO 1 and 2 keep an `_hp_mapping` on each parameter, None if it is not on this rank. ZeRO 3 cuts
+    every parameter into equal parts, the last of which are padded.
     """
     from deepspeed.utils import safe_get_local_fp32_param
 
-    found, optimizer = [], one_rank_optimizer(engine)
-    if optimizer:
-        names = (name for name, _ in engine.module.named_parameters())
-        return [Fragment(name, 0, p.detach().view(-1)) for name, p in zip(names, optimizer.masters, strict=True)]
-    for name, parameter in engine.module.named_parameters():
-        if hasattr(parameter, "ds_numel"):
+    named = list(engine.module.named_parameters())
+    if optimizer := one_rank_optimizer(engine):
+        masters = dict(zip(optimizer.parameters, optimizer.masters, strict=True))
+        return [Fragment(name, 0, masters[parameter].detach().view(-1)) for name, parameter in named]
+    owned = []
+    for name, parameter in named:
+        if hasattr(parameter, "ds_numel"):  # ZeRO 3: runtime/zero/partition_parameters.py
             master = safe_get_local_fp32_param(parameter)
             start = world.rank * master.numel()
-            found.append(Fragment(name, start, master.detach()[: max(0, parameter.ds_numel - start)]))
-        elif parameter._hp_mapping is not None:
-            mapping = parameter._hp_mapping
-            found.append(Fragment(name, mapping.lp_fragment_address.start, mapping.hp_fragment.detach()))
-    return [fragment for fragment in found if fragment.master.numel()]
+            owned.append(Fragment(name, start, master.detach()[: max(0, parameter.ds_numel - start)]))
+        elif mapping := _private(parameter, "_hp_mapping"):  # ZeRO 1 and 2: utils/mixed_precision_linkage.py
+            owned.append(Fragment(name, mapping.lp_fragment_address.start, mapping.hp_fragment.detach()))
+    return [fragment for fragment in owned if fragment.master.numel()]
+
+
+# Each rank's optimizer steps a list of fp32 tensors, kept by the engine's optimizer under one of these names:
+#
+#   in use                  the list holds                                   DeepSpeed file
+#   one rank, no ZeRO       a whole master per parameter                     (our own OneRankOptimizer)
+#   ZeRO 3                  this rank's parts of all parameters, flat, one   runtime/zero/stage3.py
+#                           tensor per group and sub-group
+#   ZeRO 2, ZeRO 1 in fp32  this rank's partition of all parameters, flat,   runtime/zero/stage_1_and_2.py
+#                           one tensor per parameter group
+#   ZeRO 1 in bf16          the same                                         runtime/bf16_optimizer.py
+STEPPED = ("masters", "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 
 
 def _states(engine) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """The fp32 tensors that this rank's AdamW steps, each with its state, which is made where there was no step yet."""
-    zero = engine.optimizer
-    # of one rank; of ZeRO 3; of ZeRO 2, and 1 in fp32; of ZeRO 1 in bf16
-    names = ("masters", "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-    flats = next(getattr(zero, name) for name in names if hasattr(zero, name))
-    states = getattr(zero, "optimizer", zero).state
-    for flat in flats:
-        if not states[flat]:
-            states[flat]["step"] = torch.zeros((), device=flat.device)
-            states[flat] |= {key: torch.zeros_like(flat) for key in MOMENTS}
-    return [(flat, states[flat]) for flat in flats]
+    """Return the fp32 tensors that this rank's optimizer steps, each with its state, which is made if there was no step yet."""
+    tensors = _private(engine.optimizer, *STEPPED)
+    states = getattr(engine.optimizer, "optimizer", engine.optimizer).state  # ZeRO's optimizers wrap torch's
+    for tensor in tensors:
+        if not states[tensor]:
+            states[tensor]["step"] = torch.zeros((), device=tensor.device)
+            states[tensor] |= {name: torch.zeros_like(tensor) for name in STATE_NAMES}
+    return [(tensor, states[tensor]) for tensor in tensors]
 
 
-def moments(engine, owned: list[Fragment]) -> dict[str, list[Tensor]]:
-    """AdamW's exp_avg and exp_avg_sq of the fragments, as live 1-D views."""
-    found: dict[str, list[Tensor]] = {key: [] for key in MOMENTS}
+def optimizer_state(engine, owned: list[Fragment]) -> dict[str, list[Tensor]]:
+    """Return the optimizer's state of the fragments that this rank owns: by name, a live fp32 1-D view for each of them."""
+    views: dict[str, list[Tensor]] = {name: [] for name in STATE_NAMES}
     for fragment in owned:
-        for flat, state in _states(engine):
-            first = (fragment.master.data_ptr() - flat.data_ptr()) // flat.element_size()
-            if 0 <= first < flat.numel():
-                for key in MOMENTS:
-                    found[key].append(state[key].view(-1).narrow(0, first, fragment.master.numel()))
-    return found
+        for tensor, state in _states(engine):
+            first = (fragment.master.data_ptr() - tensor.data_ptr()) // tensor.element_size()
+            if 0 <= first < tensor.numel():
+                for name in STATE_NAMES:
+                    views[name].append(state[name].view(-1).narrow(0, first, fragment.master.numel()))
+    return views
 
 
-def steps_taken(engine) -> int:
-    """Optimizer steps, those that were skipped left out; the last one must be settled. Waits for the device."""
+def steps_applied(engine) -> int:
+    """Return the number of optimizer steps that were applied. The last step must be finished. Waits for the device."""
     return int(_states(engine)[0][1]["step"].item())
 
 
 def continue_from(engine, config: Config, steps: int) -> None:
-    """Set optimizer and schedule to `steps` steps taken. Betas, eps and weight decay are this run's since `initialize`."""
+    """Set optimizer and schedule to `steps` applied steps. The optimizer's settings are those of this run since `initialize`."""
     for _, state in _states(engine):
         state["step"].fill_(steps)
     if optimizer := one_rank_optimizer(engine):
         optimizer.set_learning_rate()
         return
-    train, scheduler = config.train, engine.lr_scheduler
+    scheduler = engine.lr_scheduler
     scheduler.last_epoch = steps
     for group in engine.optimizer.param_groups:
-        group["lr"] = train.lr * learning_rate_factor(config, steps)
-    scheduler._last_lr = [group["lr"] for group in engine.optimizer.param_groups]  # what get_lr reports until the next step
+        group["lr"] = config.train.lr * learning_rate_factor(config, steps)
+    rates = [group["lr"] for group in engine.optimizer.param_groups]
+    scheduler._last_lr = rates  # torch/optim/lr_scheduler.py: what get_lr returns until the next step

@@ -1,7 +1,8 @@
-"""The training loop: batches in, one engine step each, EMA, log lines, sample grids, checkpoints.
+"""The training loop: read batches, step the engine, update the EMA, write log lines, sample grids and checkpoints.
 
-The loop never waits for the device: losses add up there and are read every log_steps. Whether a step was taken is asked before the
-optimizer's next one, when the device has long known it; with ZeRO, engine.step reads the gradient's norm and the overflow flag.
+The loop never waits for the device: losses are summed there and read every log_steps. Whether a step was applied is asked before
+the next optimizer step, when the device has known it for long. The only host synchronisation is inside engine.step under ZeRO,
+which reads the gradient norm and the overflow flag.
 """
 
 import faulthandler
@@ -31,30 +32,32 @@ from fastdit.training import engine, saver, telemetry
 from fastdit.training.ema import ShardedEma, gather
 from fastdit.training.validation import Validation
 
-GRID_CLASSES, GRID_COLUMNS = 10, 8  # of the sample grids during training
+GRID_CLASSES = 10  # rows of a sample grid, at most
+GRID_COLUMNS = 8
 
 
 def _checkpoint_to_resume(config: Config, world: distributed.World) -> tuple[Checkpoint | None, RunState]:
-    """The checkpoint that this run continues from, and its state; a fresh state when there is none.
+    """Return the checkpoint that this run resumes from and its state, or None and a fresh state.
 
-    The run's own newest one comes first, so that the same command continues a run that began from another's checkpoint.
-    Raises InputError when the one asked for is not there or does not fit.
+    The newest checkpoint of the run itself comes before that of train.resume, so that the same command resumes a run that began
+    from another run's checkpoint. Raises InputError if train.resume names no checkpoint, or if it does not fit the run.
     """
-    run, resume = Path(config.train.out) / config.train.name, config.train.resume
-    found = checkpoint.find(run)
-    if found and resume == "never":
+    run = Path(config.train.out) / config.train.name
+    resume = config.train.resume
+    saved = checkpoint.find(run)
+    if saved and resume == "never":
         raise InputError(f"train.resume=never would overwrite the checkpoints in {run}: use another train.name, or delete them")
-    if not found and resume not in ("auto", "never"):
-        found = checkpoint.find(Path(resume))
-        if found is None:
+    if not saved and resume not in ("auto", "never"):
+        saved = checkpoint.find(Path(resume))
+        if saved is None:
             raise InputError(
-                f"train.resume={resume} holds no whole checkpoint: give 'auto', 'never', a run's folder or a checkpoint's"
+                f"train.resume={resume} holds no complete checkpoint: use 'auto', 'never', the folder of a run or of a checkpoint"
             )
-    if not found:
+    if not saved:
         return None, RunState()
-    saver.check(found, config, world)
-    wandb_id = found.state.wandb_id if found.path.is_relative_to(run) else None  # not another run's
-    return found, replace(found.state, wandb_id=wandb_id)
+    saver.check(saved, config, world)
+    wandb_id = saved.state.wandb_id if saved.path.is_relative_to(run) else None  # another run keeps its own id
+    return saved, replace(saved.state, wandb_id=wandb_id)
 
 
 def open_data(config: Config, world: distributed.World) -> tuple[Path | None, Loader, Codec]:
@@ -68,9 +71,9 @@ def open_data(config: Config, world: distributed.World) -> tuple[Path | None, Lo
 
 
 def _lock_run_folder(run: Path) -> TextIO:
-    """Make a run's folder and lock it, until the returned file is closed or the process ends, however it ends.
+    """Make and lock the folder of a run. The lock holds until the returned file is closed or the process ends, however it ends.
 
-    Raises InputError when it cannot be written or another process trains in it.
+    Raises InputError if the folder cannot be written or another process trains in it.
     """
     try:
         for folder in (run / "checkpoints", run / "samples"):
@@ -87,10 +90,10 @@ def _lock_run_folder(run: Path) -> TextIO:
 
 
 def train(config: Config) -> Path:
-    """Train to config.train.total_steps, continuing where an earlier run of the same name stopped. Returns the run's folder.
+    """Train to config.train.total_steps, resuming an earlier run of the same name. Returns the folder of the run.
 
-    Raises InputError for bad input, on all ranks and before anything is written; FloatingPointError when the loss or the
-    weights are not finite any more; Stopped after SIGTERM, when all is saved.
+    Raises InputError for bad input, on all ranks and before anything is written; FloatingPointError if the loss or the weights are
+    no longer finite; Stopped after SIGTERM, when a checkpoint is written.
     """
     with engine.deterministic(config.train.deterministic):
         return _train(config)
@@ -99,17 +102,17 @@ def train(config: Config) -> Path:
 def _train(config: Config) -> Path:
     faulthandler.register(signal.SIGUSR1, sys.__stderr__)  # kill -USR1 prints where a run hangs
     world = distributed.start(config.train.device)
-    config = engine.settle(config, world.device)
+    config = engine.resolve_precision(config, world.device)
     device.check_backend(world.device)
     resume_from, state = world.together(lambda: _checkpoint_to_resume(config, world), everywhere=False)
     if resume_from and state.step >= config.train.total_steps:
         if world.rank == 0:
-            print(f"already trained to step {state.step} in {resume_from.path}: nothing to do (raise train.total_steps to go on)")
+            print(f"already trained to step {state.step} in {resume_from.path}: nothing to do (raise train.total_steps to resume)")
         return resume_from.path.parent.parent
     world.together(lambda: telemetry.check_wandb(config))
-    place, loader, codec = open_data(config, world)
+    data_path, loader, codec = open_data(config, world)
     run = Path(config.train.out) / config.train.name
-    validation = Validation(config, place, codec, run, world) if config.validate.steps else None
+    validation = Validation(config, data_path, codec, run, world) if config.validate.steps else None
     lock = world.together(lambda: _lock_run_folder(run) if world.rank == 0 else None)
     Trainer(config, world, loader, codec, run, resume_from, state, validation).loop()
     if world.rank == 0:
@@ -119,73 +122,139 @@ def _train(config: Config) -> Path:
     return run
 
 
+def _notes(config: Config, world: distributed.World) -> list[str]:
+    """Return what makes this run slower than its user may expect, a sentence each."""
+    notes = []
+    if config.train.precision == "bf16" and not native_bf16(world.device):
+        notes.append("warning: bf16 matmuls are emulated on this device, and far slower than with train.precision=fp32")
+    if engine.compiles(config, world) == "model" and world.size > 1:
+        notes.append(
+            "note: train.compile=model makes one graph of the backward pass: gradients are sent after it, and no communication is "
+            "hidden (train.compile=graphs and blocks hide it)"
+        )
+    return notes
+
+
+class SkippedSteps:
+    """Counts and logs the steps that were skipped because a loss or a gradient was not finite."""
+
+    def __init__(self, loader: Loader, accumulation: int, world: distributed.World, log: telemetry.Log) -> None:
+        self.loader = loader
+        self.accumulation = accumulation
+        self.world = world
+        self.log = log
+        self.since_log_line = 0
+        self.in_a_row = 0
+
+    def add(self, step: int) -> None:
+        """Count a skipped step and log it, with the indices of its images on each rank. All ranks must call it."""
+        self.since_log_line += 1
+        self.in_a_row += 1
+        images = [int(i) for micro in range(self.accumulation) for i in self.loader.order.images(step, micro)[0]]
+        images_of_ranks: list = [None] * self.world.size
+        dist.all_gather_object(images_of_ranks, images, group=self.world.control)
+        self.log.event({"step": step + 1, "skipped_in_a_row": self.in_a_row, "images_of_ranks": images_of_ranks})
+        self.log.print(f"step {step + 1}: the loss or a gradient is not finite: skipped, {self.in_a_row} in a row")
+
+
 class Trainer:
-    """All that one run holds, and its loop."""
+    """The parts and the state of a run, and its loop."""
+
+    config: Config
+    world: distributed.World
+    loader: Loader
+    codec: Codec
+    run: Path  # the folder of the run
+    validation: Validation | None
+    shapes: dict[str, torch.Size]  # of the model's parameters, by name
+    engine: "deepspeed.DeepSpeedEngine"  # noqa: F821 (only engine.py imports deepspeed)
+    ema: ShardedEma
+    saver: saver.Saver
+    log: telemetry.Log
+    clock: telemetry.StepClock
+    # state
+    start: int  # completed steps when this process began
+    lr: float  # learning rate of the last step
+    step_sums: torch.Tensor  # telemetry.loss_sums of the last step, fp32 on the device
+    sums: torch.Tensor  # their sum over the applied steps since the last log line
+    summed_steps: int  # number of these steps
+    unfinished_step: int | None  # the last step, until it is known whether it was applied
+    skipped: SkippedSteps
+    stop_requested: bool  # this rank received SIGTERM
+    stopping: bool  # a rank received SIGTERM, as all ranks agreed at a log line: this step is the last one
 
     def __init__(
         self, config: Config, world: distributed.World, loader: Loader, codec: Codec, run: Path,
         resume_from: Checkpoint | None, state: RunState, validation: Validation | None = None,
     ) -> None:  # fmt: skip
-        """state: of `resume_from`, the checkpoint to continue from, or a fresh one."""
-        self.config, self.world, self.loader, self.codec, self.run = config, world, loader, codec, run
+        """resume_from: checkpoint to resume from, or None. state: that of the checkpoint, or a fresh one."""
+        self.config = config
+        self.world = world
+        self.loader = loader
+        self.codec = codec
+        self.run = run
         self.validation = validation
-        torch.manual_seed(config.train.seed)  # the same start on every rank
+        self.start = state.step
+        self.lr = 0.0
+        self.step_sums = torch.zeros(telemetry.sums_length(), device=world.device)
+        self.sums = torch.zeros(telemetry.sums_length(), device=world.device)
+        self.summed_steps = state.summed_steps
+        self.unfinished_step = None
+        self.stop_requested = False
+        self.stopping = False
+        torch.manual_seed(config.train.seed)  # the same initial weights on every rank
         model = DiT(config.model)
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         if resume_from:
-            model.load_state_dict(resume_from.shards().whole("raw", self.shapes))
+            model.load_state_dict(resume_from.shards().parameters("raw", self.shapes))
         self.engine = engine.initialize(model, config, world)
         self.ema = ShardedEma(
             engine.fragments(self.engine, world), config.train.ema_decay, *config.train.ema_more,
             optimizer=engine.one_rank_optimizer(self.engine),
         )  # fmt: skip
-        size = 1 + 2 * telemetry.TIME_BINS + len(flow.logged_parts())  # see telemetry.loss_sums
-        self.sums = torch.zeros(size, device=world.device)  # of the steps since the last log line
-        self.step_sums = torch.zeros(size, device=world.device)  # of this step
-        self.start, self.summed_steps = state.step, state.summed_steps
-        self.clock, self.saver = telemetry.StepClock(world.device), saver.Saver(run / "checkpoints", config, world)
-        self.told_to_stop = self.stop = 0.0  # this rank by a signal; all ranks, as agreed
-        self.skipped = self.skipped_in_a_row = 0  # since the last log line; up to now
-        self.unsettled: int | None = None  # the last step, while it is not known here whether it was taken
-        self.lr = 0.0  # of the last step
+        self.clock = telemetry.StepClock(world.device)
+        self.saver = saver.Saver(run / "checkpoints", config, world)
         if resume_from:
             saver.load(resume_from, self.engine, self.ema, self.sums, config, world)
         self.log = world.together(lambda: telemetry.Log(run, config, world, self.start, state.wandb_id))
+        self.skipped = SkippedSteps(loader, config.train.accumulation, world, self.log)
         if world.rank == 0:
             files.write_atomically(run / "config.json", config.to_json())
-        self._say_start(model)
+        self._print_header(model)
 
-    def _say_start(self, model: DiT) -> None:
-        train, found = self.config.train, device.versions()
+    def _print_header(self, model: DiT) -> None:
+        train = self.config.train
+        versions = device.versions()
         compiled = engine.COMPILED[engine.compiles(self.config, self.world)]
         backend = kernels.backend_in_use(self.world.device)
         sharding = f"ZeRO-{self.config.zero.stage}" if engine.shards(self.config, self.world.size) else "nothing to shard"
-        self.log.say(
-            f"fastdit {found['fastdit']}: {model.num_parameters / 1e6:.2f} M parameters ({self.config.model.preset}), "
+        self.log.print(
+            f"fastdit {versions['fastdit']}: {model.num_parameters / 1e6:.2f} M parameters ({self.config.model.preset}), "
             f"{self.config.data.source}, {train.batch_size} images x {train.accumulation} micro-steps x {self.world.size} ranks\n"
-            f"on {device.device_name(self.world.device)}; torch {found['torch']}, deepspeed {found['deepspeed']}, "
+            f"on {device.device_name(self.world.device)}; torch {versions['torch']}, deepspeed {versions['deepspeed']}, "
             f"{sharding}, {train.precision}, {compiled}, {backend} kernels; "
             f"from step {self.start} to {train.total_steps}"
         )
-        if train.precision == "bf16" and not native_bf16(self.world.device):
-            self.log.say("warning: bf16 matmuls are emulated on this device, and far slower than with train.precision=fp32")
+        for note in _notes(self.config, self.world):
+            self.log.print(note)
 
     def loop(self) -> None:
-        """Train to the end, or to the first log line after SIGTERM (a cluster's preemption), which saves and ends the run."""
-        settings = self.config.train
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "told_to_stop", 1.0))
+        """Train to the last step, or to the first log line after SIGTERM (a preempted job), where the run is saved and ends."""
+        handler_before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
         try:
             with telemetry.profiler(self.config, self.run, self.start, self.world.rank) or nullcontext() as profiler:
-                self._loop(settings, profiler)
+                self._loop(self.config.train, profiler)
         finally:
             faulthandler.cancel_dump_traceback_later()
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, handler_before)
             self.log.close()
 
     def _loop(self, settings: TrainConfig, profiler: torch.profiler.profile | None) -> None:
         for step in range(self.start, settings.total_steps):
-            faulthandler.dump_traceback_later(settings.timeout_s, exit=True, file=sys.__stderr__)  # unless it is set again by then
-            done, last = step + 1, step + 1 == settings.total_steps
+            # Ends the process if the step hangs: cancelled below, or set again by the next step.
+            faulthandler.dump_traceback_later(settings.timeout_s, exit=True, file=sys.__stderr__)
+            done = step + 1
+            last = done == settings.total_steps
             self.step(step)
             self.log.advance()
             if profiler:
@@ -198,15 +267,16 @@ class Trainer:
                     self._draw(done)
                 if self.validation:
                     self.validation.step(done, last, self._averaged_model, self.log)
-                if done % settings.save_steps == 0 or last or self.stop:
+                if done % settings.save_steps == 0 or last or self.stopping:
                     self._save(done)
-            if self.stop and not last:
+            if self.stopping and not last:
                 raise Stopped(f"told to stop by SIGTERM: saved step {done}, the same command continues")
 
     def step(self, step: int) -> None:
-        """One optimizer step: `accumulation` micro-steps on this rank's share of the global batch, and the averages.
+        """Do one optimizer step: `accumulation` micro-steps on this rank's share of the global batch, then the EMA.
 
-        Where a loss or a gradient of any rank is not finite, it is taken on none. One rank knows that when it is settled.
+        If a loss or a gradient of any rank is not finite, no rank applies the step. A run of one rank finds that out in
+        `_finish_step`.
         """
         settings, codec = self.config.train, self.codec
         self.step_sums.zero_()
@@ -227,83 +297,87 @@ class Trainer:
                 with torch.no_grad():
                     self.step_sums += telemetry.loss_sums(losses)
             if micro + 1 == settings.accumulation:
-                self._settle()  # the step before, on which this one's number and learning rate depend
+                self._finish_step()  # the previous step: this one's number and learning rate depend on whether it was applied
                 self.lr = self.engine.get_lr()[0]
                 if (step + 1) % settings.ema_every == 0:
                     self.ema.announce()
             with self.clock.phase("optimizer"):
                 self.engine.step()
-        engine.add_if_taken(self.engine, self.sums, self.step_sums)
-        self.unsettled = step
+        engine.add_if_applied(self.engine, self.sums, self.step_sums)
+        self.unfinished_step = step
         if not engine.one_rank_optimizer(self.engine):
-            self._settle()
+            self._finish_step()
 
-    def _settle(self) -> None:
-        """Count the last step, and average its weights, if it was taken; else log it. Nothing where that was done before."""
-        step, self.unsettled = self.unsettled, None
+    def _finish_step(self) -> None:
+        """Count the last step and update the EMA if it was applied; log it if it was skipped. Does nothing the second time.
+
+        Raises FloatingPointError if too many steps in a row were skipped.
+        """
+        step = self.unfinished_step
+        self.unfinished_step = None
         if step is None:
             return
-        if not engine.settle_step(self.engine):
-            self._note_skipped(step)
+        if not engine.finish_step(self.engine):
+            self.skipped.add(step)
+            if self.skipped.in_a_row > self.config.train.max_skipped_steps:
+                raise self._diverged(f"{self.skipped.in_a_row} steps in a row, up to step {step + 1}, were not finite")
             return
         self.summed_steps += 1
-        self.skipped_in_a_row = 0
+        self.skipped.in_a_row = 0
         if (step + 1) % self.config.train.ema_every == 0:
             with self.clock.phase("ema"):
                 self.ema.update()
 
-    def _note_skipped(self, step: int) -> None:
-        """Count and log a step that was not taken, with its images; raises FloatingPointError when there were too many in a row."""
-        settings = self.config.train
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        mine = [int(i) for micro in range(settings.accumulation) for i in self.loader.order.images(step, micro)[0]]
-        images: list = [None] * self.world.size
-        dist.all_gather_object(images, mine, group=self.world.control)
-        self.log.event({"step": step + 1, "skipped_in_a_row": self.skipped_in_a_row, "images_of_ranks": images})
-        self.log.say(f"step {step + 1}: the loss or a gradient is not finite: skipped, {self.skipped_in_a_row} in a row")
-        if self.skipped_in_a_row > settings.max_skipped_steps:
-            raise self._diverged(f"{self.skipped_in_a_row} steps in a row, up to step {step + 1}, were not finite")
-
     def _write_log_line(self, done: int) -> None:
-        """Read the device's sums of losses, write the line, start the next sums. Here the ranks agree to stop, too."""
-        self._settle()
-        sums = torch.cat([self.sums, torch.full_like(self.sums[:1], self.told_to_stop)])
-        dist.all_reduce(sums)
-        total, *rest, self.stop = sums.tolist()
-        bins = telemetry.TIME_BINS
-        bin_sums, bin_counts, part_sums = rest[:bins], rest[bins : 2 * bins], rest[2 * bins :]
+        """Write the means since the last log line, and start new sums. Here the ranks also agree whether to stop."""
+        self._finish_step()
+        total, bin_sums, bin_counts, part_sums = self._reduce_sums()
         samples = self.summed_steps * self.loader.order.global_batch
-        loss = total / samples if samples else None  # None: all were skipped
-        by_t = [round(s / n, 6) if n else None for s, n in zip(bin_sums, bin_counts, strict=True)]
-        parts = zip(flow.logged_parts(), part_sums, strict=True)
-        part_losses = {f"loss_{name}": part / samples if samples else None for name, part in parts}
-        seconds = self.clock.read()
-        slowest = torch.tensor(list(seconds.values()), device=self.world.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        seconds = {f"{phase}_s": round(s, 3) for phase, s in zip(seconds, slowest.tolist(), strict=True)}
+        loss = total / samples if samples else None  # None: all steps were skipped
         norm = engine.gradient_norm(self.engine) if samples else math.nan
         self.log.write(
             done, epoch=round(done / self.loader.order.steps_per_epoch, 4), loss=loss, lr=self.lr,
-            grad_norm=norm if math.isfinite(norm) else None,  # the last step was skipped
-            skipped=self.skipped, loss_by_t=by_t, **part_losses, **seconds,
-            peak_memory_gb=round(device.peak_memory(self.world.device) / 1e9, 3),
+            grad_norm=norm if math.isfinite(norm) else None,  # None: the last step was skipped
+            skipped=self.skipped.since_log_line,
+            loss_by_t=[round(s / n, 6) if n else None for s, n in zip(bin_sums, bin_counts, strict=True)],
+            **{f"loss_{name}": part / samples if samples else None for name, part in part_sums.items()},
+            **self._slowest_phases(), peak_memory_gb=round(device.peak_memory(self.world.device) / 1e9, 3),
         )  # fmt: skip
         if loss is not None and not math.isfinite(loss):
             raise self._diverged(f"the mean loss of steps {done - self.summed_steps + 1} to {done} is {loss}")
         self.sums.zero_()
-        self.summed_steps = self.skipped = 0
+        self.summed_steps = 0
+        self.skipped.since_log_line = 0
 
-    def _diverged(self, what: str) -> FloatingPointError:
+    def _reduce_sums(self) -> tuple[float, list[float], list[float], dict[str, float]]:
+        """Return sums over all ranks: of losses, of losses and samples by bins of t, and of parts by name. Sets `stopping`."""
+        sums = torch.cat([self.sums, torch.full_like(self.sums[:1], self.stop_requested)])  # one all-reduce for both
+        dist.all_reduce(sums)
+        total, *rest, stop_requests = sums.tolist()
+        self.stopping = stop_requests > 0
+        bins = telemetry.TIME_BINS
+        return total, rest[:bins], rest[bins : 2 * bins], dict(zip(flow.logged_parts(), rest[2 * bins :], strict=True))
+
+    def _slowest_phases(self) -> dict[str, float]:
+        """Return the seconds of each phase since the last log line, of the slowest rank in it."""
+        seconds = self.clock.read()
+        slowest = torch.tensor(list(seconds.values()), device=self.world.device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        return {f"{phase}_s": round(s, 3) for phase, s in zip(seconds, slowest.tolist(), strict=True)}
+
+    def _diverged(self, reason: str) -> FloatingPointError:
+        """Return the error that ends the run, which names its last checkpoint."""
         self._finish_save(required=False)
-        found = checkpoint.find(self.run)
-        kept = f"the last good checkpoint is {found.path}" if found else "there is no checkpoint yet"
-        return FloatingPointError(f"{what}: stopped, {kept}; lower train.lr and run the same command again")
+        saved = checkpoint.find(self.run)
+        last = f"the last good checkpoint is {saved.path}" if saved else "there is no checkpoint yet"
+        return FloatingPointError(f"{reason}: stopped, {last}; lower train.lr and run the same command again")
 
     def _save(self, done: int) -> None:
-        """Begin to write a checkpoint; the last one of a run is written on return. Raises FloatingPointError rather than replace
-        good ones by weights that are not finite."""
-        self._settle()
+        """Start to write a checkpoint. The last checkpoint of a run is written on return.
+
+        Raises FloatingPointError if the loss or the weights are not finite: they must not replace good checkpoints.
+        """
+        self._finish_step()
         masters = (f.master.isfinite().all().to(self.world.device) for f in self.ema.fragments)  # with offload they are on the host
         finite = torch.stack([self.sums[0].isfinite(), *masters]).all().int()
         dist.all_reduce(finite, dist.ReduceOp.MIN)
@@ -315,21 +389,21 @@ class Trainer:
         )  # fmt: skip
         self._finish_save(required=False)
         self.saver.save(self.engine, self.ema, state, self.sums)
-        if self.stop or done == self.config.train.total_steps:
+        if self.stopping or done == self.config.train.total_steps:
             self._finish_save(required=True)
 
     def _finish_save(self, required: bool) -> None:
-        """Wait for the checkpoint that is being written. Raises InputError if it could not be and is required; else says so."""
+        """Wait for the checkpoint that is being written. If it failed, raise its InputError if it is required, else print it."""
         try:
             self.saver.wait()
         except InputError as error:
             if required:
                 raise
-            self.log.say(f"warning: {error}; the checkpoints before it stay")
+            self.log.print(f"warning: {error}; the checkpoints before it stay")
 
     def _averaged_model(self) -> DiT:
         """Return a copy of the model with the EMA weights, fp32 on a CPU, else in the run's precision. All ranks must call it."""
-        self._settle()
+        self._finish_step()
         release_recorded(self.engine.module)  # for whatever uses the copy, which needs memory as activations do
         model = DiT(self.config.model).to(self.world.device).requires_grad_(False).eval()
         model.load_state_dict(gather(self.ema, self.shapes, self.world))

@@ -1,4 +1,8 @@
-"""AdamW for one rank, where ZeRO has nothing to shard: masters, moments, moving averages and weights in one pass, no host wait."""
+"""The optimizer of a run: parameter groups, learning rate, and AdamW for one rank, where ZeRO has nothing to shard.
+
+Everything that depends on the choice of optimizer is here: `build` makes it, STATE_NAMES and STATE_BYTES tell checkpoints and
+memory plans what it keeps per parameter.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,42 +11,82 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import kernels
+from fastdit.config import Config
+
+STATE_NAMES = ("exp_avg", "exp_avg_sq")  # fp32 state tensors of the shape of the master, by torch's names; checkpoints use them too
+STATE_BYTES = 4 * len(STATE_NAMES)  # bytes of state per parameter
+
+
+def learning_rate_factor(config: Config, step: int) -> float:
+    """Return the factor of train.lr after `step` applied steps: a linear warm-up to 1 over warmup_steps, then 1 (constant) or half
+    a cosine down to 0 at total_steps (cosine)."""
+    train = config.train
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return 1.0
+    progress = (step - train.warmup_steps) / max(1, train.total_steps - train.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def build(config: Config, model: nn.Module, sharded: bool) -> tuple[list[dict], torch.optim.Optimizer]:
+    """Return the parameter groups of a model and the optimizer that steps them.
+
+    config: settings with a resolved precision. model: fp32 weights, on the device that steps them. sharded: whether ZeRO keeps the
+    fp32 masters and steps the optimizer on its partitions of them; if not, the optimizer is a OneRankOptimizer with masters and a
+    learning-rate schedule of its own.
+    """
+    train = config.train
+    groups = [{"params": list(model.parameters())}]
+    options = dict(betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
+    if sharded:
+        return groups, torch.optim.AdamW(groups, train.lr, fused=True, **options)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    learning_rate = lambda step: train.lr * learning_rate_factor(config, step)
+    bf16 = train.precision == "bf16"
+    return groups, OneRankAdamW(parameters, train.clip, bf16, train.accumulation, learning_rate, **options)
 
 
 class OneRankAdamW(torch.optim.Optimizer):
-    """AdamW on fp32 masters of a model's parameters, with clipping, and no step where a gradient is not finite.
+    """AdamW on fp32 masters of a model's parameters, with clipping, that skips a step whose gradient is not finite.
 
-    In fp32 the masters are the parameters themselves. In bf16 the gradients of several micro-steps are added up in fp32. Whether a
-    step was taken the device decides; `settle` asks it, and `step` does before it takes the next. Then `overflow` (the step was not
-    taken), `_global_grad_norm` (the 2-norm before clipping), the step count and the learning rate of the next step are set.
+    Masters, moments, moving averages and weights are updated in one pass, and the host never waits for the device in `step`.
+    In fp32 the masters are the parameters themselves. In bf16 the gradients of several micro-steps are summed in fp32.
+    The device decides whether a step is applied. `finish_step` waits for its answer, and `step` calls it before it begins the next
+    step. It sets `overflow` (the last step was skipped), `_global_grad_norm` (2-norm of its gradient before clipping; DeepSpeed
+    reads both by these names), the step count, and the learning rate of the next step.
     """
 
     def __init__(
         self, parameters: list[nn.Parameter], clip: float, bf16: bool, accumulation: int, lr: float | Callable[[int], float],
         betas: tuple[float, float], eps: float, weight_decay: float,
     ) -> None:  # fmt: skip
-        """parameters: fp32, as they start; with bf16=True they are to be cast in place before the first step. clip: largest norm of
-        the gradient, 0 for none. lr: the learning rate, or a function of the number of steps taken before."""
+        """parameters: fp32 initial weights; with bf16=True the caller casts them in place before the first step. clip: largest
+        2-norm of the gradient, 0 for no clipping. accumulation: micro-steps per step. lr: learning rate, or a function of the
+        number of applied steps."""
         self.parameters = parameters
         self.masters = [p.detach().clone() for p in parameters] if bf16 else parameters
         self.schedule = lr if callable(lr) else lambda steps: lr
         super().__init__(self.masters, dict(lr=self.schedule(0), betas=betas, eps=eps, weight_decay=weight_decay))
-        self.clip, self.overflow, self._global_grad_norm = clip, False, 0.0
-        self.averages: Sequence[Sequence[Tensor]] = ()  # of the masters, each a moving average; to be set before the first step
-        self.average_weights: Sequence[float] = ()  # of the new masters in each average, for one step; none leaves them out
+        self.clip = clip
+        self.overflow = False
+        self._global_grad_norm = 0.0
+        self.averages: Sequence[Sequence[Tensor]] = ()  # moving averages of the masters; set them before the first step
+        self.average_weights: Sequence[float] = ()  # weight of the new masters in each average, for one step; empty: no update
         device = self.masters[0].device
-        self.found_inf = torch.zeros((), device=device)  # of the last step, on the device: not 0 where it was not taken
-        count = torch.zeros((), device="cpu")  # one for all
+        self.found_inf = torch.zeros((), device=device)  # on the device: not 0 if the last step was skipped
+        count = torch.zeros((), device="cpu")  # one tensor for all masters
         self._count = count.numpy()
         for master in self.masters:
-            self.state[master] = {"step": count, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+            self.state[master] = {"step": count, **{name: torch.zeros_like(master) for name in STATE_NAMES}}
         self._tensors: kernels.AdamWTensors | None = None
-        # the norm of the last step's gradient, where the device writes it and the host looks once the event has passed
+        # The device copies the norm of the last step's gradient to the host, which reads it once the event has passed.
         self._norm = torch.zeros((), device="cpu", pin_memory=device.type == "cuda")
-        self._norm_on_host, self._pending = self._norm.numpy(), False
-        self._written = torch.cuda.Event() if device.type == "cuda" else None
-        self.sums = not bf16 or accumulation > 1  # the gradients to step with are the masters'
-        if bf16 and self.sums:  # a sum in bf16 would lose the small ones
+        self._norm_on_host = self._norm.numpy()
+        self._norm_copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._unfinished = False
+        self.masters_hold_gradients = not bf16 or accumulation > 1
+        if bf16 and self.masters_hold_gradients:  # a sum in bf16 would lose small gradients
             for parameter, master in zip(parameters, self.masters, strict=True):
                 parameter.register_post_accumulate_grad_hook(lambda p, master=master: self._accumulate(p, master))
 
@@ -53,15 +97,15 @@ class OneRankAdamW(torch.optim.Optimizer):
 
     @property
     def steps(self) -> int:
-        """Taken so far, as far as it is settled."""
+        """Number of applied steps that are finished."""
         return int(self._count)
 
-    def settle(self) -> bool:
-        """Whether the last step was taken. Waits until the device has seen its gradients; True where there was no step yet."""
-        if self._pending:
-            self._pending = False
-            if self._written:
-                self._written.synchronize()
+    def finish_step(self) -> bool:
+        """Return whether the last step was applied, True before the first one. Waits until the device has seen its gradients."""
+        if self._unfinished:
+            self._unfinished = False
+            if self._norm_copied:
+                self._norm_copied.synchronize()
             self._global_grad_norm = self._norm_on_host.item()
             self.overflow = not math.isfinite(self._global_grad_norm)
             self._count.fill(self.steps + (not self.overflow))
@@ -69,27 +113,28 @@ class OneRankAdamW(torch.optim.Optimizer):
         return not self.overflow
 
     def set_learning_rate(self) -> None:
-        """To the schedule's for the next step."""
+        """Set the learning rate of the next step by the schedule."""
         for group in self.param_groups:
             group["lr"] = self.schedule(self.steps)
 
     def _make_tensors(self) -> kernels.AdamWTensors:
-        moments = ([self.state[master][key] for master in self.masters] for key in ("exp_avg", "exp_avg_sq"))
+        moments = ([self.state[master][name] for master in self.masters] for name in STATE_NAMES)
         copies = None if self.masters is self.parameters else [p.detach() for p in self.parameters]
         return kernels.AdamWTensors([m.detach() for m in self.masters], *moments, copies, self.averages)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Settle the last step, and take the next unless the norm of its gradient is not finite. The gradients are used up."""
-        self.settle()
+        """Finish the last step and begin the next one, which is skipped if the norm of its gradient is not finite. The gradients
+        are freed."""
+        self.finish_step()
         self._tensors = self._tensors or self._make_tensors()
-        gradients = [p.grad for p in (self.masters if self.sums else self.parameters)]
+        gradients = [p.grad for p in (self.masters if self.masters_hold_gradients else self.parameters)]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
         self._norm.copy_(norm, non_blocking=True)
-        if self._written:
-            self._written.record()
-        self._pending = True
-        self.found_inf = (norm - norm).ne(0).float()  # infinity less itself is NaN
+        if self._norm_copied:
+            self._norm_copied.record()
+        self._unfinished = True
+        self.found_inf = (norm - norm).ne(0).float()  # inf - inf and NaN - NaN are NaN
         excess = norm.double().add(1e-6).div(self.clip).clamp(min=1) if self.clip else torch.ones_like(norm)
         group = self.param_groups[0]
         kernels.adamw_step(
@@ -99,3 +144,6 @@ class OneRankAdamW(torch.optim.Optimizer):
         self.average_weights = ()
         for p in (*self.parameters, *self.masters):
             p.grad = None
+
+
+OneRankOptimizer = OneRankAdamW  # what the engine and the EMA ask for; a union of classes when there are several

@@ -1,10 +1,11 @@
-"""A run's own checkpoints: written in a thread while training continues, and restored into the engine."""
+"""Checkpoints of a run: written in a thread while training continues, and restored into the engine."""
 
 import dataclasses
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,26 +14,30 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastdit.checkpoint import FORMAT, Checkpoint, RunState, _commit, _shard_file, folder_name, is_whole
+from fastdit.checkpoint import FORMAT, Checkpoint, RunState, commit, folder_name, is_complete, shard_file
 from fastdit.config import Config, InputError, ModelConfig
-from fastdit.distributed import T, World, control_group
+from fastdit.distributed import World, control_group
 from fastdit.files import flush, sha256
 from fastdit.training.ema import ShardedEma
-from fastdit.training.engine import continue_from, moments, steps_taken
+from fastdit.training.engine import continue_from, optimizer_state, steps_applied
 
-LOG_SUMS = "log/sums"  # of the losses since the last log line
+LOG_SUMS = "log/sums"  # key of the loss sums since the last log line
 
 
 def _snapshot(engine, ema: ShardedEma, sums: Tensor) -> dict[str, Tensor]:
-    """This rank's part of a checkpoint, copied to the host: training may go on."""
-    kinds = {"raw": [f.master for f in ema.fragments], **ema.all, **moments(engine, ema.fragments)}
-    shards = {f"{kind}/{f.name}@{f.start}": t for kind, own in kinds.items() for f, t in zip(ema.fragments, own, strict=True)}
+    """Return this rank's part of a checkpoint, copied to the host, so that training can continue."""
+    kinds = {"raw": [f.master for f in ema.fragments], **ema.all, **optimizer_state(engine, ema.fragments)}
+    shards = {
+        f"{kind}/{f.name}@{f.start}": tensor
+        for kind, tensors in kinds.items()
+        for f, tensor in zip(ema.fragments, tensors, strict=True)
+    }
     return {key: tensor.detach().to("cpu", copy=True) for key, tensor in (shards | {LOG_SUMS: sums}).items()}
 
 
-def _write_own(temporary: Path, shards: dict[str, Tensor], config: Config, state: RunState, rank: int) -> dict[str, str]:
-    """Write and flush this rank's files; their hashes."""
-    names = [_shard_file(rank)]
+def _write_rank(temporary: Path, shards: dict[str, Tensor], config: Config, state: RunState, rank: int) -> dict[str, str]:
+    """Write and flush the files of a rank. Returns their SHA-256 by name."""
+    names = [shard_file(rank)]
     save_file(shards, temporary / names[0])
     if rank == 0:
         (temporary / "config.json").write_text(config.to_json())
@@ -43,56 +48,80 @@ def _write_own(temporary: Path, shards: dict[str, Tensor], config: Config, state
     return {name: sha256(temporary / name) for name in names}
 
 
+@contextmanager
+def _explained(temporary: Path, final: Path) -> Iterator[None]:
+    """Turn a failure to write into an InputError, and delete what was written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"checkpoint {final} cannot be written: {error}: free some space in {final.parent}") from error
+
+
 def _write(folder: Path, shards: dict[str, Tensor], config: Config, state: RunState, world: World) -> None:
-    """Write the checkpoint of state.step below `folder`. All ranks must call it. Raises InputError on all of them when one
-    cannot write; the checkpoints that are there stay."""
+    """Write the checkpoint of state.step in `folder`, and prune older ones. All ranks must call it.
+
+    Raises InputError on all ranks if one of them cannot write; the existing checkpoints stay then.
+    """
     final = folder / folder_name(state.step)
     temporary = folder / f".tmp-{final.name}"
-    train = config.train
+    explained = _explained(temporary, final)
 
-    def written(work: Callable[[], T]) -> T:
-        try:
-            return work()
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise InputError(f"checkpoint {final} cannot be written: {error}: free some space in {folder}") from error
-
+    @explained
     def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
-    world.together(lambda: written(begin), everywhere=False)
-    own = world.together(lambda: written(lambda: _write_own(temporary, shards, config, state, world.rank)))
+    @explained
+    def write_rank() -> dict[str, str]:
+        return _write_rank(temporary, shards, config, state, world.rank)
+
+    @explained
+    def finish() -> None:
+        commit(temporary, final, {name: digest for of_rank in hashes for name, digest in of_rank.items()})
+        prune(final, config.train.keep_checkpoints, config.train.keep_every)
+
+    world.together(begin, everywhere=False)
+    hashes_of_rank = world.together(write_rank)
     hashes: list = [None] * world.size
-    dist.all_gather_object(hashes, own, group=world.control)
+    dist.all_gather_object(hashes, hashes_of_rank, group=world.control)
+    world.together(finish, everywhere=False)
 
-    def commit() -> None:
-        _commit(temporary, final, {name: digest for of_rank in hashes for name, digest in of_rank.items()})
-        others = [old for old in sorted(folder.glob("step_*")) if old != final and is_whole(old, by_hash=False)]
-        kept = lambda old: train.keep_every and int(old.name.removeprefix("step_")) % train.keep_every == 0
-        passing = [old for old in others if not kept(old)]
-        for old in passing[: max(0, len(passing) + 1 - train.keep_checkpoints)]:
-            shutil.rmtree(old)
 
-    world.together(lambda: written(commit), everywhere=False)
+def prune(newest: Path, keep: int, keep_every: int) -> None:
+    """Delete old checkpoints beside `newest`, the one that was just written.
+
+    Of the complete ones, `newest` and the latest keep - 1 others stay. Those whose step is a multiple of keep_every stay as well
+    and do not count (keep_every=0: there are none). Incomplete folders are left alone.
+    """
+    others = [path for path in sorted(newest.parent.glob("step_*")) if path != newest and is_complete(path, by_hash=False)]
+    if keep_every:
+        others = [path for path in others if int(path.name.removeprefix("step_")) % keep_every]
+    for path in others[: max(0, len(others) + 1 - keep)]:
+        shutil.rmtree(path)
 
 
 class Saver:
-    """Writes a run's checkpoints in a thread, one at a time, while training goes on."""
+    """Writes a run's checkpoints in a thread, one at a time, while training continues."""
 
     def __init__(self, folder: Path, config: Config, world: World) -> None:
-        """folder: <run>/checkpoints. All ranks must make it."""
-        self.folder, self.config = folder, config
-        self.world = world._replace(control=control_group())  # the thread's own: the loop uses the other meanwhile
-        self.thread = self.error = None
+        """folder: <run>/checkpoints. All ranks must construct it."""
+        self.folder = folder
+        self.config = config
+        self.world = world._replace(control=control_group())  # for the thread: the loop uses the other group at the same time
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
 
     def save(self, engine, ema: ShardedEma, state: RunState, sums: Tensor) -> None:
-        """Copy the state to the host and begin to write it, when the last checkpoint is written. state: of state.json; sums: of the
-        log line that is not written yet. Raises the InputError of the last one. All ranks must call it."""
+        """Wait for the last checkpoint, copy the state to the host and start to write it. All ranks must call it.
+
+        state: step, summed_steps and the like; what the engine knows is added here. sums: loss sums since the last log line. Raises
+        the InputError of the last checkpoint.
+        """
         self.wait()
         train, ranks = self.config.train, self.world.size
         state = dataclasses.replace(
-            state, format=FORMAT, ema_updates=ema.updates, optimizer_steps=steps_taken(engine), ranks=ranks,
+            state, format=FORMAT, ema_updates=ema.updates, optimizer_steps=steps_applied(engine), ranks=ranks,
             global_batch=train.batch_size * train.accumulation * ranks,
         )  # fmt: skip
         self.thread = threading.Thread(target=self._run, args=(_snapshot(engine, ema, sums), state))
@@ -101,21 +130,21 @@ class Saver:
     def _run(self, shards: dict[str, Tensor], state: RunState) -> None:
         try:
             _write(self.folder, shards, self.config, state, self.world)
-        except Exception as error:  # raised again where the loop waits
+        except Exception as error:  # `wait` raises it in the training loop
             self.error = error
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what went wrong: InputError on all ranks when one of them could not write."""
+        """Wait for the current write. Raises its error: InputError on all ranks if one of them could not write."""
         if self.thread:
             self.thread.join()
-        error, self.thread, self.error = self.error, None, None
+        error = self.error
+        self.thread = self.error = None
         if error:
             raise error
 
 
-def _check_same_run(folder: Path, saved: Config, wanted: Config) -> None:
-    """Raise InputError where a setting that a run cannot change on its way differs: the model, the data, and what names the
-    random numbers."""
+def _check_same_run(folder: Path, saved: Config, config: Config) -> None:
+    """Raise InputError if a setting differs that a run cannot change: the model, the data, and what determines random numbers."""
     fixed = {
         "model": [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("preset", "attention")],
         "data": ["source", "image_size", "autoencoder", "flip", "crop"],
@@ -123,16 +152,16 @@ def _check_same_run(folder: Path, saved: Config, wanted: Config) -> None:
     }
     for section, keys in fixed.items():
         for key in keys:
-            a, b = getattr(getattr(saved, section), key), getattr(getattr(wanted, section), key)
-            if a != b:
+            trained, asked = getattr(getattr(saved, section), key), getattr(getattr(config, section), key)
+            if trained != asked:
                 raise InputError(
-                    f"checkpoint {folder} was trained with {section}.{key}={a}, but this run asks for {section}.{key}={b}: use the "
-                    f"checkpoint's setting, or another train.name"
+                    f"checkpoint {folder} was trained with {section}.{key}={trained}, not with {section}.{key}={asked}: "
+                    "use the checkpoint's setting, or another train.name"
                 )
 
 
 def check(saved: Checkpoint, config: Config, world: World) -> None:
-    """Raise InputError if this run cannot continue from a checkpoint."""
+    """Raise InputError if this run cannot resume from a checkpoint."""
     folder, state = saved.path, saved.state
     if state.origin:
         raise InputError(f"checkpoint {folder} was imported from {state.origin}: it can be sampled from, not continued")
@@ -141,25 +170,27 @@ def check(saved: Checkpoint, config: Config, world: World) -> None:
     batch = config.train.batch_size * config.train.accumulation * world.size
     if batch != state.global_batch:
         raise InputError(
-            f"checkpoint {folder} was trained with {state.global_batch} images a step, but this run has {batch}: change "
-            f"train.batch_size or train.accumulation so that times the ranks they make {state.global_batch}"
+            f"checkpoint {folder} was trained with {state.global_batch} images per step, but this run has {batch}: change "
+            f"train.batch_size or train.accumulation so that their product times the number of ranks is {state.global_batch}"
         )
     _check_same_run(folder, saved.config, config)
 
 
 def load(saved: Checkpoint, engine, ema: ShardedEma, sums: Tensor, config: Config, world: World) -> None:
-    """Restore optimizer, schedule, EMA and the log's sums from a checkpoint that `check` accepted, whose raw weights the engine was
-    made with. All ranks must call it."""
+    """Restore optimizer, schedule, EMA and loss sums from a checkpoint that `check` accepted. All ranks must call it.
+
+    engine: made from the checkpoint's raw weights. sums: overwritten by the checkpoint's.
+    """
     shards, state = saved.shards(), saved.state
-    for kind, own in {**ema.all, **moments(engine, ema.fragments)}.items():
-        if kind not in shards.kinds and kind != "ema":
-            continue  # a decay that is new begins at the weights of now
-        for f, tensor in zip(ema.fragments, own, strict=True):
+    for kind, tensors in {**ema.all, **optimizer_state(engine, ema.fragments)}.items():
+        if kind.startswith("ema_") and kind not in shards.kinds:
+            continue  # a newly added decay starts from the current weights
+        for f, tensor in zip(ema.fragments, tensors, strict=True):
             tensor.copy_(shards.read(kind, f.name, f.start, f.master.numel()))
     ema.updates = state.ema_updates
     continue_from(engine, config, state.optimizer_steps)
-    of_ranks = [file.get_tensor(LOG_SUMS) for file in shards.files]
+    saved_sums = [file.get_tensor(LOG_SUMS) for file in shards.files]
     if state.ranks == world.size:
-        sums.copy_(of_ranks[world.rank])
+        sums.copy_(saved_sums[world.rank])
     elif world.rank == 0:
-        sums.copy_(torch.stack(of_ranks).sum(0))
+        sums.copy_(torch.stack(saved_sums).sum(0))

@@ -1,9 +1,9 @@
-"""What a run says of itself: progress bar, JSON lines, wandb, versions. Rank 0 speaks, the others stay silent."""
+"""The logs of a run: progress bar, metrics.jsonl, wandb, the clock of a step's phases, profiles. Only rank 0 writes."""
 
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,13 +19,18 @@ from fastdit.flow import Losses, logged_parts
 from fastdit.planning import cards
 from fastdit.progress import progress_bar
 
-TIME_BINS = 8
+TIME_BINS = 8  # equal bins of the timestep t
 PHASES = ("data_wait", "forward_backward", "optimizer", "ema")
 
 
+def sums_length() -> int:
+    """Return the number of elements of `loss_sums`."""
+    return 1 + 2 * TIME_BINS + len(logged_parts())
+
+
 def loss_sums(losses: Losses) -> Tensor:
-    """Return fp32 [1 + 2·TIME_BINS + P]: the sum of losses.total; its sums and the numbers of samples in bins of t; and the sums of
-    the P flow.logged_parts().
+    """Return fp32 [sums_length()]: the sum of losses.total; its sums and the numbers of samples in bins of t; and the sums of the
+    flow.logged_parts().
 
     Uses a matmul: index_add on CUDA sums in nondeterministic order.
     """
@@ -36,14 +41,15 @@ def loss_sums(losses: Losses) -> Tensor:
 
 
 class StepClock:
-    """Seconds that the phases of the steps take: on a GPU between events in its stream, on a CPU by the clock of the host."""
+    """Measures the phases of the steps: on a GPU by events in its stream, on a CPU by the host's clock."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda, self.spans = device.type == "cuda", []
+        self.cuda = device.type == "cuda"
+        self.spans: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []  # (phase, start, end)
 
     @contextmanager
     def phase(self, name: str, on_host: bool = False) -> Iterator[None]:
-        """Time what happens inside; on_host=True: by the clock of the host, for a wait of its own. Never waits for the device."""
+        """Time the block as part of a phase, without waiting for the device. on_host=True uses the host's clock: the host waits."""
         now = time.perf_counter if on_host or not self.cuda else self._event
         start = now()
         yield
@@ -55,7 +61,7 @@ class StepClock:
         return event
 
     def read(self) -> dict[str, float]:
-        """Seconds of each phase since the last reading. On a GPU the work up to here must be done."""
+        """Return the seconds of each phase since the last call. On a GPU, the work up to here must be done."""
         totals = dict.fromkeys(PHASES, 0.0)
         for name, start, end in self.spans:
             totals[name] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
@@ -64,8 +70,11 @@ class StepClock:
 
 
 def profiler(config: Config, run: Path, start_step: int, rank: int):
-    """A torch.profiler of the steps train.profile names, to be told of every step, or None: without the setting, on other ranks
-    than 0, and when a run continues behind them. Writes <run>/profile/steps_A-B.json."""
+    """Return a torch.profiler of the steps in train.profile, whose `step` must be called after every step.
+
+    It writes <run>/profile/steps_A-B.json. Returns None without that setting, on other ranks than 0, and if the run resumes after
+    the first of these steps.
+    """
     if config.train.profile is None or rank != 0:
         return None
     first, last = map(int, config.train.profile.split("-"))
@@ -78,13 +87,13 @@ def profiler(config: Config, run: Path, start_step: int, rank: int):
         path.parent.mkdir(exist_ok=True)
         profile.export_chrome_trace(str(path))
 
-    warmup = min(1, skipped)  # a step that is traced and thrown away: the first one is slow
+    warmup = min(1, skipped)  # this step is traced but not recorded: the first one is slow
     schedule = torch.profiler.schedule(wait=skipped - warmup, warmup=warmup, active=last - first + 1, repeat=1)
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True)
 
 
 def check_wandb(config: Config) -> None:
-    """Raise InputError when wandb is asked for and missing, or online without a key."""
+    """Raise InputError if train.wandb needs a package or a key that is missing."""
     if config.train.wandb == "disabled":
         return
     try:
@@ -95,20 +104,20 @@ def check_wandb(config: Config) -> None:
         raise InputError("train.wandb=online needs a key: run `wandb login`, set WANDB_API_KEY, or use train.wandb=offline")
 
 
-def _kept_lines(text: str, last_step: int) -> str:
-    """The lines of a metrics.jsonl up to a step. A run that was killed may have left its last line half written."""
-    kept = []
+def _lines_up_to(last_step: int, text: str) -> str:
+    """Return the lines of a metrics.jsonl up to a step. Incomplete lines are dropped: a killed run may leave one."""
+    lines = []
     for line in text.splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= last_step:
-                kept.append(line)
+                lines.append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    return "".join(kept)
+    return "".join(lines)
 
 
 def plot(run: Path) -> Path:
-    """Draw the loss and the images/s of a run's metrics.jsonl; returns the PNG."""
+    """Plot loss and images per second of a run's metrics.jsonl. Returns the path of the PNG."""
     from matplotlib.figure import Figure
 
     lines = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if line.get("loss") is not None]
@@ -127,76 +136,96 @@ def plot(run: Path) -> Path:
 
 
 class Log:
-    """The log of a run: `<run>/metrics.jsonl`, the progress bar, wandb."""
+    """The log of a run: <run>/metrics.jsonl, the progress bar and wandb. On other ranks than 0 it does nothing."""
 
     def __init__(self, run: Path, config: Config, world: World, start_step: int, wandb_id: str | None) -> None:
-        """start_step: steps done before; later lines of metrics.jsonl, of a run that was killed, are cut. wandb_id: of the
-        run to continue. Raises InputError when wandb does not start."""
-        self.speaks, self.batch = world.rank == 0, config.train.batch_size * config.train.accumulation * world.size
-        self.wandb, self.wandb_id = None, wandb_id
-        if not self.speaks:
+        """start_step: completed steps; lines of later steps, which a killed run may have left, are cut from metrics.jsonl.
+        wandb_id: of the wandb run to resume. Raises InputError if wandb does not start."""
+        self.writes = world.rank == 0
+        self.wandb = None
+        self.wandb_id = wandb_id
+        if not self.writes:
             return
         self.path = run / "metrics.jsonl"
-        write_atomically(self.path, _kept_lines(self.path.read_text() if self.path.exists() else "", start_step))
+        write_atomically(self.path, _lines_up_to(start_step, self.path.read_text() if self.path.exists() else ""))
         if config.train.wandb != "disabled":
-            import wandb
-
-            try:
-                self.wandb = wandb.init(
-                    project=config.train.wandb_project, name=config.train.name, config=config.to_dict(), dir=run,
-                    mode=config.train.wandb, id=wandb_id, resume="allow",
-                )  # fmt: skip
-            except wandb.errors.Error as error:
-                raise InputError(f"train.wandb={config.train.wandb} failed: {error}: use train.wandb=offline") from error
-            self.wandb_id = self.wandb.id
+            self._start_wandb(run, config)
+        self.world_size = world.size
+        self.batch = config.train.batch_size * config.train.accumulation * world.size  # images per step
         counted = walk(config.model, 1, torch.float32, "none")
-        self.world_size, self.flops = world.size, counted.forward + counted.backward  # of an image
-        self.peak = None  # FLOP/s of this device
-        if card := cards.card_of(device_name(world.device)):
-            self.peak = card.peak(config.train.precision)
+        self.flops = counted.forward + counted.backward  # per image
+        card = cards.card_of(device_name(world.device))
+        self.peak = card.peak(config.train.precision) if card else None  # FLOP/s of a device
         self.bar = progress_bar(config.train.total_steps, start_step)
         if card:
-            self.say(f"MFU is of {self.peak / 1e12:g} TFLOP/s: {card.name}, {config.train.precision}, {card.source}")
-        self.time, self.step = time.perf_counter(), start_step
+            self.print(f"MFU is relative to {self.peak / 1e12:g} TFLOP/s: {card.name}, {config.train.precision}, {card.source}")
+        self.line_time = time.perf_counter()  # when the last log line was written, plus the pauses since
+        self.line_step = start_step  # its step
+
+    def _start_wandb(self, run: Path, config: Config) -> None:
+        import wandb
+
+        try:
+            self.wandb = wandb.init(
+                project=config.train.wandb_project, name=config.train.name, config=config.to_dict(), dir=run,
+                mode=config.train.wandb, id=self.wandb_id, resume="allow",
+            )  # fmt: skip
+        except wandb.errors.Error as error:
+            raise InputError(f"train.wandb={config.train.wandb} failed: {error}: use train.wandb=offline") from error
+        self.wandb_id = self.wandb.id
 
     def advance(self) -> None:
-        """Count a step; never waits for the device."""
-        if self.speaks:
+        """Count a step, without waiting for the device."""
+        if self.writes:
             self.bar.update()
 
     def write(self, step: int, **values: float | list | None) -> None:
-        """One line after `step` steps: the values, and by the wall clock since the last line images/s, TFLOP/s of each device (the
-        model's own: what is recomputed does not count) and, where its peak is known, MFU."""
-        if not self.speaks:
+        """Write the log line after `step` steps: the values, and the speed since the last log line by the host's clock.
+
+        The speed is images_per_s of all devices; tflops of each device, which counts the model's own FLOPs and none that are
+        recomputed; and mfu if the peak of the device is known.
+        """
+        if not self.writes:
             return
         now = time.perf_counter()
-        rate = (step - self.step) * self.batch / (now - self.time)
-        self.time, self.step = now, step
+        rate = (step - self.line_step) * self.batch / (now - self.line_time)
+        self.line_time = now
+        self.line_step = step
         flops = rate / self.world_size * self.flops
-        achieved = {"tflops": float(f"{flops / 1e12:.4g}")} | ({"mfu": round(flops / self.peak, 4)} if self.peak else {})
-        line = {"step": step, **values, "images_per_s": round(rate, 2), **achieved, "time": round(time.time(), 3)}
+        speed = {"images_per_s": round(rate, 2), "tflops": float(f"{flops / 1e12:.4g}")}
+        if self.peak:
+            speed["mfu"] = round(flops / self.peak, 4)
+        line = {"step": step, **values, **speed, "time": round(time.time(), 3)}
         self.event(line)
         if self.wandb:
             flat = {key: value for key, value in line.items() if key not in ("step", "loss_by_t")}
             flat |= {f"loss_by_t/bin_{i}": value for i, value in enumerate(values["loss_by_t"])}
             self.wandb.log(flat, step=step)
         loss = "none" if values["loss"] is None else f"{values['loss']:.4f}"
-        share = f"MFU {achieved['mfu']:.0%}" if self.peak else f"{achieved['tflops']:.3g} TFLOP/s"
+        share = f"MFU {speed['mfu']:.0%}" if self.peak else f"{speed['tflops']:.3g} TFLOP/s"
         self.bar.set_postfix_str(f"loss {loss}, {rate:.0f} images/s, {share}", refresh=False)  # a narrow terminal cuts the end
 
+    def write_validation(self, step: int, timesteps: Sequence[float], line: dict) -> None:
+        """Write a validation line. line: val_loss, val_losses (one per timestep), and metrics by name."""
+        self.event({"step": step, **line})
+        if self.wandb:
+            losses = {f"val_loss_t{t:.2f}": loss for t, loss in zip(timesteps, line["val_losses"], strict=True)}
+            values = {key: value for key, value in line.items() if key != "val_losses"} | losses
+            self.wandb.log({f"validation/{key}": value for key, value in values.items()}, step=step)
+
     def event(self, line: dict) -> None:
-        """A line of its own in metrics.jsonl."""
-        if self.speaks:
+        """Append a line to metrics.jsonl."""
+        if self.writes:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave what happens inside (a checkpoint, a grid of samples) out of images/s."""
+        """Exclude the time of the block (a checkpoint, a sample grid) from images_per_s."""
         start = time.perf_counter()
         yield
-        if self.speaks:
-            self.time += time.perf_counter() - start
+        if self.writes:
+            self.line_time += time.perf_counter() - start
 
     def picture(self, step: int, path: Path) -> None:
         """Send a PNG to wandb."""
@@ -205,13 +234,14 @@ class Log:
 
             self.wandb.log({"samples": wandb.Image(str(path))}, step=step)
 
-    def say(self, text: str) -> None:
-        """Print a line beside the bar."""
-        if self.speaks:
+    def print(self, text: str) -> None:
+        """Print a line above the progress bar, on stderr."""
+        if self.writes:
             self.bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        if not self.speaks:
+        """Flush metrics.jsonl, close the bar and finish the wandb run."""
+        if not self.writes:
             return
         flush(self.path)
         self.bar.close()

@@ -159,12 +159,9 @@ class Validation:
         line = self.losses(model)
         if self.network:
             line |= self._distances(model)
-        log.event({"step": done, **line})
+        log.write_validation(done, TIMESTEPS, line)
         if self.world.rank == 0:
             plot_validation(self.run)
-        if log.wandb:
-            by_timestep = {f"val_loss_t{t:.2f}": loss for t, loss in zip(TIMESTEPS, line.pop("val_losses"), strict=True)}
-            log.wandb.log({f"validation/{key}": value for key, value in (line | by_timestep).items()}, step=done)
 
 
 def plot_validation(run: Path) -> None:

@@ -35,8 +35,8 @@ def reference(tmp_path_factory):
 def test_sweep(trained, reference, tmp_path, capsys, monkeypatch):
     """Its numbers are those of `fastdit evaluate`; the checkpoint is verified once, and loaded once for each kind of weights."""
     verified, loaded = [], []
-    is_whole, load_model = checkpoint.is_whole, checkpoint.Checkpoint.load_model
-    monkeypatch.setattr(checkpoint, "is_whole", lambda folder: verified.append(folder) or is_whole(folder))
+    find, load_model = checkpoint.find, checkpoint.Checkpoint.load_model
+    monkeypatch.setattr(checkpoint, "find", lambda path: verified.append(path) or find(path))
     monkeypatch.setattr(
         checkpoint.Checkpoint, "load_model", lambda self, kind, device: loaded.append(kind) or load_model(self, kind, device)
     )

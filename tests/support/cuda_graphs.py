@@ -1,4 +1,4 @@
-"""CUDA graphs on the CPU: a stand-in that records the operators of a capture and repeats them on the same tensors."""
+"""A stand-in for CUDA graphs on the CPU, which records the operators of a capture and repeats them on the same tensors."""
 
 from contextlib import contextmanager, nullcontext
 
@@ -10,7 +10,7 @@ from fastdit import graphs
 
 
 class Recording(TorchDispatchMode):
-    """Runs operators and keeps each with its arguments and results."""
+    """Runs operators and records each with its arguments and results."""
 
     def __init__(self):
         super().__init__()
@@ -24,17 +24,17 @@ class Recording(TorchDispatchMode):
 
 
 class Graph:
-    """torch.cuda.CUDAGraph: replay() computes the recorded operators again and writes to the tensors of the capture."""
+    """In place of torch.cuda.CUDAGraph: `replay` repeats the recorded operators and writes to the tensors of the capture."""
 
     def replay(self):
         for function, args, kwargs, out in self.calls:
-            for kept, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
-                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():  # no view of an argument
-                    kept.copy_(new)
+            for captured, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(captured, torch.Tensor) and captured.data_ptr() != new.data_ptr():  # else a view of an argument
+                    captured.copy_(new)
 
 
 def install(monkeypatch):
-    """Replace what fastdit.graphs needs of torch.cuda; returns the list that (pool, error mode) of each capture is added to."""
+    """Replace what fastdit.graphs needs of torch.cuda. Returns a list that grows by (pool, error mode) with each capture."""
     captures = []
 
     @contextmanager

@@ -1,6 +1,6 @@
-"""Run on every rank by test_distributed.py: trains a few steps by hand and checks what only a real engine can show.
+"""Run on every rank by training/test_ranks.py: does a few training steps and checks what only a real engine can show.
 
-Arguments: ZeRO stage, precision. Exits non-zero at the first failure.
+Arguments: ZeRO stage, precision. Exits with a non-zero code at the first failure.
 """
 
 import sys
@@ -16,8 +16,19 @@ from fastdit.training import engine
 from fastdit.training.ema import ShardedEma, gather
 
 STEPS = 5
-# host reads in engine.step: of OneRankAdamW, else of deepspeed 0.19.8, by ZeRO stage and precision
+# host reads in engine.step, of OneRankAdamW and of deepspeed 0.19.8 by (ZeRO stage, precision)
 READS = {"one rank": 0, (1, "bf16"): 2, (2, "bf16"): 3, (2, "fp32"): 2, (3, "bf16"): 1}
+
+
+def record_calls(module, name: str, events: list[str]) -> None:
+    """Replace a function by one that appends "collective" to events."""
+    function = getattr(module, name)
+
+    def recorded(*arguments, **options):
+        events.append("collective")
+        return function(*arguments, **options)
+
+    setattr(module, name, recorded)
 
 
 def main(stage: int, precision: str) -> None:
@@ -25,7 +36,7 @@ def main(stage: int, precision: str) -> None:
         {
             "model": {"preset": "test/4"},
             "train": {"batch_size": 4, "lr": 1e-3, "warmup_steps": 1, "ema_decay": 0.9, "precision": precision, "accumulation": 2},
-            "zero": {"stage": stage, "bucket": 20_000},  # several a backward pass: the model has 150,000 parameters
+            "zero": {"stage": stage, "bucket": 20_000},  # several per backward pass: the model has 150,000 parameters
         }
     )
     world = distributed.start()
@@ -36,7 +47,7 @@ def main(stage: int, precision: str) -> None:
     shapes = {name: p.shape for name, p in start.items()}
     ds = engine.initialize(model, config, world)
 
-    # rule 25: parameters follow the precision, tables and masters stay fp32
+    # parameters have the precision's dtype; buffers, such as rotary tables, and masters stay fp32
     wanted = torch.bfloat16 if precision == "bf16" else torch.float32
     assert {p.dtype for p in ds.module.parameters()} == {wanted}
     assert {b.dtype for b in ds.module.buffers()} == {torch.float32}
@@ -49,20 +60,18 @@ def main(stage: int, precision: str) -> None:
     ema = ShardedEma(owned, config.train.ema_decay)
     assert all(torch.equal(gather(ema, shapes, world)[name], start[name]) for name in start), "EMA does not start at the weights"
 
-    # rule 3: no timer may synchronise the device
+    # no timer of DeepSpeed may synchronise the device
     from deepspeed import get_accelerator
 
     waits = []
     type(get_accelerator()).synchronize = lambda *a, **k: waits.append(1)
 
-    # rule 5: a bucket is reduced while the backward pass goes on, not after it
-    order = []
+    # buckets are reduced during the backward pass, not after it
+    events = []
     for p in ds.module.parameters():
-        p.register_post_accumulate_grad_hook(lambda p: order.append("gradient"))
+        p.register_post_accumulate_grad_hook(lambda p: events.append("gradient"))
     for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter"):
-        collective = getattr(torch.distributed, name)
-        recorded = lambda *a, collective=collective, **k: (order.append("collective"), collective(*a, **k))[1]
-        setattr(torch.distributed, name, recorded)
+        record_calls(torch.distributed, name, events)
 
     reference = {name: p.clone() for name, p in start.items()}
     micro_syncs, step_syncs = [], []
@@ -74,9 +83,9 @@ def main(stage: int, precision: str) -> None:
                 loss = flow.losses(ds, images, labels, ids, config.flow, seed=0, null=10).total.mean()
                 ds.backward(loss)
             micro_syncs.append(guard.syncs)
-            gradients = [i for i, what in enumerate(order) if what == "gradient"]
-            overlapped = order[: gradients[-1]].count("collective")
-            order.clear()
+            gradients = [i for i, event in enumerate(events) if event == "gradient"]
+            overlapped = events[: gradients[-1]].count("collective")
+            events.clear()
             with hot_loop.HotLoopGuard() as guard:
                 ds.step()
             step_syncs.append(guard.syncs)
@@ -85,21 +94,20 @@ def main(stage: int, precision: str) -> None:
         d = min(0.9, (1 + step) / (10 + step))
         for name, average in reference.items():
             average.lerp_(masters[name], 1 - d)
-    whole = gather(ema, shapes, world)
+    averages = gather(ema, shapes, world)
     for name, average in reference.items():
-        assert torch.equal(whole[name], average), f"EMA of {name} differs by {(whole[name] - average).abs().max()}"
+        assert torch.equal(averages[name], average), f"EMA of {name} differs by {(averages[name] - average).abs().max()}"
     assert any((masters[name] != start[name]).any() for name in start)
     for name, p in ds.module.named_parameters():
         if stage < 3:
             assert torch.equal(masters[name].to(p.dtype), p), f"{name} is not its master rounded"
 
     if stage == 2 and sharded:
-        assert overlapped >= 3, "no bucket was reduced before the last gradient was there"
+        assert overlapped >= 3, "fewer than three collectives came before the last gradient"
     assert not waits, f"{len(waits)} device synchronisations"
-    later = config.train.accumulation  # ZeRO-3 records its trace in the first step
+    later = config.train.accumulation  # without the first step, in which ZeRO 3 records its trace
     assert set(micro_syncs[later:]) == {0}, f"host reads in forward and backward: {micro_syncs}"
-    # DeepSpeed's ZeRO reads the gradient norm and the overflow flag one after the other: the first waits for the device, and
-    # nothing is queued between them
+    # ZeRO reads the gradient norm and the overflow flag one after the other: only the first waits for the device
     reads = READS[(stage, precision) if sharded else "one rank"]
     assert step_syncs[later:] == [0, reads] * (STEPS - 1), f"host reads in engine.step: {step_syncs}"
     if world.rank == 0:

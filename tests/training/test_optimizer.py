@@ -1,4 +1,4 @@
-"""OneRankAdamW against torch's AdamW on fp32 copies. The pass itself: tests/kernels/test_adamw.py."""
+"""What `build` makes, and OneRankAdamW against torch's AdamW on fp32 copies. The pass itself: tests/kernels/test_adamw.py."""
 
 import gc
 import weakref
@@ -8,16 +8,18 @@ import torch
 from torch import nn
 
 import hot_loop
+from fastdit import checkpoint
+from fastdit.config import parse
 from fastdit.training.ema import ShardedEma
 from fastdit.training.engine import Fragment
-from fastdit.training.optimizer import OneRankAdamW
+from fastdit.training.optimizer import STATE_BYTES, STATE_NAMES, OneRankAdamW, OneRankOptimizer, build
 
-SHAPES = [(16, 7), (48,), (4, 2, 16), (16,)]  # whole vectors: the rest is in test_adamw.py
+SHAPES = [(16, 7), (48,), (4, 2, 16), (16,)]  # multiples of the vector width: other sizes are in test_adamw.py
 OPTIONS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
 def make(bf16, clip=0.0, accumulation=1, **options):
-    """OneRankAdamW of a few parameters, and the same values with torch's own optimizer."""
+    """Return a few parameters with OneRankAdamW, and copies of them with torch's AdamW."""
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     copies = [p.detach().clone() for p in parameters]
@@ -29,7 +31,7 @@ def make(bf16, clip=0.0, accumulation=1, **options):
 
 
 def backward(parameters, seed):
-    """Gradients that are not exact in bf16 until they are rounded to the parameters' dtype; returned in fp32."""
+    """Set random gradients in the dtype of the parameters. Returns them in fp32."""
     g = torch.Generator().manual_seed(seed)
     wanted = [torch.randn(p.shape, generator=g).to(p.dtype) for p in parameters]
     sum((p * w).sum() for p, w in zip(parameters, wanted, strict=True)).backward()
@@ -37,9 +39,30 @@ def backward(parameters, seed):
 
 
 def overflowing(parameters, bad):
+    """Set a gradient that is not finite, and others that are."""
     (parameters[1] * bad).sum().backward()
     for p in (parameters[0], *parameters[2:]):
         p.grad = torch.ones_like(p)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_built_has_the_state_that_is_declared(precision, sharded):
+    """Checkpoints store STATE_NAMES and memory plans count STATE_BYTES per parameter."""
+    model = nn.Linear(5, 3)
+    groups, optimizer = build(parse(None, [f"train.precision={precision}", "train.lr=0.5"]), model, sharded)
+    assert isinstance(optimizer, OneRankOptimizer) != sharded
+    parameters = list(model.parameters())
+    assert [id(p) for group in groups for p in group["params"]] == [id(p) for p in parameters]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    if sharded:  # torch makes the state in the first step
+        optimizer.step()
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5 if sharded else 0.5 / 50}  # the engine adds ZeRO's warm-up
+    assert len(optimizer.state) == 2
+    for tensor, state in optimizer.state.items():
+        assert set(state) == {"step", *STATE_NAMES} and not any(map(checkpoint.holds_weights, STATE_NAMES))
+        assert sum(state[name].numel() * state[name].element_size() for name in STATE_NAMES) == STATE_BYTES * tensor.numel()
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -56,15 +79,15 @@ def test_steps_are_those_of_adamw_on_fp32_sums(bf16, accumulation):
             copy.grad = total
         theirs.step()
         wanted_norm = torch.cat([total.flatten() for total in sums]).double().norm()
-        assert ours.settle() and ours._global_grad_norm == pytest.approx(wanted_norm.item(), rel=1e-6) and not ours.overflow
+        assert ours.finish_step() and ours._global_grad_norm == pytest.approx(wanted_norm.item(), rel=1e-6) and not ours.overflow
         for parameter, master, copy in zip(parameters, ours.masters, copies, strict=True):
             assert torch.equal(master, copy) and torch.equal(parameter, copy.to(parameter.dtype))
             assert parameter.grad is None and master.grad is None
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_clipping_scales_the_whole_gradient_to_the_norm(bf16):
-    """The scale is rounded once more than torch's: a few fp32 roundings of a step of 1e-2."""
+def test_clipping_scales_the_gradient_to_the_norm(bf16):
+    """The scale is rounded once more than torch's, so a step of 1e-2 may differ by a few fp32 roundings."""
     parameters, ours, copies, theirs = make(bf16, clip=0.5)
     for step in range(4):
         gradients = backward(parameters, step)
@@ -87,28 +110,28 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bf16, bad):
     moments = [state["exp_avg"].clone() for state in ours.state.values()]
     overflowing(parameters, bad)
     ours.step()
-    assert not ours.settle() and ours.overflow
+    assert not ours.finish_step() and ours.overflow
     assert all(torch.equal(a, b) for a, b in zip([*parameters, *ours.masters], before, strict=True))
     assert all(torch.equal(a["exp_avg"], b) for a, b in zip(ours.state.values(), moments, strict=True))
     backward(parameters, 1)
     ours.step()
-    assert ours.settle() and not ours.overflow and all(p.isfinite().all() for p in parameters)
+    assert ours.finish_step() and not ours.overflow and all(p.isfinite().all() for p in parameters)
     assert ours.steps == 2 and {state["step"].item() for state in ours.state.values()} == {2}
 
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_skipped_step_advances_neither_count_nor_schedule(asked):
-    """Whether it is settled after every step, or by the next step: the bits are the same."""
+    """The bits are the same if each step is finished at once, or by the next step."""
     rates, taken = [], []
     parameters, ours, _, _ = make(True, clip=1.0, lr=lambda steps: 1e-2 / (1 + steps))
-    assert ours.settle()  # nothing yet
+    assert ours.finish_step()  # there is no step yet
     for step in range(6):
         overflowing(parameters, torch.nan) if step in (1, 4) else backward(parameters, step)
         ours.step()
-        rates.append(ours.param_groups[0]["lr"])  # of the step that was just begun, as it was settled before
+        rates.append(ours.param_groups[0]["lr"])  # of the step that has just begun: the one before is finished
         if asked:
-            taken += [ours.settle(), ours.settle()]
-    ours.settle()
+            taken += [ours.finish_step(), ours.finish_step()]
+    ours.finish_step()
     assert (
         rates == [1e-2, 5e-3, 5e-3, 1e-2 / 3, 1e-2 / 4, 1e-2 / 4]
         if not asked
@@ -128,27 +151,27 @@ def test_a_step_reads_nothing_on_the_host():
         backward(parameters, step)
         with hot_loop.HotLoopGuard() as guard:
             ours.step()
-            ours.settle()
+            ours.finish_step()
         assert guard.syncs == 0 and guard.counts
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_averages_are_those_of_updates_after_the_steps(bf16):
-    """Two decays, every second step, one of them skipped: to the last bit what ShardedEma makes by itself."""
+    """Two decays, updated every second step, one of which is skipped: bitwise equal to ShardedEma's own updates."""
     parameters, ours, _, _ = make(bf16)
     again, theirs, _, _ = make(bf16)
-    own = lambda optimizer: [Fragment(str(i), 0, m.detach().view(-1)) for i, m in enumerate(optimizer.masters)]
-    ema, plain = ShardedEma(own(ours), 0.99, 0.5, optimizer=ours), ShardedEma(own(theirs), 0.99, 0.5)
+    fragments = lambda optimizer: [Fragment(str(i), 0, m.detach().view(-1)) for i, m in enumerate(optimizer.masters)]
+    ema, plain = ShardedEma(fragments(ours), 0.99, 0.5, optimizer=ours), ShardedEma(fragments(theirs), 0.99, 0.5)
     for step in range(8):
-        for of in (parameters, again):
-            overflowing(of, torch.inf) if step == 3 else backward(of, step)
+        for each in (parameters, again):
+            overflowing(each, torch.inf) if step == 3 else backward(each, step)
         if step % 2:
             ema.announce()
             plain.announce()
         ours.step()
         theirs.step()
         for optimizer, averages in ((ours, ema), (theirs, plain)):
-            if optimizer.settle() and step % 2:
+            if optimizer.finish_step() and step % 2:
                 averages.update()
     assert ema.updates == plain.updates == 3
     for kind in ("ema", "ema_0.5"):
@@ -157,7 +180,7 @@ def test_averages_are_those_of_updates_after_the_steps(bf16):
 
 
 def test_an_optimizer_that_is_dropped_is_freed():
-    """What a step keeps of the tensors' addresses keeps no tensor alive behind it."""
+    """The addresses that a step keeps do not keep the tensors alive."""
     parameters, ours, _, _ = make(True)
     backward(parameters, 0)
     ours.step()

@@ -1,0 +1,151 @@
+"""Two ranks, started by torchrun and by the deepspeed launcher: against one rank, and resumed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from commands import environment, free_port
+from fastdit import checkpoint
+
+SUPPORT = Path(__file__).parent.parent / "support"
+ENVIRONMENT = environment()
+TINY = [
+    "model.preset=test/4",
+    "train.precision=bf16",
+    "train.schedule=constant",
+    "train.lr=1e-3",
+    "train.warmup_steps=2",
+    "train.log_steps=3",
+    "train.save_steps=4",
+    "train.sample_steps=0",
+]
+
+
+def run(command, expect=0):
+    done = subprocess.run([str(c) for c in command], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+def deepspeed(ranks, out, *overrides, expect=0):
+    launcher = Path(sys.executable).with_name("deepspeed")
+    words = [*TINY, f"train.out={out}", "train.name=r", f"train.batch_size={8 // ranks}", *overrides]
+    options = ["--no_local_rank", "--master_port", free_port(), "--num_gpus", ranks]
+    return run([sys.executable, launcher, *options, "--module", "fastdit.cli", "train", *words], expect)
+
+
+def losses(out):
+    return {line["step"]: line["loss"] for line in map(json.loads, (out / "r" / "metrics.jsonl").read_text().splitlines())}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "precision"),
+    [
+        (2, 2, "bf16"),
+        (1, 2, "bf16"),
+        pytest.param(2, 1, "bf16", marks=pytest.mark.slow),
+        pytest.param(2, 3, "bf16", marks=pytest.mark.slow),
+        pytest.param(2, 2, "fp32", marks=pytest.mark.slow),
+        pytest.param(1, 2, "fp32", marks=pytest.mark.slow),
+        pytest.param(1, 3, "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_engine(ranks, stage, precision, tmp_path, monkeypatch):
+    """The EMA equals a plain fp32 one; dtypes, overlap and host reads are right: see rank_worker.py. Started by torchrun.
+
+    DeepSpeed compiles nothing at start: its build folder is not made.
+    """
+    monkeypatch.setitem(ENVIRONMENT, "TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    worker = [SUPPORT / "rank_worker.py", stage, precision]
+    done = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *worker])
+    assert "all checks passed" in done.stdout
+    assert not (tmp_path / "extensions").exists()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Eight steps on two ranks, uninterrupted."""
+    out = tmp_path_factory.mktemp("two")
+    deepspeed(2, out, "train.total_steps=8")
+    return out
+
+
+def test_one_rank_has_the_same_losses(two_ranks, tmp_path):
+    deepspeed(1, tmp_path, "train.total_steps=8", "train.accumulation=2", "train.batch_size=4")
+    one, two = losses(tmp_path), losses(two_ranks)
+    assert list(one) == list(two) == [3, 6, 8]
+    # Images, noise and labels are the same, but bf16 gradients are summed in another order. Each is off by half a bf16 ulp (2^-9),
+    # and Adam moves a weight by at most lr = 1e-3 whatever the gradient, so eight steps shift the loss by far less than 1 %.
+    for step, loss in one.items():
+        assert loss == pytest.approx(two[step], rel=1e-2), step
+
+
+def test_resumed_run_equals_the_uninterrupted_one(two_ranks, tmp_path):
+    deepspeed(2, tmp_path, "train.total_steps=6")
+    assert checkpoint.find(tmp_path / "r").path.name == "step_00000006"
+    (tmp_path / "r/checkpoints/step_00000006/weights_rank_0001.safetensors").write_bytes(b"cut")  # as after a power loss
+    assert checkpoint.find(tmp_path / "r").path.name == "step_00000004"
+    deepspeed(2, tmp_path, "train.total_steps=8")  # from step 4, between two log lines
+    assert losses(tmp_path) == losses(two_ranks)  # to the last bit, each line once
+    names = [f"weights_rank_{rank:04d}.safetensors" for rank in (0, 1)]
+    for name in names:
+        uninterrupted, resumed = (out / "r/checkpoints/step_00000008" / name for out in (two_ranks, tmp_path))
+        assert uninterrupted.read_bytes() == resumed.read_bytes()
+
+
+def test_recorded_steps_are_the_steps_without_graphs(two_ranks, tmp_path):
+    """ZeRO 2 with overlap, whose hooks take each block's gradients while the others are replayed."""
+    done = deepspeed(2, tmp_path, "train.total_steps=8", "train.compile=graphs")
+    assert "CUDA graphs" in done.stdout + done.stderr and losses(tmp_path) == losses(two_ranks)
+    for name in [f"weights_rank_{rank:04d}.safetensors" for rank in (0, 1)]:
+        plain, recorded = (out / "r/checkpoints/step_00000008" / name for out in (two_ranks, tmp_path))
+        assert plain.read_bytes() == recorded.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "bf16")])
+def test_recorded_micro_steps_add_up_under_zero(tmp_path, stage, precision):
+    words = [
+        "train.total_steps=3",
+        "train.batch_size=2",
+        "train.accumulation=2",
+        f"zero.stage={stage}",
+        f"train.precision={precision}",
+    ]
+    for compiled in ("none", "graphs"):
+        deepspeed(2, tmp_path / compiled, *words, f"train.compile={compiled}")
+    assert losses(tmp_path / "graphs") == losses(tmp_path / "none")
+
+
+def test_checkpoint_of_two_ranks_is_one_model(two_ranks):
+    opened = checkpoint.open_checkpoint(two_ranks / "r")
+    assert opened == checkpoint.open_checkpoint(two_ranks / "r/checkpoints/step_00000008")
+    ema, raw = (opened.load_model(weights, torch.device("cpu")) for weights in ("ema", "raw"))
+    state, config = opened.state, opened.config
+    assert state.step == 8 and state.ranks == 2 and config.model.preset == "test/4"
+    pairs = [(p, q) for p, q in zip(ema.parameters(), raw.parameters(), strict=True)]
+    assert all(torch.isfinite(p).all() for p, _ in pairs) and any((p != q).any() for p, q in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [2, 1])
+def test_another_number_of_ranks_resumes(two_ranks, tmp_path, first):
+    """From 2 to 1 rank and from 1 to 2, at the same global batch."""
+    batch = lambda ranks: ["train.accumulation=2", "train.batch_size=4"] if ranks == 1 else []
+    deepspeed(first, tmp_path, "train.total_steps=4", *batch(first))
+    deepspeed(3 - first, tmp_path, "train.total_steps=8", *batch(3 - first))
+    resumed = losses(tmp_path)
+    assert list(resumed) == [3, 4, 6, 8]
+    for step in (3, 8):
+        assert resumed[step] == pytest.approx(losses(two_ranks)[step], rel=1e-2), step  # as for one rank above
+
+
+def test_another_global_batch_is_refused_with_exit_code_2(two_ranks):
+    before = sorted(str(p) for p in two_ranks.rglob("*"))
+    done = deepspeed(1, two_ranks, "train.total_steps=10", "train.batch_size=4", expect=2)
+    assert "trained with 8 images per step, but this run has 4" in done.stderr
+    assert sorted(str(p) for p in two_ranks.rglob("*")) == before
