@@ -30,7 +30,7 @@ def _choose_kind(q: Tensor) -> str:
 
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of the flash-attn package, which takes [B,T,N,D]. Some versions return (out, logsumexp), others only out."""
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]: an optional package
 
     # By default its backward adds into dq with atomics.
     options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}

@@ -5,7 +5,7 @@ posterior sample of moments is latents fp32 [B,c,s,s] in the scale that the mode
 """
 
 import hashlib
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,28 +24,39 @@ class Codec(Protocol):
     size: int  # of latents, s
     image_channels: int  # of decoded images; an autoencoder also encodes grey images, as RGB
     needs_noise: bool  # False: `posterior_sample` ignores its noise
-    dtype: torch.dtype | None  # of the weights, None without weights
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Dtype of the weights, None without weights."""
+        ...
 
     def sha256(self) -> str | None:
         """Return a hash of the weights as they were loaded, None without weights."""
+        ...
 
     def about(self) -> dict:
         """Return what a latent set records of the codec, as JSON types: "autoencoder_sha256" and the latents' scale."""
+        ...
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the moments [B,...] of images fp32 [B,C,S,S] in [-1,1]."""
+        ...
 
     def posterior_sample(self, moments: Tensor, noise: Tensor | None) -> Tensor:
         """Return latents fp32 [B,c,s,s], a function of moments [B,...] and standard normal noise fp32 [B,c,s,s]."""
+        ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return images fp32 [B,image_channels,S,S], clamped to [-1,1], of latents [B,c,s,s]."""
+        ...
 
     def for_encoding(self, dtype: torch.dtype) -> "Codec":
         """Set the codec up to encode many images in `dtype` and return it."""
+        ...
 
     def for_decoding(self, dtype: torch.dtype) -> "Codec":
         """Set the codec up to decode many images in `dtype` and return it."""
+        ...
 
 
 class Pixels:
@@ -96,7 +107,8 @@ class KL:
         from diffusers import AutoencoderKL
 
         try:
-            vae = vae or AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
+            # Any: what diffusers annotates as a dict or a tuple has the attributes used here
+            vae = cast(Any, vae or AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False))
         except (OSError, ValueError) as error:
             first = str(error).strip().split("\n")[0]
             raise InputError(f"data.autoencoder={source} is neither 'pixels' nor a diffusers AutoencoderKL: {first}") from error
@@ -156,8 +168,9 @@ class KL:
         posterior = self.vae.encode(images).latent_dist
         return torch.stack((posterior.mean, posterior.logvar), dim=1)
 
-    def posterior_sample(self, moments: Tensor, noise: Tensor) -> Tensor:
+    def posterior_sample(self, moments: Tensor, noise: Tensor | None) -> Tensor:
         """Return mean + std·noise in the model's scale, fp32 [B,c,s,s]; moments [B,2,c,s,s] of any float dtype."""
+        assert noise is not None  # needs_noise
         mean, logvar = moments.float().unbind(1)
         return (mean + torch.exp(0.5 * logvar) * noise - self.shift) * self.scale
 

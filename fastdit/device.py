@@ -11,6 +11,7 @@ import torch
 
 from fastdit import kernels
 from fastdit.config import InputError
+from fastdit.kernels import tuning
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of parameters, by the names that train.precision and --dtype use
 PACKAGES = ("torch", "triton", "deepspeed", "diffusers", "nvidia-dali-cuda130", "wandb", "flash-attn")
@@ -58,7 +59,7 @@ def versions() -> dict[str, str]:
             installed[package] = "missing"
     # with the CUDA version, as in 2.14.1+cu130, which the metadata of PyPI's builds leaves out
     installed["torch"] = str(torch.__version__)
-    installed["kernel launches"] = str(kernels.tuning.VERSION)  # another version may differ in the last bit of a gradient
+    installed["kernel launches"] = str(tuning.VERSION)  # another version may differ in the last bit of a gradient
     return installed
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -93,8 +94,9 @@ def walk(model: ModelConfig, batch: int, dtype: torch.dtype, recompute: str) -> 
         forward += 4 * B * T * T * H
         backward += 8 * B * T * T * H
 
+    counters: dict[type[nn.Module], Callable] = {nn.Linear: linear, Mlp: mlp, Attention: attention}
     for module in dit.modules():
-        for kind, count in ((nn.Linear, linear), (Mlp, mlp), (Attention, attention)):
+        for kind, count in counters.items():
             if isinstance(module, kind):
                 module.register_forward_hook(count)
 

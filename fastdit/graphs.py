@@ -9,14 +9,17 @@ of the parts before it run.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastdit.model import DiT
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
 
 
 @functools.cache
@@ -25,7 +28,7 @@ def _capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def graph_pool(device: torch.device) -> tuple | None:
+def graph_pool(device: torch.device) -> "_POOL_HANDLE | None":
     """Return a memory pool for graphs that are always replayed in the same order, None on a CPU, which has no graphs."""
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
@@ -47,9 +50,8 @@ class Recorded:
     Without a pool, on a CPU, the work is run again and its results are copied to the memory of the first ones.
     """
 
-    def __init__(self, work: Callable[[], list[Tensor | None]], pool: tuple | None) -> None:
+    def __init__(self, work: Callable[[], list[Tensor]], pool: "_POOL_HANDLE | None") -> None:
         """work: reads and returns tensors that are always at the same addresses. pool: from `graph_pool`."""
-        self.graph: torch.cuda.CUDAGraph | None = None
         self.work = work if pool is None else None
         if pool is None:
             self.results = work()
@@ -62,14 +64,13 @@ class Recorded:
     @torch.no_grad()
     def replay(self) -> None:
         """Repeat the work; `results` then holds the new results."""
-        if self.graph:
+        if self.work is None:
             self.graph.replay()
             return
         with torch.enable_grad():
             results = self.work()
         for result, new in zip(self.results, results, strict=True):
-            if result is not None:
-                result.copy_(new)
+            result.copy_(new)
 
 
 class Part(NamedTuple):
@@ -140,10 +141,11 @@ class TrainingGraphs:
         link: Tensor | None = None
         for i, part in enumerate(self.parts):
             link = _RunPart.apply(link, self, i, *part.parameters)
+        assert link is not None  # there is at least one part
         return link
 
     def _record(self, inputs: list[Tensor]) -> None:
-        """Record all passes on `inputs`, which become the buffers of every step's inputs."""
+        """Record all passes on `inputs`, which become the buffers of every step's inputs. `release` deletes what this sets."""
         pool = graph_pool(inputs[0].device)
         self.inputs = inputs
         self.token = torch.empty(0, device=inputs[0].device)  # orders the parts in the backward pass, holds no data
@@ -155,21 +157,18 @@ class TrainingGraphs:
         for i in reversed(range(len(self.parts))):
             backward.append(Recorded(functools.partial(self._backward, i), pool))
             if pool is not None:  # frees this part's memory for the parts that are recorded after it
-                self._states[i] = self._incoming[i + 1] = None
+                self._states[i] = ([], ())
+                self._incoming[i + 1] = ()
         self.backward = backward[::-1]
         self.recorded = True
 
     def release(self) -> None:
         """Free the memory of the recorded work; the next step records it again."""
-        if self.recorded:
-            self._keep_gradients()
+        if not self.recorded:
+            return
+        self._keep_gradients()
         self.recorded = False
-        self.inputs = None
-        self.forward = None
-        self.backward = None
-        self.grad_out = None
-        self._states = None
-        self._incoming = None
+        del self.inputs, self.forward, self.backward, self.grad_out, self._states, self._incoming
 
     def _keep_gradients(self) -> None:
         """Copy gradients that an earlier micro-step left in .grad out of the recorded memory, which the next forward pass
@@ -190,24 +189,25 @@ class TrainingGraphs:
     def _forward(self) -> list[Tensor]:
         """Run all parts, each on tensors detached from the part before, and keep what their backward passes need. Returns the
         velocity."""
-        self._states: list[tuple | None] = []  # of each part: its inputs and its results
+        self._states: list[tuple[list[Tensor], tuple[Tensor, ...]]] = []  # of each part: its inputs and its results
         results = self.inputs
         for i, part in enumerate(self.parts):
             inputs = [tensor.detach().requires_grad_(i > 0) for tensor in results]
             results = part.run(*inputs)
             self._states.append((inputs, results))
         # gradients of each part's results, by the part's number + 1
-        self._incoming: list[list[Tensor | None] | None] = [None] * len(self.parts) + [[self.grad_out]]
+        self._incoming: list[Sequence[Tensor | None]] = [() for _ in self.parts]
+        self._incoming.append([self.grad_out])
         return [results[0].detach()]
 
-    def _backward(self, i: int) -> list[Tensor | None]:
+    def _backward(self, i: int) -> list[Tensor]:
         """Return the gradients of a part's parameters; those of its inputs are kept for the part before."""
         inputs, results = self._states[i]
         pairs = [(result, grad) for result, grad in zip(results, self._incoming[i + 1], strict=True) if grad is not None]
         inputs = inputs if i else []  # the batch itself needs no gradient
         leaves = [*inputs, *self.parts[i].parameters]
         outputs, grads = [result for result, _ in pairs], [grad for _, grad in pairs]
-        gradients = list(torch.autograd.grad(outputs, leaves, grads, allow_unused=True))
+        gradients = list(torch.autograd.grad(outputs, leaves, grads, allow_unused=True))  # None for an input that is not used
         self._incoming[i] = gradients[: len(inputs)]
         return gradients[len(inputs) :]
 
@@ -250,4 +250,5 @@ def record_training(model: DiT, per_block: bool) -> None:
 
     The parameters must stay at their addresses, as with optimizers that update them in place.
     """
-    model.forward = TrainingGraphs(model, parts_by_block(model) if per_block else one_part(model))
+    parts = parts_by_block(model) if per_block else one_part(model)
+    model.forward = TrainingGraphs(model, parts)  # pyright: ignore[reportAttributeAccessIssue]: replaces a method

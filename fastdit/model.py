@@ -10,6 +10,7 @@ All widths come from ModelConfig. No block holds a Python scalar that differs be
 """
 
 import functools
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,8 @@ class TimeEmbedding(nn.Module):
     The features are computed in fp32 whatever the parameters' dtype: bf16 would merge neighbouring timesteps.
     """
 
+    frequencies: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.base = config.time_embedding == "base"
@@ -82,7 +85,7 @@ class TimeEmbedding(nn.Module):
         computes the elements that do not fill a pair of vectors one by one, which rounds differently; a pair has 32 elements with
         AVX-512, where the base model was run, and 16 with AVX2. Hence the split here.
         """
-        if self.base:
+        if isinstance(self.map, nn.Linear):  # the base model's
             H = self.map.in_features
             exponents = 2 * torch.arange(H, device="cpu") / H
             in_pairs = H // 32 * 32
@@ -101,7 +104,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t fp32 [B] -> [B,H] in the dtype of the parameters."""
-        first = self.map if self.base else self.map[0]
+        first = self.map if isinstance(self.map, nn.Linear) else cast(nn.Linear, self.map[0])
         return self.map(self.features(t).to(first.weight.dtype))
 
 
@@ -196,6 +199,9 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Class-conditional velocity model v(x_t, t, class)."""
 
+    cos: Tensor | None
+    sin: Tensor | None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -220,8 +226,9 @@ class DiT(nn.Module):
     def set_recompute(self, mode: str) -> None:
         """Set what training recomputes in the backward pass: "none" | "light" (SwiGLU's outputs) | "full" (blocks)."""
         self.recompute = mode
-        for block in self.blocks:
-            block.mlp.light = mode == "light"
+        for module in self.modules():
+            if isinstance(module, Mlp):
+                module.light = mode == "light"
 
     def initialize(self) -> None:
         """Initialise the parameters in place.
@@ -241,16 +248,16 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.class_embedding.table.weight, std=0.02)
         for linear in (*self.modulation, self.final_modulation, self.output):
-            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.get_parameter("weight"))
 
     def _apply(self, fn, recurse: bool = True):
         """Keep the tables in fp32 when the module is cast or moved: .bfloat16() must not round angles or frequencies."""
         super()._apply(fn, recurse)
         device = self.output.weight.device
-        if self.cos is not None:
-            cos, sin = rope_tables(self.config, device)
-            self.cos = cos
-            self.sin = sin
+        tables = rope_tables(self.config, device)
+        if tables:
+            self.cos = tables[0]
+            self.sin = tables[1]
         self.time_embedding.frequencies = self.time_embedding.make_frequencies().to(device)
         return self
 

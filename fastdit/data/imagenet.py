@@ -47,7 +47,9 @@ def read_devkit(path: Path) -> Devkit:
             for member in tar:
                 base = member.name.rpartition("/")[2]
                 if base in wanted and member.isreg():
-                    wanted[base] = tar.extractfile(member).read()
+                    file = tar.extractfile(member)
+                    assert file is not None  # as for every regular file
+                    wanted[base] = file.read()
         if not all(wanted.values()):
             raise ValueError("one of them is missing")
         synsets = scipy.io.loadmat(io.BytesIO(wanted["meta.mat"]), squeeze_me=True)["synsets"]

@@ -90,6 +90,8 @@ class LatentLoader:
     """Training batches of a latent set: moments, of which training draws a new posterior sample at every step."""
 
     channels = 3
+    class_names: list[str] | None
+    manifest: dict | None
 
     def __init__(self, folder: Path, config: Config, world: World) -> None:
         """Raises InputError if the set does not fit the config or, with data.resident=true, the memory."""

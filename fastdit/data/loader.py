@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ from fastdit.data.archives import BadImage, decode
 from fastdit.data.index import Index
 from fastdit.data.order import Order, center_crops, check_classes
 from fastdit.distributed import World
+
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+    from nvidia.dali.data_node import DataNode
 
 AHEAD = 4  # batches whose bytes are read ahead, each in its own thread
 
@@ -84,7 +89,6 @@ class Decoder:
         self.max_bad_files = max_bad_files
         self.bad: set[int] = set()
         self.position = -1
-        self._pipeline = None
         self._pool = ThreadPoolExecutor(AHEAD)
 
     def seek(self, position: int) -> None:
@@ -108,24 +112,26 @@ class Decoder:
                 self.position += 1
                 return to_torch(images, self.device), self._images.popleft()
 
-    def _pipe(self, batch_size: int) -> "nvidia.dali.Pipeline":  # noqa: F821 (imported where it is used)
+    def _pipe(self, batch_size: int) -> "Pipeline":
         from nvidia.dali import Pipeline
 
         gpu = self.device.index if self.device.type == "cuda" else None
         return Pipeline(batch_size, self.threads, gpu, prefetch_queue_depth=2)
 
-    def _decoded(self, encoded):
+    def _decoded(self, encoded: "DataNode") -> "DataNode":
         """The decoding node of a DALI graph."""
         from nvidia.dali import fn, types
 
         # fancy upsampling interpolates chroma as libjpeg-turbo does
-        mixed = {"device": "mixed", "jpeg_fancy_upsampling": True} if self.device.type == "cuda" else {"device": "cpu"}
-        return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, **mixed)
+        cuda = self.device.type == "cuda"
+        options: dict[str, Any] = {"device": "mixed", "jpeg_fancy_upsampling": True} if cuda else {"device": "cpu"}
+        return fn.decoders.image(encoded, output_type=types.DALIImageType.RGB, adjust_orientation=False, **options)
 
     def _build(self) -> None:
         """Build a pipeline that begins at the current position, and start to read ahead."""
         from nvidia.dali import fn, types
 
+        dtypes = types.DALIDataType
         self._images: deque[np.ndarray] = deque()
         self._reads: deque[Future] = deque()
         self._read_next = self.position
@@ -134,12 +140,13 @@ class Decoder:
         pipe = self._pipe(self.batch_size)
         with pipe:
             encoded, start, end, mirror = fn.external_source(
-                self._feed, num_outputs=4, dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32], ndim=[1, 1, 1, 0]
+                self._feed, num_outputs=4, dtype=[dtypes.UINT8, dtypes.FLOAT, dtypes.FLOAT, dtypes.INT32], ndim=[1, 1, 1, 0]
             )
             size = {"size": [self.size, self.size], "roi_start": start, "roi_end": end}
-            images = fn.resize(self._decoded(encoded), interp_type=types.INTERP_CUBIC, antialias=True, **size)
+            images = fn.resize(self._decoded(encoded), interp_type=types.DALIInterpType.INTERP_CUBIC, antialias=True, **size)
+            images = cast("DataNode", images)  # its annotation covers the further outputs of save_attrs=True
             scale = {"mean": [127.5] * 3, "std": [127.5] * 3, "mirror": mirror}
-            pipe.set_outputs(fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW", **scale))
+            pipe.set_outputs(fn.crop_mirror_normalize(images, dtype=dtypes.FLOAT, output_layout="CHW", **scale))
         pipe.build()
         self._pipeline = pipe
 
@@ -203,7 +210,7 @@ class Decoder:
             return str(error)
         pipe = self._pipe(1)
         with pipe:
-            encoded = fn.external_source(lambda: [np.frombuffer(data or b"\0", np.uint8)], dtype=types.UINT8, ndim=1)
+            encoded = fn.external_source(lambda: [np.frombuffer(data or b"\0", np.uint8)], dtype=types.DALIDataType.UINT8, ndim=1)
             pipe.set_outputs(self._decoded(encoded))
         try:
             pipe.build()
@@ -242,7 +249,8 @@ class ImageLoader:
     """Training batches of an index."""
 
     channels = 3
-    manifest = None
+    class_names: list[str] | None
+    manifest: dict | None = None
 
     def __init__(self, index: Index, config: Config, world: World) -> None:
         """Raises InputError if the index does not fit the config."""

@@ -100,7 +100,7 @@ class Order:
         ratio = np.exp(math.log(RATIO[0]) + math.log(RATIO[1] / RATIO[0]) * u[..., 1])
         crop_w, crop_h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))  # [B,TRIES]
         fits = (crop_w >= 1) & (crop_h >= 1) & (crop_w <= w) & (crop_h <= h)
-        fits_any = fits.any(1)[:, None]
+        fits_any = fits.any(1, keepdims=True)
         first = np.where(fits_any, fits.argmax(1)[:, None], 0)
         crop_h, crop_w, top, left = (np.take_along_axis(a, first, 1) for a in (crop_h, crop_w, u[..., 2], u[..., 3]))  # [B,1]
         extent = np.concatenate((crop_h, crop_w), 1)

@@ -17,7 +17,7 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def _scan_split(split: str, sources: list[Source], journal: Path) -> ScannedSpli
     """Scan all containers of a split's sources. Raises InputError if one is damaged."""
     containers = list(archives.find_containers(sources))
     total = sum(container.progress for container in containers)
-    bar_unit = {"unit": "B", "unit_scale": True} if total != len(containers) else {"unit": "class"}
+    bar_unit: dict[str, Any] = {"unit": "B", "unit_scale": True} if total != len(containers) else {"unit": "class"}
     chunks = []
     with progress_bar(total, description=f"scan {split}", **bar_unit) as bar:
         for number, container in enumerate(containers):
