@@ -358,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train, or continue, a run",
         description="Train a run, or continue it where it stopped. Works alone, under `deepspeed --module` and under torchrun.",
-        epilog="example: fastdit train launch/quickstart.yaml train.total_steps=1000 model.depth=8",
+        epilog="example: fastdit train launch/configs/quickstart.yaml train.total_steps=1000 model.depth=8",
     )
     _add_settings(train)
     train.add_argument(
@@ -440,7 +440,7 @@ def _parser() -> argparse.ArgumentParser:
         help="measure this machine, and what keeps a run from its speed",
         description="Measure the rates of matmuls, attention, memory, links and data, the step that they allow, and a few real "
         "training steps; name the largest gap. Works alone and under torchrun; keeps no files.",
-        epilog="example: fastdit doctor launch/quickstart.yaml train.batch_size=128",
+        epilog="example: fastdit doctor launch/configs/quickstart.yaml train.batch_size=128",
     )
     _add_settings(doctor)
     doctor.add_argument("--json", action="store_true", help="all figures as JSON, in seconds, bytes/s, FLOP/s and images/s")

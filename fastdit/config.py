@@ -3,8 +3,8 @@
 A value comes from (later wins): the defaults below, the preset, the YAML file, the overrides on the command line. Unknown
 keys, values of the wrong type and values out of range raise InputError with one sentence that names the nearest valid choice.
 
-The defaults together are a good run on the built-in digits (launch/quickstart.yaml spells them out). Other data want their own
-train section: the learning rate above all.
+The defaults together are a good run on the built-in digits (launch/configs/quickstart.yaml spells them out). Other data need their
+own train section: the learning rate above all.
 """
 
 import contextlib
