@@ -4,6 +4,7 @@ import argparse
 import ast
 import csv
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -223,7 +224,7 @@ def wrong_rows(rows: list[list[str]]) -> list[list[str]]:
 
 
 def test_measured_numbers():
-    rows = table(README, "measured against the eager reference")
+    rows = table(README, "measured |")
     assert len(rows) == 4 and not wrong_rows(rows)
     fp32 = [
         result("suites_zen4_avx2.csv", **{**row, "precision": "fp32", "provider": row["provider"].replace("bf16", "fp32")})
@@ -233,7 +234,7 @@ def test_measured_numbers():
 
 
 def test_a_wrong_number_is_seen():
-    rows = table(README, "measured against the eager reference")
+    rows = table(README, "measured |")
     for i, (label, value, where) in enumerate(rows):
         assert wrong_rows([[label, value.replace("x as fast", "x faster").replace("to the last bit", "to 1e-3"), where]]), i
         assert wrong_rows([[label, value, where.replace(",", ";").replace("ten", "two")]]), i
@@ -296,13 +297,18 @@ def test_every_solver_and_metric_has_its_row():
     assert named == set(metrics.METRICS)
 
 
+def check_imports(code: str) -> None:
+    """Parse Python code; check that what it imports by `from … import …` exists."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_python_blocks_import_what_exists(page):
     for block in blocks(page, "python"):
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom):
-                module = importlib.import_module(node.module)
-                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+        check_imports(block)
 
 
 def test_the_picture_names_files_that_exist():
@@ -311,3 +317,11 @@ def test_the_picture_names_files_that_exist():
     files = [f"{folder}/{file}" for folder, group in groups for file in re.findall(r"\b\w+\.py\b", group)]
     assert len(files) > 20 and len(files) == len(re.findall(r"\b\w+\.py\b", text))
     assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+def test_the_notebook_names_what_exists():
+    cells = json.loads((ROOT / "launch/sample_loop.ipynb").read_text())["cells"]
+    code, prose = ("\n".join("".join(c["source"]) for c in cells if c["cell_type"] == kind) for kind in ("code", "markdown"))
+    check_imports(code)
+    assert all(solver in prose for solver in solvers.SOLVERS)
+    assert not [target for target in re.findall(r"\]\(([^)\s]+)\)", prose) if not (ROOT / "launch" / target).exists()]
