@@ -253,7 +253,8 @@ def test_configs_show_what_plan_predicts(file):
     head = " ".join(file.read_text().replace("\n# ", " ").split())
     speed, hours, mfu = (sorted(values.values()) for values in (made["images_per_s"], made["run"]["hours"], made["mfu"]))
     assert f"{speed[0]:,.0f} to {speed[-1]:,.0f} images/s (MFU {mfu[0]:.0%} to {mfu[-1]:.0%}), " in head
-    assert f"{hours[0]:.1f} to {hours[-1]:.1f} hours" in head and "Predicted, not measured" in head
+    peak = made["memory"]["stages"][made["memory"]["stage"]]["peak"] / 1e9
+    assert f"{hours[0]:.1f} to {hours[-1]:.1f} hours, {peak:.1f} GB per GPU" in head and "Predicted, not measured" in head
 
 
 def test_the_quickstart_spells_out_the_defaults():
