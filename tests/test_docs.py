@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from fastdit import cli
+from fastdit import autoencoder, cli, data
 from fastdit.config import RENAMED, Config, InputError, parse
+from fastdit.distributed import World
 from fastdit.evaluation import metrics
 from fastdit.planning import cards, plan
 from fastdit.sampling import solvers
@@ -49,8 +51,8 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the complete command line."""
+def parser(command: str) -> argparse.ArgumentParser:
+    """Return the parser of the command line with the arguments of a command."""
     return cli._parser()
 
 
@@ -85,7 +87,7 @@ def arguments_of(words: list[str]) -> list[str] | None:
 def check_fastdit(words: list[str]) -> None:
     """Parse a command as fastdit does; read the config that it names and apply its overrides."""
     try:
-        arguments, rest = parser().parse_known_args(words)
+        arguments, rest = parser(words[0]).parse_known_args(words)
     except SystemExit:
         raise AssertionError(f"not understood: {words}") from None
     settings = [*getattr(arguments, "settings", []), *rest]
@@ -249,7 +251,7 @@ def test_configs_parse_and_say_what_they_are(file):
 
 @pytest.mark.parametrize("file", [file for file in CONFIGS if file.stem.startswith("imagenet256")], ids=name)
 def test_configs_show_what_plan_predicts(file):
-    made = plan.make(plan.settings(str(file), []), cards.find_card("h100"), 8, 80, plan.IMAGENET_IMAGES, None)
+    made = plan.make(plan.settings(str(file), []), cards.find_card("h100"), 8, 80, 1_281_167, None)
     head = " ".join(file.read_text().replace("\n# ", " ").split())
     speed, hours, mfu = (sorted(values.values()) for values in (made["images_per_s"], made["run"]["hours"], made["mfu"]))
     assert f"{speed[0]:,.0f} to {speed[-1]:,.0f} images/s (MFU {mfu[0]:.0%} to {mfu[-1]:.0%}), " in head
@@ -261,13 +263,11 @@ def test_the_quickstart_spells_out_the_defaults():
     assert parse(ROOT / "launch/configs/quickstart.yaml", ["validate.steps=0"]) == parse(None, ["train.name=quickstart"])
 
 
-def test_help_texts_name_files_that_exist():
-    helps = [parser().format_help()]
-    for action in parser()._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            helps += [command.format_help() for command in action.choices.values()]
-    files = re.findall(r"\b(?:launch|docs)/[\w/]+\.\w+", " ".join(helps))
-    assert files and not [file for file in files if not (ROOT / file).exists()]
+def test_code_names_configs_and_pages_that_exist():
+    code = [file for top in ("fastdit", "kernels", "csrc", "benchmarks", "launch") for file in (ROOT / top).rglob("*.*")]
+    texts = {file: file.read_text() for file in code if file.suffix in (".py", ".cpp", ".h", ".sh", ".yaml", ".sbatch", ".md")}
+    named = [(name(file), path) for file in texts for path in re.findall(r"\b(?:launch|docs)/[\w/]+\.\w+", texts[file])]
+    assert len(named) > 10 and [(file, path) for file, path in named if not (ROOT / path).exists()] == []
 
 
 def test_every_documented_parameter_of_the_base_script_has_a_key():
@@ -326,3 +326,51 @@ def test_the_notebook_names_what_exists():
     check_imports(code)
     assert all(solver in prose for solver in solvers.SOLVERS)
     assert not [target for target in re.findall(r"\]\(([^)\s]+)\)", prose) if not (ROOT / "launch" / target).exists()]
+
+
+def example(heading: str, module: str) -> dict:
+    """Run the example of a section of docs/extending.md in a copy of the names of a module, and return it."""
+    section = (ROOT / "docs/extending.md").read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+    names = dict(vars(importlib.import_module(module)))
+    exec(code, names)
+    return names
+
+
+def members(protocol: type) -> set[str]:
+    return {*protocol.__annotations__, *(key for key in vars(protocol) if not key.startswith("_"))}
+
+
+def test_the_example_of_an_op():
+    x, scale, shift = torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8)
+    found = example("A fused op", "fastdit.kernels.modulate")["scale_shift_reference"](x, scale, shift)
+    torch.testing.assert_close(found, x * (1 + scale[:, None]) + shift[:, None])
+
+
+def test_the_example_of_a_solver(monkeypatch):
+    monkeypatch.setattr(solvers, "SOLVERS", dict(solvers.SOLVERS))
+    midpoint = example("A solver", "fastdit.sampling.solvers")["midpoint"]
+    *_, x = midpoint(lambda x, t, at: 2 * t.expand_as(x), torch.ones(1, 1, 2, 2), 4)  # dx/dt = 2t from 1 at t = 1
+    torch.testing.assert_close(x, torch.zeros(1, 1, 2, 2))
+
+
+def test_the_example_of_a_loader():
+    made = example("A data format", "fastdit.data.builtin")["TensorLoader"]
+    config = parse(None, ["train.batch_size=4"])
+    loader = made(torch.randn(16, 1, 32, 32), torch.arange(16) % 10, config, World(0, 1, torch.device("cpu"), None))
+    images, labels = loader.batch(1, 0)
+    assert (images.shape, labels.shape) == ((4, 1, 32, 32), (4,))
+    assert [member for member in members(data.Loader) if not hasattr(loader, member)] == []
+
+
+def test_the_example_of_an_autoencoder():
+    codec = example("An autoencoder", "fastdit.autoencoder")["HalfResolution"](3, 16)
+    moments = codec.encode(torch.rand(2, 3, 16, 16))
+    assert moments.shape == (2, codec.channels, codec.size, codec.size)
+    assert codec.decode(codec.posterior_sample(moments, None)).shape == (2, codec.image_channels, 16, 16)
+    assert [member for member in members(autoencoder.Codec) if not hasattr(codec, member)] == []
+
+
+def test_the_example_of_a_metric():
+    zero, one = (metrics.Summary(torch.full((4,), value), torch.eye(4)) for value in (0.0, 1.0))
+    assert example("A metric", "fastdit.evaluation.metrics")["mean_distance"](zero, one) == 4
