@@ -135,7 +135,7 @@ def test_commands(page):
         "torchrun --nproc_per_node 8 -m fastdit.cli encode imagenet.index",
         "deepspeed --num_gpus 8 --module fastdit.cli tran launch/configs/quickstart.yaml",
         "sbatch --nodes 4 launch/slurm.sbatch launch/configs/quickstart.yaml train.lr=fast",
-        "launch/trian.sh --restarts 3 launch/configs/quickstart.yaml",
+        "launch/nothing.sh --restarts 3 launch/configs/quickstart.yaml",
         "python -m benchmarks.nothing",
     ],
 )
