@@ -188,6 +188,11 @@ def test_named_files(page):
     assert [file for file in named_files(page) if not (ROOT / file).exists() and file not in MOVED] == []
 
 
+def test_the_test_map_names_every_helper():
+    named = {file for row in table(ROOT / "tests/README.md", "file in") for file in re.findall(r"`(\w+\.py)`", row[0])}
+    assert named == {file.name for file in (ROOT / "tests/support").glob("*.py")}
+
+
 def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 150
 
