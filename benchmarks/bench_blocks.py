@@ -1,6 +1,6 @@
 """One DiT block with its modulation: eager, eager under torch.compile, and fastdit's, on the same weights.
 
-`parity`: the largest difference from the eager block's output, relative to its largest value. Needs torch and triton alone.
+`parity`: the largest difference from the eager block's output, relative to its largest value. Needs only torch and triton.
 """
 
 import functools
@@ -10,11 +10,11 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
-from bench_kernels import BOUND, Turns, batch_above_cache, directions, in_processes, interleave, together
-from eager_reference import EagerDiT, comparable, fastdit_model
+from benchmarks.bench_kernels import BOUND, Turns, batch_above_cache, directions, in_processes, interleave, together
+from benchmarks.eager_reference import EagerDiT, comparable, fastdit_model
+from benchmarks.harness import DEVICE, DTYPE, PRECISION, SWEEPS, Group, Result, Worker
 from fastdit import kernels
 from fastdit.model import DiT
-from measure import DEVICE, DTYPE, PRECISION, SWEEPS, Group, Result, Worker
 
 SUITE = "blocks"
 DIRECTIONS = ("forward", "both")
@@ -22,11 +22,13 @@ CASES = {"S/2": (384, 6, 1024), "B/2": (768, 12, 2048), "L/2": (1024, 16, 2688),
 
 
 class EagerBlock(nn.Module):
-    """As the eager trainer runs it: autocast over fp32 weights in bf16."""
+    """The eager reference's block as its trainer runs it: autocast over fp32 weights in bf16."""
 
     def __init__(self, model: EagerDiT) -> None:
         super().__init__()
-        self.block, self.cos, self.sin = model.blocks[0], model.cos, model.sin
+        self.block = model.blocks[0]
+        self.cos = model.cos
+        self.sin = model.sin
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x [B,T,H], condition [B,H] -> [B,T,H]."""
@@ -35,11 +37,14 @@ class EagerBlock(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """fastdit's, standing alone: the norm that is fused into the block before it runs by itself, the last residual has none."""
+    """fastdit's block by itself: the norms that a model fuses into its neighbours' ops are a separate op, or left out."""
 
     def __init__(self, model: DiT) -> None:
         super().__init__()
-        self.block, self.modulation, self.cos, self.sin = model.blocks[0], model.modulation[0], model.cos, model.sin
+        self.block = model.blocks[0]
+        self.modulation = model.modulation[0]
+        self.cos = model.cos
+        self.sin = model.sin
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x [B,T,H], condition [B,H] -> [B,T,H]."""
@@ -50,7 +55,7 @@ class FusedBlock(nn.Module):
 
 
 def measure(case: str, batch: int, names: tuple[str, ...], sweeps: int) -> Turns:
-    """All members of a group; runs in a worker."""
+    """Measure all members of a group; runs in a worker."""
     width, heads, hidden = CASES[case]
     torch._functorch.config.donated_buffer = False
     model = EagerDiT(comparable(width, 1, heads, hidden, None))
@@ -65,9 +70,9 @@ def measure(case: str, batch: int, names: tuple[str, ...], sweeps: int) -> Turns
 
     def calls(name: str) -> dict[str, Callable[[], object]]:
         ours = name.startswith("fused")
-        own = [t.to(DTYPE if ours else torch.float32).requires_grad_() for t in (x.clone(), condition.clone())]
-        weights = [p for n, p in (fused if ours else eager).named_parameters()]
-        run = directions(lambda *inputs: blocks[name](*inputs[:2]), (*own, *weights), True)
+        inputs = [t.to(DTYPE if ours else torch.float32).requires_grad_() for t in (x.clone(), condition.clone())]
+        weights = (fused if ours else eager).parameters()
+        run = directions(lambda *inputs: blocks[name](*inputs[:2]), (*inputs, *weights), True)
         return {d: run[d] for d in DIRECTIONS}
 
     with torch.no_grad():
@@ -79,7 +84,7 @@ def measure(case: str, batch: int, names: tuple[str, ...], sweeps: int) -> Turns
 
 
 def served() -> Callable:
-    """What a worker of this suite calls."""
+    """Return what a worker of this suite calls."""
     return measure
 
 
@@ -87,7 +92,7 @@ def groups(full: bool) -> dict[str, Group]:
     cuda = DEVICE.type == "cuda"
     cases = list(CASES) if cuda else ["S/2", "base/2"]
     names = ("eager", "compile", "fused", "fused+compile") if cuda else ("eager", "compile", "fused")
-    worker = functools.cache(lambda _: Worker("bench_blocks:served"))
+    worker = functools.cache(lambda _: Worker("benchmarks.bench_blocks:served"))
     members = tuple(f"{name} {direction}" for name in names for direction in DIRECTIONS)
 
     def group(case: str, say: Callable[[str], None]) -> dict[str, Result]:

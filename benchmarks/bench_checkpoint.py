@@ -1,41 +1,35 @@
 """Seconds to save and load a training state: fastdit's checkpoints, and torch.save and torch.load of the same tensors.
 
-The state: fp32 weights, EMA and AdamW's two moments, 16 bytes a parameter. waits: how long training stands still for a save.
-save: until the file is on the disk; fastdit writes in a thread, flushes and hashes; torch.save returns when the page cache has it.
-load: from the page cache into model, optimizer and EMA; fastdit's hashes everything first. Needs DeepSpeed.
+The state: fp32 weights, EMA and AdamW's two moments, 16 bytes per parameter. Direction "waits": the time that training waits for a
+save. "save": the time until the file is complete; fastdit writes in a thread, flushes to disk and hashes, torch.save returns when
+the page cache has the file. "load": from the page cache into model, optimizer and EMA; fastdit hashes all files first. Needs
+DeepSpeed.
 """
 
 import functools
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from fastdit import checkpoint, distributed
+from benchmarks.harness import DEVICE, Group, Result, Worker, quantiles, speedup, start, take_turns, timed
+from fastdit import distributed
+from fastdit.checkpoint import RunState, open_checkpoint
 from fastdit.config import Config, ModelConfig, TrainConfig
 from fastdit.model import DiT
-from fastdit.training import engine
+from fastdit.training import engine, saver
 from fastdit.training.ema import ShardedEma
-from fastdit.training.saver import Saver, check
-from measure import DEVICE, Group, Result, Worker, quantiles, speedup, start, take_turns
 
 SUITE = "checkpoint"
 PRESETS = {"S/2": (384, 12, 6, 1024), "B/2": (768, 12, 12, 2048)}  # width, depth, heads, hidden
 DIRECTIONS = ("waits", "save", "load")
 
 
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def state_of(case: str) -> tuple:
-    """Engine, EMA, config and world of a model that has taken a step."""
+    """Return engine, EMA, config and world of a model that has taken a step."""
     width, depth, heads, hidden = PRESETS[case]
     model = ModelConfig(
         preset=case, width=width, depth=depth, heads=heads, hidden=hidden, in_channels=4, input_size=32, patch_size=2
@@ -51,21 +45,21 @@ def state_of(case: str) -> tuple:
 
 def fastdit(folder: Path, case: str) -> Callable[[], dict]:
     dit, ema, config, world = state_of(case)
-    sums, state = torch.zeros(1), {"step": 1, "summed_steps": 0, "wandb_id": None, "class_names": None}
-    saver = Saver(folder / "run/checkpoints", config, world)
+    sums, state = torch.zeros(1), RunState(1)
+    writer = saver.Saver(folder / "run/checkpoints", config, world)
     shapes = {name: p.shape for name, p in dit.module.named_parameters()}
 
     def load() -> None:
-        found = checkpoint.find(folder / "run")
-        saved = check(found, config, world)
-        dit.module.load_state_dict(checkpoint.Shards(found, saved["ranks"]).whole("raw", shapes))
-        saver.load(found, dit, ema, saved, sums, config, world)
+        saved = open_checkpoint(folder / "run")
+        saver.check(saved, config, world)
+        dit.module.load_state_dict(saved.shards().whole("raw", shapes))
+        saver.load(saved, dit, ema, sums, config, world)
 
     def run() -> dict[str, float]:
-        os.sync()  # what the other one left to be written
+        os.sync()  # writes what the other provider left in the page cache
         shutil.rmtree(folder / "run", ignore_errors=True)
-        waits = seconds(lambda: saver.save(dit, ema, state, sums))
-        return {"waits": waits, "save": waits + seconds(saver.wait), "load": seconds(load)}
+        waits = timed(lambda: writer.save(dit, ema, state, sums), wait=False).wall
+        return {"waits": waits, "save": waits + timed(writer.wait, wait=False).wall, "load": timed(load, wait=False).wall}
 
     return run
 
@@ -80,18 +74,18 @@ def torch_save(folder: Path, case: str) -> Callable[[], dict]:
     optimizer.step()
 
     def load() -> None:
-        found = torch.load(folder / "state.pt", weights_only=True, map_location=world.device)
-        model.load_state_dict(found["model"])
-        optimizer.load_state_dict(found["optimizer"])
+        state = torch.load(folder / "state.pt", weights_only=True, map_location=world.device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
         for name, tensor in averaged.items():
-            tensor.copy_(found["ema"][name])
+            tensor.copy_(state["ema"][name])
 
     def run() -> dict[str, float]:
         os.sync()
         (folder / "state.pt").unlink(missing_ok=True)
         state = {"model": model.state_dict(), "ema": averaged, "optimizer": optimizer.state_dict()}
-        save = seconds(lambda: torch.save(state, folder / "state.pt"))
-        return {"waits": save, "save": save, "load": seconds(load)}
+        save = timed(lambda: torch.save(state, folder / "state.pt"), wait=False).wall
+        return {"waits": save, "save": save, "load": timed(load, wait=False).wall}
 
     return run
 
@@ -100,7 +94,7 @@ PROVIDERS = {"torch.save": torch_save, "fastdit": fastdit}
 
 
 def provider(name: str, folder: Path, case: str) -> Callable[[], dict]:
-    """In a worker: seconds of each direction."""
+    """In a worker: return what measures the seconds of each direction."""
     (folder / name).mkdir()
     return PROVIDERS[name](folder / name, case)
 
@@ -108,9 +102,9 @@ def provider(name: str, folder: Path, case: str) -> Callable[[], dict]:
 def measure(case: str, turns: int, say: Callable) -> dict[str, Result]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make = lambda name: lambda: Worker("bench_checkpoint:provider", name, folder, case)
-        workers, errors = start({name: make(name) for name in PROVIDERS}, say)
-        found, failed = take_turns({name: lambda _, w=w: w() for name, w in workers.items()}, 1 + turns, say)  # the first warms up
+        make = "benchmarks.bench_checkpoint:provider"
+        workers, errors = start({name: functools.partial(Worker, make, name, folder, case) for name in PROVIDERS}, say)
+        taken, failed = take_turns({name: lambda _, w=w: w() for name, w in workers.items()}, 1 + turns, say)  # the first warms up
         errors |= failed
         for worker in workers.values():
             worker.stop()
@@ -119,13 +113,13 @@ def measure(case: str, turns: int, say: Callable) -> dict[str, Result]:
     for name in PROVIDERS:
         for direction in DIRECTIONS:
             key, values = {"case": case, "provider": name, "direction": direction, "size": "16 bytes a parameter"}, {}
-            own, theirs = ([turn[direction] for turn in found.get(n, [])[1:]] for n in (name, "torch.save"))
+            ours, theirs = ([turn[direction] for turn in taken.get(n, [])[1:]] for n in (name, "torch.save"))
             if name in sizes:
                 values = {
-                    **speedup(theirs, own), "file_mb": f"{sizes[name] / 1e6:.0f}",
-                    "gb_per_s": f"{sizes[name] / quantiles(own)[0] / 1e9:.3g}",
+                    **speedup(theirs, ours), "file_mb": f"{sizes[name] / 1e6:.0f}",
+                    "gb_per_s": f"{sizes[name] / quantiles(ours)[0] / 1e9:.3g}",
                 }  # fmt: skip
-            results[f"{name} {direction}"] = Result(key, own if name in sizes else [], values, errors.get(name, ""))
+            results[f"{name} {direction}"] = Result(key, ours if name in sizes else [], values, errors.get(name, ""))
     return results
 
 

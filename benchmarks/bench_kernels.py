@@ -1,17 +1,16 @@
 """Each op against the chain that an eager trainer runs, and that chain under torch.compile: forward, backward, both.
 
-Bytes are those that the algorithm must move (limits.MOVED); `copy_share` is their rate over that of tensor.copy_ in the same run:
-what fits into a cache can exceed it. `peak_mb`: what one call allocates above its inputs. `parity`: the largest difference from the
-op's reference, outputs and gradients, relative to the largest value.
+`gb_per_s`: the bytes that the algorithm must move (roofline.MOVED) per second; `copy_share`: that rate over tensor.copy_'s in the
+same run; data that fit into a cache can exceed it. `peak_mb`: what one call allocates besides its inputs. `parity`: the largest
+difference of outputs and gradients from the op's reference, relative to the largest value.
 
-On a GPU the work of a call is recorded into a CUDA graph and replayed, so that no time of the host is in its median, on tensors
-that do not fit into the L2 cache; what the host needs to launch a call is a column of its own, `host_us`.
+On a GPU the work of a call is recorded into a CUDA graph and replayed, so that its median excludes the host, on tensors that do not
+fit into the L2 cache; `host_us` is the time that the host needs to launch a call.
 """
 
 import functools
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -21,12 +20,8 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
-from eager_reference import rotate_interleaved
-from fastdit import kernels
-from fastdit.planning.machine_rates import COPY
-from kernel_cases import CASES, TOKENS
-from limits import MOVED
-from measure import (
+from benchmarks.eager_reference import rotate_interleaved
+from benchmarks.harness import (
     DEVICE,
     DTYPE,
     PROCESSES,
@@ -40,19 +35,22 @@ from measure import (
     start,
     synchronize,
     take_turns,
+    timed,
 )
+from benchmarks.kernel_cases import CASES, TOKENS
+from benchmarks.roofline import MOVED
+from fastdit import kernels
+from fastdit.planning.machine_rates import COPY
 
 SUITE = "kernels"
 DIRECTIONS = ("forward", "backward", "both")
 PROVIDERS = ("eager", "compile", "fused")
-FLOW = (
-    "flow_interpolate",
-    "flow_matching_loss",
-    "counter_normal",
-)  # sized by the latent's side; the first and last have no backward
-BOUND = {torch.float32: 2**-14, torch.bfloat16: 2**-6}[DTYPE]  # of parity: two roundings of bf16, sums of fp32 in another order
-RECORDED, REPLAYS, HOST_CALLS = 10, 5, 5  # calls in a CUDA graph; replays a sample; calls that the host's time is the mean of
-HIDDEN = {384: 1024, 768: 2048, 1024: 2688, 1088: 4352, 1152: 3072}  # SwiGLU's, by width
+FLOW = ("flow_interpolate", "flow_matching_loss", "counter_normal")  # ops whose size is the latent's side
+BOUND = {torch.float32: 2**-14, torch.bfloat16: 2**-6}[DTYPE]  # limit on parity: two bf16 roundings; fp32 sums in another order
+RECORDED = 10  # calls in a CUDA graph
+REPLAYS = 5  # replays per sample
+HOST_CALLS = 5  # calls per measurement of the host's time
+HIDDEN = {384: 1024, 768: 2048, 1024: 2688, 1088: 4352, 1152: 3072}  # width -> SwiGLU hidden width
 
 
 def eager_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -97,7 +95,7 @@ def eager_counter_normal(_seed: int, _stream: int, ids: Tensor, shape: tuple[int
 
 
 def eager(op: str, inputs: tuple) -> tuple[Callable, tuple]:
-    """The eager chain of an op, and its inputs made from the op's."""
+    """Return the eager chain of an op, and its inputs made from the op's."""
     if op == "qk_norm_rope":
         qkv, q_weight, k_weight, cos, sin, heads, _ = inputs
         separate = (t.detach().contiguous().requires_grad_() for t in qkv.chunk(3, dim=-1))
@@ -107,14 +105,14 @@ def eager(op: str, inputs: tuple) -> tuple[Callable, tuple]:
 
 
 def moved(op: str, size: int, batch: int) -> tuple[int, int]:
-    """Bytes that forward and backward must move."""
+    """Return the bytes that forward and backward must move."""
     elements = batch * 4 * size**2 if op in FLOW else batch * TOKENS * size
     itemsize = 4 if op == "counter_normal" else DTYPE.itemsize  # its numbers are fp32
     return MOVED[op][0] * elements * itemsize, MOVED[op][1] * elements * itemsize
 
 
 def directions(function: Callable, inputs: tuple, backward: bool) -> dict[str, Callable[[], object]]:
-    """direction: a call of it, with gradients of ones of the outputs' own dtypes."""
+    """Return a call per direction; output gradients are ones of the outputs' dtypes."""
     calls: dict[str, Callable[[], object]] = {"forward": lambda: function(*inputs)}
     if backward:
         wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
@@ -131,18 +129,18 @@ def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def difference(function: Callable, inputs: tuple, backward: bool) -> float:
-    """The largest difference of outputs and gradients from the op's reference, relative to the tensor's largest value."""
-    found = []
+    """Return the largest difference of outputs and gradients from the op's reference, relative to the tensor's largest value."""
+    results = []
     for backend in ("auto", "reference"):
         with kernels.backend(backend):
             outputs = _tuple(function(*inputs))
             gradients = directions(function, inputs, True)["both"]() if backward else ()
-        found.append([t.detach().float() for t in (*outputs, *gradients)])
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found, strict=True))
+        results.append([t.detach().float() for t in (*outputs, *gradients)])
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True))
 
 
 def allocated(call: Callable[[], object]) -> int:
-    """Bytes: the most that a call had allocated at a time."""
+    """Return the most bytes that a call had allocated at a time."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -159,7 +157,8 @@ def allocated(call: Callable[[], object]) -> int:
 
 
 def timer(call: Callable[[], object]) -> Callable[[], list[float]]:
-    """What gives seconds of a call, some samples: on a GPU of its recorded work, on a CPU means of calls of 20 ms together."""
+    """Return a function that returns samples of a call's seconds: replays of its recorded work on a GPU; on a CPU means of as many
+    calls as take 20 ms."""
     if DEVICE.type == "cuda":
         return Replayed(call)
 
@@ -171,7 +170,7 @@ def timer(call: Callable[[], object]) -> Callable[[], list[float]]:
 
 
 class Replayed:
-    """A call's work on the GPU by itself, recorded into a CUDA graph some times over. Made and used inside of `one_stream`."""
+    """RECORDED calls' work on the GPU, in one CUDA graph. Made and used inside `one_stream`."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         for _ in range(2):  # compiles
@@ -182,7 +181,7 @@ class Replayed:
                 call()
 
     def __call__(self) -> list[float]:
-        """Seconds of a call in each of some replays."""
+        """Return the seconds per call of each replay."""
         self.graph.replay()
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
         marks[0].record()
@@ -195,7 +194,7 @@ class Replayed:
 
 @contextmanager
 def one_stream() -> Iterator[None]:
-    """On a GPU: forwards and backwards inside run in one stream that can be recorded, which the default stream cannot."""
+    """Run forwards and backwards on a GPU in one stream that can be recorded, unlike the default stream."""
     if DEVICE.type != "cuda":
         yield
         return
@@ -206,24 +205,21 @@ def one_stream() -> Iterator[None]:
 
 
 def host_seconds(call: Callable[[], object]) -> float:
-    """What the host needs for a call, the fastest of some; the few calls that are made at once do not fill the GPU's queue."""
-    found = []
+    """Return the host's seconds per call, the smallest of REPLAYS means; HOST_CALLS calls do not fill the GPU's queue."""
+    means = []
     for _ in range(REPLAYS):
         synchronize()
-        start = time.perf_counter()
-        for _ in range(HOST_CALLS):
-            call()
-        found.append((time.perf_counter() - start) / HOST_CALLS)
-    return min(found)
+        means.append(timed(lambda: [call() for _ in range(HOST_CALLS)], wait=False).wall / HOST_CALLS)
+    return min(means)
 
 
 def batch_above_cache(elements: int) -> int:
-    """Of samples of so many elements, so many that a tensor of them is twice the size of the GPU's L2 cache."""
+    """Return the batch size at which a tensor is twice the size of the GPU's L2 cache. elements: elements per sample."""
     return -(-2 * torch.cuda.get_device_properties(DEVICE).L2_cache_size // (elements * DTYPE.itemsize))
 
 
 def fill(inputs: tuple) -> None:
-    """Normal numbers where kernel_cases leaves what the memory holds."""
+    """Fill floating-point inputs, which kernel_cases leaves uninitialised on a CPU, with normal numbers."""
     with torch.no_grad():
         for t in inputs:
             if isinstance(t, Tensor) and t.is_floating_point():
@@ -234,24 +230,29 @@ Calls = dict[str, Callable[[], object]]
 
 
 class Turns(NamedTuple):
-    """What one process measured, by "provider direction": each turn's samples, bytes that a call allocated, why there are none."""
+    """What one process measured; the keys are "provider direction".
+
+    samples: seconds of each turn; allocated: bytes of a call; errors: reasons of members without samples; bandwidth: bytes/s of a
+    copy; host: the host's seconds per call, None on a CPU, where they are the samples.
+    """
 
     samples: dict[str, list[list[float]]]
     allocated: dict[str, int]
     errors: dict[str, str]
-    bandwidth: float  # bytes/s of a copy
+    bandwidth: float
     parity: float
-    host: dict[str, float] | None = None  # seconds of the host for a call; None on a CPU, where they are the samples
+    host: dict[str, float] | None = None
 
 
 def interleave(
     makers: dict[str, Callable[[], Calls]], runs: tuple[str, ...], errors: dict[str, str], sweeps: int, parity: float
 ) -> Turns:
-    """Every provider and direction of `runs` in turns, with a copy. errors: of providers that are wrong, and are not measured."""
+    """Measure every provider and each of its directions `runs` in turns, with a copy. errors: reasons of providers that are wrong
+    and not measured."""
     with one_stream():
         providers, failed = start({name: make for name, make in makers.items() if name not in errors}, lambda _: None)
         errors = {f"{name} {run}": why for name, why in (errors | failed).items() for run in runs}
-        calls = {f"{name} {run}": own[run] for name, own in providers.items() for run in runs}
+        calls = {f"{name} {run}": by_run[run] for name, by_run in providers.items() for run in runs}
         timers, failed = start({member: lambda call=call: timer(call) for member, call in calls.items()}, lambda _: None)
         errors |= failed
         source, target = (torch.ones(COPY // 4, device=DEVICE) for _ in range(2))
@@ -260,14 +261,17 @@ def interleave(
         samples, failed = take_turns(turns, sweeps, lambda _: None)
         errors |= failed
         good = {member: call for member, call in calls.items() if member not in errors}
-        held = {member: allocated(call) for member, call in good.items()}
+        sizes = {member: allocated(call) for member, call in good.items()}
         host = {member: host_seconds(call) for member, call in good.items()} if DEVICE.type == "cuda" else None
-    return Turns(samples, held, errors, 2 * COPY / statistics.median(s for [s] in samples["copy"]), parity, host)
+    return Turns(samples, sizes, errors, 2 * COPY / statistics.median(s for [s] in samples["copy"]), parity, host)
 
 
 def together(processes: list[Turns], members: tuple[str, ...], key: dict[str, str]) -> dict[str, Result]:
-    """A result a member. Where tensors lie in memory differs between processes and stays the same in one, which on a CPU moves a
-    median by 4 %, rarely by 30. So a speedup of several processes is the median of theirs, with the spread between them."""
+    """Return one result per member.
+
+    The addresses of tensors differ between processes and stay the same in one, which on a CPU moves a median by 4 %, rarely by 30.
+    So the speed-up of several processes is the median of theirs, with the spread between them.
+    """
     results = {}
     for member in members:
         name, run = member.split()
@@ -291,7 +295,7 @@ def together(processes: list[Turns], members: tuple[str, ...], key: dict[str, st
 
 
 def measure(op: str, size: int, batch: int, sweeps: int) -> Turns:
-    """All members of a group; runs in a worker."""
+    """Measure all members of a group; runs in a worker."""
     function, inputs = CASES[op].make(size, batch, DTYPE, DEVICE)
     fill(inputs)
     runs = directions_of(op)
@@ -309,7 +313,7 @@ def measure(op: str, size: int, batch: int, sweeps: int) -> Turns:
 
 
 def rows(op: str, size: int, batch: int, members: tuple[str, ...], processes: list[Turns]) -> dict[str, Result]:
-    """The group's results, with the rates of the bytes that its algorithm must move."""
+    """Return the group's results, with the rates of the bytes that its algorithm must move."""
     shape = f"{batch}x4x{size}x{size}" if op in FLOW else f"{batch}x{TOKENS}x{size}"
     results = together(processes, members, {"case": op, "size": shape})
     bandwidth = statistics.median(p.bandwidth for p in processes)
@@ -325,40 +329,40 @@ def rows(op: str, size: int, batch: int, members: tuple[str, ...], processes: li
 
 
 def directions_of(op: str) -> tuple[str, ...]:
-    return DIRECTIONS[:1] if op in ("flow_interpolate", "counter_normal") else DIRECTIONS  # of data and random numbers
+    return DIRECTIONS[:1] if op in ("flow_interpolate", "counter_normal") else DIRECTIONS  # data and noise need no gradient
 
 
 def served() -> Callable:
-    """What a worker of this suite calls."""
+    """Return what a worker of this suite calls."""
     return measure
 
 
 def in_processes(worker: Callable[[int], Worker], full: bool, say: Callable[[str], None], *arguments) -> list[Turns]:
-    """What each of them measured, one after the other. worker: a process by its number."""
-    found = []
+    """Return what each process measured, one after the other. worker: returns the worker of a number."""
+    measured = []
     for i in range(PROCESSES[full]):
         say(f"process {i + 1} of {PROCESSES[full]}")
-        found.append(worker(i)(*arguments))
-    return found
+        measured.append(worker(i)(*arguments))
+    return measured
 
 
 def groups(full: bool) -> dict[str, Group]:
     cuda = DEVICE.type == "cuda"
     batch = lambda op, size: batch_above_cache(4 * size**2 if op in FLOW else TOKENS * size) if cuda else 8
     widths = {(True, True): (384, 768, 1088, 1152), (True, False): (1152,), (False, True): (384, 1088)}.get((cuda, full), (384,))
-    worker = functools.cache(lambda _: Worker("bench_kernels:served"))
+    worker = functools.cache(lambda _: Worker("benchmarks.bench_kernels:served"))
 
     def group(op: str, size: int, say: Callable[[str], None]) -> dict[str, Result]:
         processes = in_processes(worker, full, say, op, size, batch(op, size), SWEEPS[full])
-        return rows(op, size, batch(op, size), found[f"{op} {size}"].members, processes)
+        return rows(op, size, batch(op, size), made[f"{op} {size}"].members, processes)
 
-    found = {}
+    made = {}
     for op in MOVED:
         members = tuple(f"{name} {run}" for name in PROVIDERS for run in directions_of(op))
         for size in (32,) if op in FLOW else widths:
             size = HIDDEN[size] if op == "swiglu" else size
-            found[f"{op} {size}"] = Group(members, functools.partial(group, op, size))
-    return found
+            made[f"{op} {size}"] = Group(members, functools.partial(group, op, size))
+    return made
 
 
 def test_kernels(replay, group, member) -> None:

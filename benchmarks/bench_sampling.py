@@ -1,39 +1,39 @@
-"""Images per second of guided sampling at S/2, 256 pixels: the base script's sampler and `fastdit sample`'s, alone and with SD-VAE.
+"""Images per second of guided sampling at S/2, 256 pixels: the base script's sampler and `fastdit sample`'s, with and without VAE.
 
-20 Euler steps, guidance 3, the same random weights, noise and classes. The reference samples in fp32, as the base script does;
-fastdit in fp32 and, where the device computes in it, in bf16. case "S/2": latents alone. case "S/2 and SD-VAE": the base script
-decodes its whole batch by the fp32 autoencoder after every step, fastdit once at the end. `cold_s`: the first batch of a process,
-compilation and capture included. `bound_share`: of the matmuls' and attention's FLOPs at the rate of one large matmul in the same
-precision. `parity`: the largest difference from the reference's latents, relative to their largest value; `psnr_db`: of decoded
-images (range 2) against those of the reference's latents, decoded by the same fp32 autoencoder. Without diffusers bf16 latents are
-judged by themselves, by the root mean square of their difference (`latents_rms`).
+20 Euler steps, guidance w = 3, the same random weights, noise and classes. The reference samples in fp32, as the base script does;
+fastdit in fp32 and, if the device computes in it, in bf16. Case "S/2": only latents. Case "S/2 and SD-VAE": the base script decodes
+its batch by the fp32 autoencoder after every step, fastdit once at the end. `cold_s`: seconds of the first batch of a process,
+compilation and capture included. `bound_share`: share of the time that the FLOPs of matmuls and attention take at the rate of one
+large matmul in the same precision. `parity`: the largest difference from the reference's latents, relative to their largest value;
+`psnr_db`: PSNR of decoded images (range 2) against the reference's latents decoded by the same fp32 autoencoder. Without diffusers,
+bf16 latents are judged by the root mean square of their difference (`latents_rms`).
 """
 
 import functools
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from bench_train_step import CASES, matmul_of
-from eager_reference import EagerDiT, comparable, euler, fastdit_model
+from benchmarks.bench_train_step import CASES, matmul_of
+from benchmarks.eager_reference import EagerDiT, comparable, euler, fastdit_model
+from benchmarks.harness import DEVICE, PRECISION, Group, Result, Worker, quantiles, speedup, start, take_turns, timed
+from benchmarks.roofline import velocity_flops
 from fastdit import autoencoder
 from fastdit.config import SampleConfig
 from fastdit.device import DTYPES
 from fastdit.planning.machine_rates import matmul_rate
 from fastdit.sampling import sampler
 from fastdit.sampling.fast import fast_velocity
-from measure import DEVICE, PRECISION, Group, Result, Worker, quantiles, speedup, start, synchronize, take_turns
 
 SUITE = "sampling"
 SHAPE = CASES["S/2"][0]
 STEPS, GUIDANCE, SEED, NULL = 20, 3.0, 7, 1000
-PARITY = 1e-3  # of the latents in fp32: rounding, over 20 steps; in bf16 the PSNR says it
-PSNR = 35  # dB, at least: bf16 against fp32
-RMS = 2**-5  # of bf16 latents, at most: a velocity's rounding of 2^-8, which guidance 3 multiplies by 1 + 2·3
+PARITY = 1e-3  # limit on fp32 latents: rounding over 20 steps; bf16 latents are limited by the PSNR
+PSNR = 35  # dB, lower limit: bf16 against fp32
+RMS = 2**-5  # limit on bf16 latents: a velocity's rounding of 2^-8, which guidance w = 3 multiplies by 1 + 2w
 
 
 def noise(batch: int) -> Tensor:
@@ -41,22 +41,18 @@ def noise(batch: int) -> Tensor:
 
 
 def classes(batch: int) -> Tensor:
-    """All different, so that only the null half shares its modulation."""
+    """Return classes that all differ, so that only the null half shares its modulation."""
     return (torch.arange(batch) * 37 % NULL).to(DEVICE)
 
 
-def flops_per_image() -> float:
-    """2·M·N·K of every Linear of the tokens and 4·T²·H of attention, twice a step. The modulation, whose rows are shared, is not
-    counted."""
-    model = fastdit_model(EagerDiT(comparable(*SHAPE)))
-    tokens = (model.config.input_size // model.config.patch_size) ** 2
-    of_tokens = [model.patch_embedding, model.output, *(m for m in model.blocks.modules() if isinstance(m, torch.nn.Linear))]
-    forward = sum(2 * tokens * m.weight.numel() for m in of_tokens) + model.config.depth * 4 * tokens**2 * model.config.width
-    return 2 * STEPS * forward
+def sample_flops() -> int:
+    """Return the FLOPs of one sample: two velocities per step."""
+    return 2 * STEPS * velocity_flops(comparable(*SHAPE))
 
 
 def eager_sampler(decoded: bool) -> Callable[[int], Tensor]:
-    """batch -> latents, or with decoded images, as the base script makes them: all are decoded after every step."""
+    """Return the base script's sampler as a function of the batch size to latents, or to images if `decoded`: the script decodes
+    after every step."""
     model = EagerDiT(comparable(*SHAPE)).eval().to(DEVICE)
     vae = vae_of_size().to(DEVICE) if decoded else None
 
@@ -71,7 +67,7 @@ def eager_sampler(decoded: bool) -> Callable[[int], Tensor]:
 
 
 def fastdit_sampler(precision: str, decoded: bool) -> Callable[[int], Tensor]:
-    """batch -> latents, or with decoded images, by `fastdit sample`'s functions."""
+    """Return `fastdit sample`'s sampler as a function of the batch size to latents, or to images if `decoded`."""
     model = fastdit_model(EagerDiT(comparable(*SHAPE))).to(DEVICE, DTYPES[precision]).eval().requires_grad_(False)
     config = SampleConfig(steps=STEPS, solver="euler", guidance=GUIDANCE)
     codec = autoencoder.KL("SD-VAE", 256, DEVICE, vae_of_size()) if decoded else None
@@ -88,29 +84,26 @@ def fastdit_sampler(precision: str, decoded: bool) -> Callable[[int], Tensor]:
 
 
 def provider(name: str, decoded: bool) -> Callable[[int], tuple]:
-    """In a worker: batch -> seconds, and the latents or images on the CPU."""
+    """In a worker: return a function of the batch size to seconds, and the latents or images on the CPU."""
     sampler = eager_sampler(decoded) if name == "eager" else fastdit_sampler(name.removeprefix("fastdit "), decoded)
 
     def run(batch: int) -> tuple[float, Tensor]:
-        synchronize()
-        began = time.perf_counter()
-        out = sampler(batch)
-        synchronize()
-        return time.perf_counter() - began, out.float().cpu()
+        out, wall, _ = timed(lambda: sampler(batch))
+        return wall, out.float().cpu()
 
     return run
 
 
 def vae_of_size():
-    """images.autoencoder; here, so that latents are compared without diffusers and the packages that photographs come from."""
-    import images
+    """Return fixtures.autoencoder()."""
+    from benchmarks import fixtures  # here: latents need neither diffusers nor the packages that photographs come from
 
-    return images.autoencoder()
+    return fixtures.autoencoder()
 
 
-def psnr(found: Tensor, wanted: Tensor) -> float:
-    """In dB, of images in [-1,1]."""
-    return 10 * torch.log10(4 / (found - wanted).square().mean()).item()
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """Return the PSNR in dB of images in [-1,1]."""
+    return 10 * torch.log10(4 / (images - reference).square().mean()).item()
 
 
 def decode(latents: Tensor) -> Tensor:
@@ -118,7 +111,7 @@ def decode(latents: Tensor) -> Tensor:
 
 
 def check(finals: dict[str, Tensor], decoded: bool) -> tuple[dict[str, dict], dict[str, str]]:
-    """How far each provider's latents or images are from eager's, and the reasons of those that are too far."""
+    """Return the columns that say how far each provider's latents or images are from eager's, and the reasons of those too far."""
     values, errors, eager = {}, {}, finals.get("eager")
     for name, x in finals.items():
         if eager is None:
@@ -143,33 +136,33 @@ def check(finals: dict[str, Tensor], decoded: bool) -> tuple[dict[str, dict], di
 
 
 def measure(batch: int, decoded: bool, names: tuple[str, ...], turns: int, say: Callable) -> dict[str, Result]:
-    make = lambda name: lambda: Worker("bench_sampling:provider", name, decoded, allocator=name != "eager")
-    workers, errors = start({name: make(name) for name in names}, say)
+    make = functools.partial(Worker, "benchmarks.bench_sampling:provider")
+    workers, errors = start({name: functools.partial(make, name, decoded, allocator=name != "eager") for name in names}, say)
     calls = {name: lambda _, w=w: w(batch) for name, w in workers.items()}
     shape = matmul_of("S/2")
     rates = {f"limits {p}": lambda _, p=p: matmul_rate(shape, DTYPES[p], DEVICE) for p in {"fp32", PRECISION}}
-    found, failed = take_turns(rates | calls, turns + 1, say)  # the first is cold
+    taken, failed = take_turns(rates | calls, turns + 1, say)  # the first is cold
     errors |= failed
     peaks = {name: w.peak_memory() for name, w in workers.items() if name not in errors}
     for worker in workers.values():
         worker.stop()
-    values, failed = check({name: found[name][-1][1] for name in peaks}, decoded)
+    values, failed = check({name: taken[name][-1][1] for name in peaks}, decoded)
     errors |= failed
-    samples = {name: [] if name in errors else [turn[0] for turn in found[name][1:]] for name in names}
+    samples = {name: [] if name in errors else [turn[0] for turn in taken[name][1:]] for name in names}
     results = {}
     for name in names:
         key = {"case": "S/2 and SD-VAE" if decoded else "S/2", "provider": name, "size": f"batch {batch}"}
-        own = {}
+        values_of_row = {}
         if samples[name]:
             precision = name.removeprefix("fastdit ") if name != "eager" else "fp32"
-            median, rate = quantiles(samples[name])[0], statistics.median(found[f"limits {precision}"])
-            own = {
+            median, rate = quantiles(samples[name])[0], statistics.median(taken[f"limits {precision}"])
+            values_of_row = {
                 "precision": precision,
                 "images_per_s": f"{batch / median:.4g}", **speedup(samples["eager"], samples[name]),
-                "bound_share": "" if decoded else f"{batch * flops_per_image() / rate / median:.3f}", **values[name],
-                "cold_s": f"{found[name][0][0]:.3g}", "peak_mb": f"{peaks[name] / 1e6:.0f}", "gemm_gflops": f"{rate / 1e9:.1f}",
+                "bound_share": "" if decoded else f"{batch * sample_flops() / rate / median:.3f}", **values[name],
+                "cold_s": f"{taken[name][0][0]:.3g}", "peak_mb": f"{peaks[name] / 1e6:.0f}", "gemm_gflops": f"{rate / 1e9:.1f}",
             }  # fmt: skip
-        results[name] = Result(key, samples[name], own, errors.get(name, ""))
+        results[name] = Result(key, samples[name], values_of_row, errors.get(name, ""))
     return results
 
 
@@ -177,10 +170,10 @@ def groups(full: bool) -> dict[str, Group]:
     names = tuple(dict.fromkeys(("eager", "fastdit fp32", f"fastdit {PRECISION}")))
     cuda = DEVICE.type == "cuda"
     batch, turns = (64, 5) if cuda else (4, 5) if full else (2, 2)
-    found = {"S/2": Group(names, functools.partial(measure, batch, False, names, turns))}
+    made = {"S/2": Group(names, functools.partial(measure, batch, False, names, turns))}
     if full or cuda:
-        found["S/2 and SD-VAE"] = Group(names, functools.partial(measure, 16 if cuda else 1, True, names, 1))
-    return found
+        made["S/2 and SD-VAE"] = Group(names, functools.partial(measure, 16 if cuda else 1, True, names, 1))
+    return made
 
 
 def test_sampling(replay, group, member) -> None:

@@ -1,31 +1,25 @@
-"""A train step, one optimisation added at a time, against the eager reference: images/s, share of the limit, peak memory.
+"""A train step, one optimisation added at a time, against the eager reference: images/s, share of the bound, peak memory.
 
-Each provider is a process of its own with the allocator settings it has in real life. They take turns of three steps on the same
-data, timesteps and noise, after two that are not timed; a matmul and a copy are measured in every turn. A row is given only
-where its losses of the first 20 steps are the eager reference's (PARITY).
+Each provider is a process of its own with the allocator settings of its real use. Providers take turns of three steps on the same
+data, timesteps and noise, after two steps that are not timed; a matmul and a copy are measured in every turn. A row has
+numbers only if its losses of the first 20 steps are the eager reference's (PARITY).
 
 On a GPU a turn has 20 steps, so that the host can run ahead, and the providers, which do not fit into its memory together, run one
 after the other. `gpu_busy`: the share of a turn in which a kernel runs, from a profile of further steps; far below 1 means that the
-host is the limit.
+host limits the step.
 """
 
 import functools
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from eager_reference import EagerDiT, comparable, fastdit_model, train_step
-from fastdit import distributed, flow, kernels
-from fastdit.config import Config, TrainConfig
-from fastdit.model import DiT
-from fastdit.training import engine
-from limits import flops_per_image, shares
-from measure import (
+from benchmarks.eager_reference import EagerDiT, comparable, fastdit_model, train_step
+from benchmarks.harness import (
     DEVICE,
     PRECISION,
     Group,
@@ -38,7 +32,13 @@ from measure import (
     start,
     synchronize,
     take_turns,
+    timed,
 )
+from benchmarks.roofline import shares, train_flops
+from fastdit import distributed, flow, kernels
+from fastdit.config import Config, TrainConfig
+from fastdit.model import DiT
+from fastdit.training import engine
 
 SUITE = "train_step"
 # width, depth, heads, hidden, class width; batch; shape of the matmul whose rate is the bound
@@ -53,7 +53,7 @@ CUDA_CASES = {  # batches that a GPU needs longer for than the host for the laun
     "L/2": ((1024, 24, 16, 2688, None), 64, (16384, 1024, 5376)),
     "XL/2": ((1152, 28, 18, 3072, None), 64, (16384, 1152, 6144)),
 }
-# what each adds to the one before
+# what each provider adds to the one before
 PROVIDERS = {
     "eager": "the base script's step",
     "+allocator": "glibc's allocator set up for tensors",
@@ -68,20 +68,20 @@ PROVIDERS = {
 CHAIN = "S/2"  # on a GPU the other cases measure MAIN only
 MAIN = ("eager", "engine", "graphs", "eager compiled")
 WARM, TURN, PARITY_STEPS = 2, {"cpu": 3, "cuda": 20}[DEVICE.type], 20
-# Of |loss − eager loss| / eager loss in 20 steps. AdamW's first steps have the size lr whatever the gradient's, so that rounding
-# decides the sign of the smallest. In fp32 4.2e-5 was the most at S/2; for bf16, four of its rounding units.
+# Limit on |loss − eager loss| / eager loss in 20 steps. AdamW's first steps have the size lr whatever the gradient's size, so that
+# rounding decides the sign of the smallest. In fp32 the largest at S/2 was 4.2e-5; the limit in bf16 is four of its rounding units.
 PARITY = {"fp32": 1e-3, "bf16": 2**-6}[PRECISION]
 OPTIMIZER_PARTS = 4
 LR, WEIGHT_DECAY = 1e-4, 0.01  # the base script's
 
 
 def matmul_of(case: str) -> tuple[int, int, int]:
-    """M, K, N of the matmul whose rate is the bound on this device."""
+    """Return M, K, N of the matmul whose rate is the bound on this device."""
     return (CUDA_CASES if DEVICE.type == "cuda" else CASES)[case][2]
 
 
 def batch(step: int, size: int) -> tuple[Tensor, ...]:
-    """x0, labels, t and noise of a step: the same in every process."""
+    """Return x0, labels, t and noise of a step: the same in every process."""
     ids = flow.sample_ids(step, 0, size, DEVICE)
     draw = lambda stream, shape: kernels.counter_normal(0, stream, ids, shape)
     labels = (kernels.counter_uniform(0, 103, ids, ()) * 1000).long()
@@ -104,7 +104,7 @@ def velocity_loss(model, x0: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -
 
 
 def plain_step(shape: tuple, backend: str, fused_adamw: bool | None, compiled: bool) -> Step:
-    """fastdit's model in a plain loop; in bf16 with fp32 masters. fused_adamw None: torch's default."""
+    """Return a step of fastdit's model in a plain loop; in bf16 with fp32 masters. fused_adamw: None for torch's default."""
     model = fastdit_model(EagerDiT(comparable(*shape))).to(DEVICE)
     masters = list(model.parameters())
     if PRECISION == "bf16":
@@ -114,31 +114,32 @@ def plain_step(shape: tuple, backend: str, fused_adamw: bool | None, compiled: b
         for block in model.blocks:
             block.compile(dynamic=False, fullgraph=True)
     parameters = list(model.parameters())
-    # in parts, so that only a part of the gradients is there in fp32 at a time
+    # in parts, so that only a part of the gradients exists in fp32 at a time
     cuts = [len(masters) * i // OPTIMIZER_PARTS for i in range(OPTIMIZER_PARTS + 1)]
     parts = [(masters[a:b], parameters[a:b]) for a, b in itertools.pairwise(cuts)]
-    optimizers = [torch.optim.AdamW(own, LR, weight_decay=WEIGHT_DECAY, fused=fused_adamw) for own, _ in parts]
+    optimizers = [torch.optim.AdamW(part, LR, weight_decay=WEIGHT_DECAY, fused=fused_adamw) for part, _ in parts]
 
     def run(data: tuple[Tensor, ...]) -> Tensor:
         with kernels.backend(backend):
             loss = velocity_loss(model, *data)
             loss.backward()
-        for optimizer, (own, theirs) in zip(optimizers, parts, strict=True):
+        for optimizer, (part_masters, weights) in zip(optimizers, parts, strict=True):
             if PRECISION == "bf16":
-                for master, p in zip(own, theirs, strict=True):
+                for master, p in zip(part_masters, weights, strict=True):
                     master.grad, p.grad = p.grad.float(), None
             optimizer.step()
             optimizer.zero_grad()
             if PRECISION == "bf16":
                 with torch.no_grad():
-                    torch._foreach_copy_(theirs, own)
+                    torch._foreach_copy_(weights, part_masters)
         return loss.detach()
 
     return run
 
 
 def engine_step(shape: tuple, size: int, compiled: str = "auto") -> Step:
-    """What `fastdit train` runs, without its data loader, EMA and logs: DeepSpeed at its defaults. compiled: train.compile."""
+    """Return a step as `fastdit train` runs it, under DeepSpeed's defaults, without data loader, EMA and logs. compiled:
+    train.compile."""
     train = TrainConfig(
         compile=compiled,
         batch_size=size,
@@ -163,8 +164,8 @@ def engine_step(shape: tuple, size: int, compiled: str = "auto") -> Step:
 
 
 def provider(name: str, shape: tuple, size: int) -> Callable[[int, int], tuple]:
-    """In a worker: (first step, how many) -> their losses, seconds and CPU seconds of one; with busy=True, instead of them, the
-    seconds of one in which a kernel runs."""
+    """In a worker: return a function of (first step, number of steps) to their losses, seconds and CPU seconds per step; or, with
+    busy=True, to the seconds per step in which a kernel runs."""
     plain = functools.partial(plain_step, shape)
     step = {
         "eager": lambda: eager_step(shape, False), "+allocator": lambda: eager_step(shape, False),
@@ -176,54 +177,57 @@ def provider(name: str, shape: tuple, size: int) -> Callable[[int, int], tuple]:
 
     def run(first: int, count: int, busy: bool = False) -> tuple[list[float], float, float] | float:
         data = [batch(first + i, size) for i in range(count)]
-        synchronize()
+        run_all = lambda: [step(each) for each in data]
         if busy:
-            return busy_seconds(gpu_events(lambda: [step(each) for each in data])) / count
-        wall, cpu = time.perf_counter(), time.process_time()
-        losses = [step(each) for each in data]
-        synchronize()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            synchronize()
+            return busy_seconds(gpu_events(run_all)) / count
+        losses, wall, cpu = timed(run_all)
         return [float(loss) for loss in losses], wall / count, cpu / count
 
     return run
 
 
-def in_turns(names: tuple[str, ...], make: Callable, matmul: tuple[int, int, int], turns: int, say: Callable) -> tuple[dict, ...]:
-    """(of each provider what its turns gave, the first not timed; what those of the limits gave; peak bytes; busy seconds on a GPU;
-    errors), all providers in turns: on a GPU each by itself, with limits of its own."""
-    found, peaks, busy, errors, limits = {}, {}, {}, {}, []
-    for group in [(name,) for name in names] if DEVICE.type == "cuda" else [names]:
-        workers, failed = start({name: make(name) for name in group}, say)
+def in_turns(
+    makers: dict[str, Callable[[], Worker]], matmul: tuple[int, int, int], turns: int, say: Callable
+) -> tuple[dict, list, dict, dict, dict]:
+    """Run all providers in turns: on a GPU each by itself, with limits of its own.
+
+    Returns each provider's turns, the first not timed; the turns of the limits; peak bytes; busy seconds on a GPU; errors.
+    """
+    taken, peaks, busy, errors, limits = {}, {}, {}, {}, []
+    for group in [(name,) for name in makers] if DEVICE.type == "cuda" else [tuple(makers)]:
+        workers, failed = start({name: makers[name] for name in group}, say)
         errors |= failed
         first, failed = take_turns({name: lambda _, w=w: w(0, WARM) for name, w in workers.items()}, 1, say)
         errors |= failed
         calls = {n: lambda turn, w=w: w(WARM + turn * TURN, TURN) for n, w in workers.items() if n not in errors}
-        rates = Worker("limits:Limits", matmul)
-        own, failed = take_turns({"limits": lambda _, rates=rates: rates(), **calls}, turns, say)
+        rates = Worker("benchmarks.roofline:Limits", matmul)
+        later, failed = take_turns({"limits": lambda _, rates=rates: rates(), **calls}, turns, say)
         errors |= failed
-        limits += own.pop("limits")
-        found |= {name: first[name] + taken for name, taken in own.items()}
+        limits += later.pop("limits")
+        taken |= {name: first[name] + returned for name, returned in later.items()}
         for name in calls.keys() - errors.keys():
             peaks[name] = workers[name].peak_memory()
             if DEVICE.type == "cuda":
                 busy[name] = workers[name](WARM + turns * TURN, 3, True)
         for worker in (rates, *workers.values()):
             worker.stop()
-    return found, limits, peaks, busy, errors
+    return taken, limits, peaks, busy, errors
 
 
 def measure(
     case: str, shape: tuple, size: int, matmul: tuple[int, int, int], names: tuple[str, ...], turns: int, say: Callable
 ) -> dict[str, Result]:
     tuned = lambda name: name not in ("eager", "eager compiled")
-    make = lambda name: lambda: Worker("bench_train_step:provider", name, shape, size, allocator=tuned(name))
-    found, limits, peaks, busy, errors = in_turns(names, make, matmul, turns, say)
-    losses = {n: [x for turn in found[n] for x in turn[0]][:PARITY_STEPS] for n in found if n not in errors}
-    parity = {name: difference(own, losses.get("eager", [])) for name, own in losses.items()}
+    make = functools.partial(Worker, "benchmarks.bench_train_step:provider")
+    makers = {name: functools.partial(make, name, shape, size, allocator=tuned(name)) for name in names}
+    taken, limits, peaks, busy, errors = in_turns(makers, matmul, turns, say)
+    losses = {n: [x for turn in taken[n] for x in turn[0]][:PARITY_STEPS] for n in taken if n not in errors}
+    parity = {name: difference(mine, losses.get("eager", [])) for name, mine in losses.items()}
     errors |= {n: f"parity: the losses differ by {p:.1e}, more than {PARITY:.1e}" for n, p in parity.items() if not p <= PARITY}
     rates = tuple(statistics.median(turn[k] for turn in limits) for k in (0, 1))
     model = DiT(comparable(*shape))
-    samples = {name: [] if name in errors else [turn[1] for turn in found[name][1:]] for name in names}
+    samples = {name: [] if name in errors else [turn[1] for turn in taken[name][1:]] for name in names}
     results = {}
     for name in names:
         key, values = {"case": case, "provider": name, "size": f"batch {size}"}, {}
@@ -234,8 +238,8 @@ def measure(
                 "images_per_s": f"{size / median:.4g}", **speedup(samples["eager"], samples[name]),
                 "mfu": f"{mfu:.3f}", "bound_share": f"{share:.3f}", "parity": f"{parity[name]:.1e}",
                 "parity_steps": len(losses[name]), "peak_mb": f"{peaks[name] / 1e6:.0f}",
-                "cpu_s": f"{statistics.median(turn[2] for turn in found[name][1:]):.6g}",
-                "gflop_per_image": f"{flops_per_image(model) / 1e9:.2f}", "gemm_gflops": f"{rates[0] / 1e9:.1f}",
+                "cpu_s": f"{statistics.median(turn[2] for turn in taken[name][1:]):.6g}",
+                "gflop_per_image": f"{train_flops(model.config) / 1e9:.2f}", "gemm_gflops": f"{rates[0] / 1e9:.1f}",
                 "copy_gb_s": f"{rates[1] / 1e9:.1f}",
             }  # fmt: skip
             if name in busy:
@@ -245,10 +249,10 @@ def measure(
 
 
 def difference(losses: list[float], eager: list[float]) -> float:
-    """The largest, relative to the eager reference's loss; infinite where that is missing, or one is not finite."""
+    """Return the largest difference relative to the eager reference's loss; infinite if a loss is missing or not finite."""
     if len(losses) != len(eager) or not all(map(math.isfinite, losses + eager)):
         return math.inf
-    return max(abs(own - theirs) / theirs for own, theirs in zip(losses, eager, strict=True))
+    return max(abs(ours - theirs) / theirs for ours, theirs in zip(losses, eager, strict=True))
 
 
 def groups(full: bool) -> dict[str, Group]:
@@ -266,7 +270,7 @@ def groups(full: bool) -> dict[str, Group]:
 
 
 def of_cpu(full: bool) -> tuple[str, ...]:
-    """The providers there: compiled blocks bring nothing, and `fastdit train` leaves them out; CUDA graphs are none."""
+    """Return the providers on a CPU: without CUDA graphs and compiled blocks, which gain nothing there."""
     return tuple(name for name in PROVIDERS if name not in ("+compile", "graphs") and (full or "compile" not in name))
 
 

@@ -1,11 +1,11 @@
 """The eager reference that every speed-up is measured against: the base model and its train step in plain, unfused PyTorch.
 
-What the public base script does, written anew: separate q/k/v projections, six small modulation Linears in each block, interleaved
-rotary pairs, RMSNorm a head, bf16 autocast over fp32 weights (none in fp32), SDPA, torch's AdamW, the loss read at every step, and,
-where it is asked for, images decoded by Pillow and encoded by the fp32 autoencoder in every step. Left out, each at most 1 % of a
-step: its gradient scaler (bf16 needs none) and its EMA on the CPU every 100 steps. Two differences that make it the same function
-as fastdit's model to the last parameter: the two linear maps of its patch embedding are one, and the null class is a row of the
-class table.
+It does what the public base script does, written anew: separate q/k/v projections, six small modulation Linears in each block,
+interleaved rotary pairs, RMSNorm per head, bf16 autocast over fp32 weights (none in fp32), SDPA, torch's AdamW, the loss read at
+every step, and for `bench_end_to_end` images decoded by Pillow and encoded by the fp32 autoencoder in every step. Left out, each at
+most 1 % of a step: its gradient scaler (bf16 needs none) and its EMA on the CPU every 100 steps. Two differences make it the same
+function as fastdit's model to the last parameter: the two linear maps of its patch embedding are one, and the null class is a row
+of the class table.
 
 Shapes: B batch, C/h/w the latent, p patch, T tokens, H width, N heads, D head dim. Parameter names are the base checkpoints'.
 """
@@ -23,7 +23,7 @@ from fastdit.model import DiT
 
 
 def comparable(width: int, depth: int, heads: int, hidden: int, class_width: int | None) -> ModelConfig:
-    """The ModelConfig of what both sides compute: the base model's positions, norms and timestep embedding, 4x32x32 latents."""
+    """Return the ModelConfig that both sides compute: the base model's positions, norms and timestep embedding, 4x32x32 latents."""
     return ModelConfig(
         preset="base/2", width=width, depth=depth, heads=heads, hidden=hidden, patch_size=2, in_channels=4, input_size=32,
         num_classes=1000, class_width=class_width, positions="rope_1d", time_embedding="base", zero_init_gates=False,
@@ -36,14 +36,15 @@ class Norm(nn.Module):
     def __init__(self, H: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(H, elementwise_affine=False)
-        self.c_shift, self.c_scale = nn.Linear(H, H), nn.Linear(H, H)
+        self.c_shift = nn.Linear(H, H)
+        self.c_scale = nn.Linear(H, H)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.norm(x) * (1 + self.c_scale(y)[:, None]) + self.c_shift(y)[:, None]
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B,N,T,D]; cos, sin fp32 [T,D], each angle twice: pairs (2j, 2j+1) rotated in fp32."""
+    """Rotate the pairs (2j, 2j+1) of x [B,N,T,D] in fp32. cos, sin: fp32 [T,D], each angle twice."""
     turned = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
     return (x * cos + turned * sin).to(x.dtype)
 
@@ -52,8 +53,12 @@ class Attention(nn.Module):
     def __init__(self, H: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.query_proj, self.key_proj, self.value_proj, self.out_proj = (nn.Linear(H, H, bias=False) for _ in range(4))
-        self.q_norm, self.k_norm = nn.RMSNorm(H // heads), nn.RMSNorm(H // heads)
+        self.query_proj = nn.Linear(H, H, bias=False)
+        self.key_proj = nn.Linear(H, H, bias=False)
+        self.value_proj = nn.Linear(H, H, bias=False)
+        self.out_proj = nn.Linear(H, H, bias=False)
+        self.q_norm = nn.RMSNorm(H // heads)
+        self.k_norm = nn.RMSNorm(H // heads)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (
@@ -66,7 +71,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, H: int, hidden: int) -> None:
         super().__init__()
-        self.lin_up, self.lin_down = nn.Linear(H, 2 * hidden), nn.Linear(hidden, H)
+        self.lin_up = nn.Linear(H, 2 * hidden)
+        self.lin_down = nn.Linear(hidden, H)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.lin_up(x).chunk(2, dim=-1)
@@ -76,9 +82,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, H: int, heads: int, hidden: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = Norm(H), Norm(H)
-        self.attn, self.MLP = Attention(H, heads), MLP(H, hidden)
-        self.scale1, self.scale2 = nn.Linear(H, H), nn.Linear(H, H)
+        self.norm1 = Norm(H)
+        self.norm2 = Norm(H)
+        self.attn = Attention(H, heads)
+        self.MLP = MLP(H, hidden)
+        self.scale1 = nn.Linear(H, H)
+        self.scale2 = nn.Linear(H, H)
 
     def forward(self, x: Tensor, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x, y), cos, sin) * self.scale1(y)[:, None]
@@ -105,7 +114,7 @@ class EagerDiT(nn.Module):
         self.register_buffer("frequencies", torch.tensor(10_000) ** (2 * torch.arange(H) / H), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """v [B,C,h,w] at x [B,C,h,w], t fp32 [B], labels int64 [B] (num_classes is the null class)."""
+        """Return the velocity [B,C,h,w] at x [B,C,h,w], t fp32 [B], labels int64 [B] (num_classes is the null class)."""
         angles = (t.float()[:, None] * self.frequencies).double()
         time = torch.stack((angles[:, 0::2].sin(), angles[:, 1::2].cos()), dim=-1).flatten(1).float()
         y = self.t_emb2(time) + self.cond_MLP(self.c_emb(F.one_hot(labels, self.config.num_classes + 1).float()))
@@ -120,7 +129,7 @@ class EagerDiT(nn.Module):
 
 
 def fastdit_model(eager: EagerDiT) -> DiT:
-    """fastdit's model of the same function with copies of the same weights, fp32."""
+    """Return fastdit's model of the same function with copies of the same weights, fp32."""
     state = dict(eager.state_dict())
     H, classes = eager.config.width, eager.config.num_classes
     state["patch_emb.weight"], state["patch_emb.bias"] = torch.eye(H), state["pos_enc.proj.bias"]
@@ -134,13 +143,13 @@ def fastdit_model(eager: EagerDiT) -> DiT:
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """The inverse of base_checkpoint.half_split."""
+    """Invert base_checkpoint.half_split."""
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 @torch.no_grad()
 def eager_model(model: DiT) -> EagerDiT:
-    """The eager model of the same function with copies of the weights of fastdit's, fp32: the inverse of `fastdit_model`."""
+    """Return the eager model of the same function with copies of fastdit's weights, fp32: the inverse of `fastdit_model`."""
     config, weights = model.config, {name: p.detach().clone() for name, p in model.named_parameters()}
     H, p, C = config.width, config.patch_size, config.in_channels
     state = {
@@ -174,7 +183,10 @@ def eager_model(model: DiT) -> EagerDiT:
 def train_step(
     model: EagerDiT, optimizer: torch.optim.Optimizer, x0: Tensor, labels: Tensor, t: Tensor, noise: Tensor, precision: str
 ) -> float:
-    """One step as the base script takes it, on given timesteps and noise so that others can be given the same; the loss."""
+    """Take one step as the base script does, on given timesteps and noise, and return the loss.
+
+    x0, noise: [B,C,h,w]; labels: int64 [B]; t: fp32 [B]; precision: "bf16" for autocast, or "fp32".
+    """
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=precision == "bf16"):
         t4 = t[:, None, None, None]
         v = model((1 - t4) * x0 + t4 * noise, t, labels)
@@ -186,9 +198,8 @@ def train_step(
 
 
 def pixels(jpeg: bytes, resize: int, crop: int) -> Tensor:
-    """An image as the base script reads it: shorter side to `resize`, bicubic, central crop; fp32 [3,crop,crop] in
-    [-1,1]."""
-    import numpy as np  # here, so that kernels and train steps need torch alone
+    """Return an image as the base script reads it, fp32 [3,crop,crop] in [-1,1]: shorter side to `resize`, bicubic; center crop."""
+    import numpy as np  # here: kernels and train steps need only torch
     from PIL import Image
 
     image = Image.open(io.BytesIO(jpeg)).convert("RGB")
@@ -201,7 +212,7 @@ def pixels(jpeg: bytes, resize: int, crop: int) -> Tensor:
 
 @torch.no_grad()
 def encode(vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
-    """A sample of the posterior of images [B,3,S,S] by a diffusers AutoencoderKL in fp32, scaled; noise fp32 [B,c,s,s]."""
+    """Return scaled posterior samples of images [B,3,S,S] by a diffusers AutoencoderKL in fp32. noise: fp32 [B,c,s,s]."""
     posterior = vae.encode(images).latent_dist
     return (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
 
@@ -210,8 +221,10 @@ def encode(vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
 def euler(
     model: EagerDiT, latent: Tensor, labels: Tensor, steps: int, guidance: float, decode: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """The base script's sampler: fp32, (1+w)·v(class) − w·v(null) with both halves in one batch at every step. decode: called after
-    each step, as that script decodes for its animation; the images of the last are returned then."""
+    """Sample latents [B,C,h,w] as the base script does: fp32, (1+w)·v(class) − w·v(null), both halves in one batch at every step.
+
+    guidance: w; decode: called after each step, as in that script; the last step's images are returned then.
+    """
     null = torch.full_like(labels, model.config.num_classes)
     for t in torch.linspace(1, 1 / steps, steps).to(latent.device):  # as the CPU rounds it
         both = model(latent.repeat(2, 1, 1, 1), t.expand(2 * len(latent)), torch.cat((labels, null)))

@@ -1,9 +1,9 @@
-"""Train, kill, continue and sample, as users do, on this device: is a run that was killed the same to the last bit?
+"""Trains, kills, resumes and samples, as users do, on this device, and compares a killed run with an undisturbed one bit by bit.
 
-    python benchmarks/gpu_train.py [--steps 300] [--out runs/gpu_train] [KEY=VALUE ...]
+    python -m benchmarks.gpu_train [--steps 300] [--out runs/gpu_train] [KEY=VALUE ...]
 
-The quickstart twice with train.deterministic=true, once killed by SIGKILL after its first checkpoint and started again; then
-batches of one to six digits of one class. Exit code 1: the weights differ, or a command fails. KEY=VALUE: further overrides.
+The quickstart runs twice with train.deterministic=true, once killed by SIGKILL after its first checkpoint and started again; then
+batches of one to six digits of one class are sampled. Exit code 1: the weights differ, or a command fails.
 """
 
 import argparse
@@ -18,21 +18,21 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-BATCHES = range(1, 7)  # more sizes than torch.compile keeps versions of one function for
+BATCHES = range(1, 7)  # more sizes than torch.compile keeps versions of one function
 
 
 def command(name: str, out: Path, steps: int, overrides: list[str]) -> list[str]:
-    """A training run of `steps` steps with a checkpoint every third of them."""
-    words = {
+    """Return the command of a run of `steps` steps with a checkpoint after each third of them."""
+    settings = {
         "train.name": name, "train.out": out, "train.total_steps": steps, "train.save_steps": max(1, steps // 3),
         "train.sample_steps": steps, "validate.steps": 0, "train.deterministic": "true",
     }  # fmt: skip
-    given = [f"{key}={value}" for key, value in words.items()]
+    given = [f"{key}={value}" for key, value in settings.items()]
     return [sys.executable, "-m", "fastdit.cli", "train", "launch/configs/quickstart.yaml", *given, *overrides]
 
 
 def killed(words: list[str], checkpoints: Path, limit: float = 300) -> None:
-    """Start a run, and kill it when there is a checkpoint. Raises RuntimeError when it ends, or `limit` seconds pass, first."""
+    """Start a run, and kill it once there is a checkpoint. Raises RuntimeError if it ends, or `limit` seconds pass, before."""
     process, end = subprocess.Popen(words, cwd=ROOT), time.monotonic() + limit
     try:
         while not list(checkpoints.glob("step_*")):
@@ -45,7 +45,7 @@ def killed(words: list[str], checkpoints: Path, limit: float = 300) -> None:
 
 
 def differing(a: Path, b: Path) -> list[str]:
-    """Names of the tensors that are not bitwise the same in two runs' last checkpoints."""
+    """Return the names of the tensors that are not bitwise the same in two runs' last checkpoints."""
     first, second = (
         load_file(sorted((run / "checkpoints").glob("step_*"))[-1] / "weights_rank_0000.safetensors") for run in (a, b)
     )
@@ -55,25 +55,25 @@ def differing(a: Path, b: Path) -> list[str]:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "runs" / "gpu_train", help="folder, emptied first (default: %(default)s)"
+        "--out", type=Path, default=ROOT / "runs" / "gpu_train", help="folder of the runs, emptied first (default: %(default)s)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further settings of the runs")
     options = parser.parse_args(words)
     out = options.out.absolute()
     shutil.rmtree(out, ignore_errors=True)
-    whole, broken = (command(name, out, options.steps, options.overrides) for name in ("whole", "broken"))
+    undisturbed, resumed = (command(name, out, options.steps, options.overrides) for name in ("undisturbed", "resumed"))
     run = lambda words: subprocess.run(words, cwd=ROOT, check=True)
-    run(whole)
-    killed(broken, out / "broken" / "checkpoints")
-    run(broken)
-    if different := differing(out / "whole", out / "broken"):
-        print(f"{len(different)} tensors differ between a run and one that was killed and continued, first {different[0]}")
+    run(undisturbed)
+    killed(resumed, out / "resumed" / "checkpoints")
+    run(resumed)
+    if different := differing(out / "undisturbed", out / "resumed"):
+        print(f"{len(different)} tensors differ between a run and one that was killed and resumed, first {different[0]}")
         return 1
-    print(f"{options.steps} steps, whole and killed: bitwise the same")
+    print(f"{options.steps} steps, undisturbed and killed: bitwise the same")
     for count in BATCHES:
-        sample = ["sample", "--checkpoint", str(out / "whole"), "--class", "3", "--per-class", str(count)]
+        sample = ["sample", "--checkpoint", str(out / "undisturbed"), "--class", "3", "--per-class", str(count)]
         run([sys.executable, "-m", "fastdit.cli", *sample, "--out", str(out / f"{count}.png")])
     return 0
 

@@ -1,4 +1,4 @@
-"""One realistic call of every op, by size: what codegen.py compiles and tune_kernels.py times. B batch, T tokens, H width."""
+"""One realistic call of every op per size, for machine_code.py, tune_kernels.py and the suites. B batch, T tokens, H width."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,22 +15,25 @@ HIDDEN = (1024, 2048, 2688, 3072, 4352)
 
 
 class Case(NamedTuple):
-    """`make(size, batch, dtype, device)` returns the public function and its inputs, those that are differentiated marked so."""
+    """An op's sizes (widths, or the latent's side), its call, and how many kernels each direction launches.
 
-    sizes: tuple[int, ...]  # widths, or whatever the op is sized by
+    make(size, batch, dtype, device): returns the public function and its inputs; those to differentiate require grad.
+    """
+
+    sizes: tuple[int, ...]
     make: Callable[[int, int, torch.dtype, torch.device], tuple[Callable, tuple]]
     forward_launches: int = 1
     backward_launches: int = 2
 
 
 def random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normal numbers on a GPU, where values move the clocks; on a CPU whatever the memory holds, as nothing is computed there."""
+    """Return normal numbers on a GPU, whose clocks depend on values; uninitialised memory on a CPU."""
     make = torch.randn if device.type == "cuda" else torch.empty
     return make(*shape, dtype=dtype, device=device).requires_grad_()
 
 
 def _modulation(batch: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Six [B,H] views of one [B,6H] tensor, as the model's modulation Linear gives them."""
+    """Return six [B,H] views of one [B,6H] tensor, as the model's modulation Linear does."""
     packed = random(batch, 6 * width, dtype=dtype, device=device).detach()
     return tuple(t.requires_grad_() for t in packed.view(batch, 6, width).unbind(1))
 
@@ -57,7 +60,7 @@ def _swiglu(hidden: int, batch: int, dtype: torch.dtype, device: torch.device, b
 
 
 def _swiglu_linear(hidden: int, batch: int, dtype: torch.dtype, device: torch.device):
-    """Recomputed, with a narrow matmul: what differs from swiglu is its backward."""
+    """Recomputed, with a narrow matmul: only its backward differs from swiglu's."""
     packed, bias = _swiglu(hidden, batch, dtype, device, bias=True)[1]
     return kernels.swiglu_linear, (packed, random(8, hidden, dtype=dtype, device=device), bias, True)
 
@@ -88,7 +91,7 @@ def _counter_normal(side: int, batch: int, dtype: torch.dtype, device: torch.dev
 
 
 def _counter_uniform(side: int, batch: int, dtype: torch.dtype, device: torch.device):
-    return kernels.counter_uniform, (2**40 + 1, 3, torch.arange(batch, device=device), ())  # one timestep a sample
+    return kernels.counter_uniform, (2**40 + 1, 3, torch.arange(batch, device=device), ())  # one timestep per sample
 
 
 CASES = {

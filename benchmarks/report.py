@@ -1,9 +1,9 @@
-"""README's benchmark tables and the figures in benchmarks/results, from the CSVs there: the suites', then those named in TABLES.
+"""Writes the tables of benchmarks/RESULTS.md and the figures in benchmarks/results from the CSVs there.
 
-    python benchmarks/report.py [NAME.csv ...]      # default: all of them in benchmarks/results
-    python benchmarks/report.py --check             # exit code 1 where the README's tables are not those of the CSVs
+    python -m benchmarks.report [NAME.csv ...]      # default: all in benchmarks/results, the suites' first, then those in TABLES
+    python -m benchmarks.report --check             # exit code 1 if the tables of RESULTS.md are not those of the CSVs
 
-The tables stand between two marker lines of the README. Every number is a value of a row; what a CSV does not hold is left out.
+The tables are between two marker lines of the page. Every number is a value of a row; what a CSV lacks is left out.
 """
 
 import argparse
@@ -15,29 +15,31 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import record
+from benchmarks import results_csv
 from fastdit.files import replacing, write_atomically
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+PAGE = ROOT / "benchmarks" / "RESULTS.md"
 TITLES = {
     "train_step": "Train step", "end_to_end": "Training from images and from latents", "sampling": "Sampling",
-    "data": "Data, seconds of one image", "checkpoint": "Checkpoints", "blocks": "One block",
+    "data": "Data, seconds per image", "checkpoint": "Checkpoints", "blocks": "One block",
     "kernels": "Ops, forward and backward",
 }  # fmt: skip
-FASTER = ("train_step", "end_to_end", "sampling")  # the suites of the first figure
+FASTER = ("train_step", "end_to_end", "sampling")  # suites of the first figure
 PERCENT = ("mfu", "bound_share", "copy_share")
 HEADS = {
     "median_s": "median", "images_per_s": "images/s", "speedup": "", "mfu": "MFU", "bound_share": "share of the bound",
-    "parity": "parity",
+    "parity": "parity", "psnr_db": "PSNR, dB",
 }  # fmt: skip
 Row = dict[str, str]
 
 
 def suites_in(rows: list[Row]) -> dict[str, list[Row]]:
-    """Each suite's rows, in the order of TITLES, unknown ones last."""
-    found = {suite: [row for row in rows if row["suite"] == suite] for suite in (*TITLES, *dict.fromkeys(r["suite"] for r in rows))}
-    return {suite: own for suite, own in found.items() if own}
+    """Return each suite's rows in the order of TITLES, unknown suites last."""
+    names = dict.fromkeys((*TITLES, *(row["suite"] for row in rows)))
+    by_suite = {suite: [row for row in rows if row["suite"] == suite] for suite in names}
+    return {suite: mine for suite, mine in by_suite.items() if mine}
 
 
 def title(suite: str) -> str:
@@ -48,21 +50,21 @@ def all_of(rows: list[Row], column: str) -> str:
     return ", ".join(dict.fromkeys(row.get(column) or "" for row in rows))
 
 
-def where(rows: list[Row]) -> str:
-    """On what and with what rows were measured."""
+def hardware(rows: list[Row]) -> str:
+    """Return the device, threads and precision of rows."""
     threads = all_of(rows, "threads")
     return f"{all_of(rows, 'device')}, {threads} thread{'s' * (threads != '1')}, {all_of(rows, 'precision')}"
 
 
 def duration(seconds: str) -> str:
-    """Three digits, in the unit that reads best."""
+    """Return seconds with three digits in s, ms or µs."""
     value = float(seconds)
     scale, unit = next(((s, u) for s, u in ((1, "s"), (1e-3, "ms")) if value >= s), (1e-6, "µs"))
     return f"{value / scale:.0f} {unit}" if value >= 100 * scale else f"{value / scale:.3g} {unit}"
 
 
 def shown(row: Row, column: str) -> str:
-    """A value as the README prints it."""
+    """Return a value as the page shows it."""
     value = row.get(column) or ""
     if not value:
         return ""
@@ -76,14 +78,14 @@ def shown(row: Row, column: str) -> str:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """A table; columns that are empty in all rows are left out."""
+    """Return a table without the columns that are empty in all rows."""
     columns = [column for column in rows[0] if any(row[column] for row in rows)]
     lines = [columns, ["---"] * len(columns), *([row[column].replace("|", "/") for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def differing(rows: list[Row]) -> list[str]:
-    """Those of the key columns above a table in which its rows differ: they need a column there."""
+    """Return the key columns of a table's caption in which its rows differ: they become columns of the table."""
     return [column for column in ("precision", "device", "threads") if len({row.get(column) for row in rows}) > 1]
 
 
@@ -98,19 +100,19 @@ def plain_table(rows: list[Row]) -> str:
         cells = {"case": ", ".join(row[key] for key in ("case", "size") if row.get(key)), "provider": row["provider"]}
         cells |= {column: row.get(column) or "" for column in ("direction", *differing(rows))}
         cells |= {head: shown(row, column) for column, head in heads.items()}
-        table.append(cells | {"no numbers: why": row["error"]})
+        table.append(cells | {"error": row["error"]})
     return markdown(table)
 
 
-def whole_ops(rows: list[Row]) -> list[dict[str, Row]]:
-    """For each op and size: each provider's row of forward and backward, or of the forward where an op has no backward."""
+def complete_ops(rows: list[Row]) -> list[dict[str, Row]]:
+    """Return, per op and size, each provider's row of forward and backward together, or of the forward if there is no backward."""
     backward = {row["case"] for row in rows if row.get("direction") == "both"}
-    found: dict[tuple, dict[str, Row]] = {}
+    by_case: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         if row.get("direction") == ("both" if row["case"] in backward else "forward"):
-            case = tuple(row.get(key) for key in record.KEYS if key != "provider")
-            found.setdefault(case, {})[row["provider"]] = row
-    return list(found.values())
+            case = tuple(row.get(key) for key in results_csv.KEYS if key != "provider")
+            by_case.setdefault(case, {})[row["provider"]] = row
+    return list(by_case.values())
 
 
 def op_name(row: Row) -> str:
@@ -119,30 +121,40 @@ def op_name(row: Row) -> str:
 
 def kernels_table(rows: list[Row]) -> str:
     table = []
-    for own in whole_ops(rows):
-        first, *others = own
-        cells = {"op": op_name(own[first]), **{c: own[first].get(c) or "" for c in ("size", *differing(rows))}}
+    for providers in complete_ops(rows):
+        first, *others = providers
+        cells = {"op": op_name(providers[first]), **{c: providers[first].get(c) or "" for c in ("size", *differing(rows))}}
         for name in others:
-            cells[f"{name} over {first}"] = own[name]["error"] or shown(own[name], "speedup")
-        for name in others[-1:]:  # ours
-            cells[f"{name}: share of copy bandwidth"] = shown(own[name], "copy_share")
+            cells[f"{name} over {first}"] = providers[name]["error"] or shown(providers[name], "speedup")
+        for name in others[-1:]:  # fastdit's
+            cells[f"{name}: share of copy bandwidth"] = shown(providers[name], "copy_share")
         table.append(cells)
     heads = dict.fromkeys(head for cells in table for head in cells)
     return markdown([{head: cells.get(head, "") for head in heads} for cells in table])
 
 
+def version(rows: list[Row]) -> str:
+    """Return the versions of torch and the code, and the date, of rows."""
+    return f"torch {all_of(rows, 'torch')}, commit {all_of(rows, 'commit')}, {all_of(rows, 'date')}"
+
+
+def link_to(path: Path, page: Path) -> Path:
+    """Return the relative link from the page to a file."""
+    return Path(os.path.relpath(path, page.parent))
+
+
 def section(link: Path, rows: list[Row], pictures: Iterable[str]) -> str:
-    """A CSV's figures and tables, in Markdown. link: to it, from the README; pictures: names of files beside it."""
-    parts = [f"![{name.removesuffix('.png').replace('_', ' ')}]({link.with_name(name)})" for name in pictures]
-    for suite, own in suites_in(rows).items():
-        commit = f"torch {all_of(own, 'torch')}, commit {all_of(own, 'commit')}, {all_of(own, 'date')}"
-        table = kernels_table(own) if suite == "kernels" and whole_ops(own) else plain_table(own)
-        parts += [f"**{title(suite)}**: {where(own)}; {commit} ([rows]({link})).", table]
+    """Return a CSV's figures and tables in Markdown. link: relative path of the CSV; pictures: names of files beside it."""
+    parts = [f"## {all_of(rows, 'device')}"]
+    parts += [f"![{name.removesuffix('.png').replace('_', ' ')}]({link.with_name(name)})" for name in pictures]
+    for suite, mine in suites_in(rows).items():
+        table = kernels_table(mine) if suite == "kernels" and complete_ops(mine) else plain_table(mine)
+        parts += [f"**{title(suite)}**: {hardware(mine)}; {version(mine)} ([rows]({link})).", table]
     return "\n\n".join(parts)
 
 
 def pivot(rows: list[Row], keys: tuple[str, ...], column: str, cell: Callable[[Row], str]) -> str:
-    """A line for each value of the keys, with a cell for each value of `column`: those of all its rows, or why there is none."""
+    """Return a table with a line per value of the keys and a cell per value of `column`: its rows' cells, or their errors."""
     cells: dict[tuple, dict[str, list[str]]] = {}
     for row in rows:
         line = cells.setdefault(tuple(row[key] for key in keys), {})
@@ -166,8 +178,8 @@ def block_table(rows: list[Row]) -> tuple[str, str]:
     names = {"fused": "fused ops", "reference": "reference ops, fused by Inductor", "base": "eager reference, compiled"}
     mb = lambda row: f"{float(row['memory_bound_mb']):.0f}"
     first = rows[0]["preset"]
-    found = {(row["version"], row["direction"]): mb(row) for row in rows if row["preset"] == first}
-    of = lambda version, direction: f"{found.get((version, direction), '?')} MB"
+    moved = {(row["version"], row["direction"]): mb(row) for row in rows if row["preset"] == first}
+    of = lambda version, direction: f"{moved.get((version, direction), '?')} MB"
     sentence = (
         "**A block under torch.compile for an H100**, MB (launches) of all but matmuls and attention, forward → backward, "
         f"{all_of(rows, 'batch')} images: derived without a GPU from Inductor's schedule, bytes that must move at least once, no "
@@ -189,8 +201,51 @@ def optimizer_table(rows: list[Row]) -> tuple[str, str]:
     return sentence, pivot(rows, ("preset", "precision"), "provider", cell)
 
 
-# How the names of CSVs begin that no suite writes -> their table and the sentence above it.
-TABLES = {"cuda_host": host_table, "cuda_kernels": block_table, "optimizer_step": optimizer_table}
+def engine_table(rows: list[Row]) -> tuple[str, str]:
+    sentence = (
+        "**DeepSpeed's engine on one rank**: CPU time of a train step under it over a plain loop of the same model, median of "
+        f"{all_of(rows, 'pairs')} pairs (95 % confidence): {hardware(rows)}"
+    )
+    cells = lambda row: f"{row['cpu_ratio']} ({row['cpu_low']} to {row['cpu_high']})"
+    return sentence, markdown([{"case": row["case"], "CPU time over the plain loop": cells(row)} for row in rows])
+
+
+def evaluate_table(rows: list[Row]) -> tuple[str, str]:
+    sentence = (
+        "**Evaluation**: CPU time of `fastdit evaluate` over `fastdit sample` of the same samples, median of "
+        f"{all_of(rows, 'pairs')} pairs (range): {all_of(rows, 'device')}, {all_of(rows, 'threads')} threads"
+    )
+    ratio = lambda row: f"{row['ratio']} ({row['ratio_min']} to {row['ratio_max']})"
+    heads = {"samples": "samples", "sample_cpu_s": "sample, CPU s", "evaluate_cpu_s": "evaluate, CPU s"}
+    return sentence, markdown([{head: row[key] for key, head in heads.items()} | {"ratio": ratio(row)} for row in rows])
+
+
+def memory_table(rows: list[Row]) -> tuple[str, str]:
+    sentence = (
+        "**Memory of a train step**: resident memory of real steps over the prediction of `fastdit plan`, with an allocator that "
+        f"returns freed blocks and with fastdit's, which keeps them for speed: {hardware(rows)}"
+    )
+    cell = lambda row: f"{float(row['measured_over_predicted']):.2f} ({float(row['peak_mb']):,.0f} MB)"
+    return sentence, pivot(rows, ("case", "size"), "provider", cell)
+
+
+def quality_table(rows: list[Row]) -> tuple[str, str]:
+    sentence = (
+        "**Metrics of samples of known quality**: unguided samples of one quickstart run against the training digits; real: "
+        f"held-out digits; blur in pixels, noise in 255 levels (standard deviations): {all_of(rows, 'device')}"
+    )
+    heads = {
+        "step": "step", "weights": "weights", "change": "change", "amount": "amount", "seed": "seed", "images": "images",
+        "fid": "Fréchet distance", "kid": "KID", "precision": "precision", "recall": "recall", "accuracy": "accuracy",
+    }  # fmt: skip
+    return sentence, markdown([{head: row[key] for key, head in heads.items()} for row in rows])
+
+
+# Prefix of the names of CSVs that no suite writes -> their table and the sentence above it.
+TABLES = {
+    "cuda_host": host_table, "cuda_kernels": block_table, "optimizer_step": optimizer_table, "engine_overhead": engine_table,
+    "evaluate_overhead": evaluate_table, "plan_memory": memory_table, "quality": quality_table,
+}  # fmt: skip
 
 
 def table_of(path: Path) -> Callable[[list[Row]], tuple[str, str]] | None:
@@ -198,18 +253,18 @@ def table_of(path: Path) -> Callable[[list[Row]], tuple[str, str]] | None:
 
 
 def table_section(link: Path, path: Path) -> str:
-    """As `section`, of a CSV of TABLES. Raises ValueError where it does not hold what its name says."""
-    rows = record.read(path)
+    """Return `section` for a CSV of TABLES. Raises ValueError if it lacks what its name promises."""
+    rows = results_csv.read(path)
     try:
         sentence, table = table_of(path)(rows)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{path} has no rows, or lacks a value ({error!r}): measure it again") from error
-    commit = f"torch {all_of(rows, 'torch')}, commit {all_of(rows, 'commit')}, {all_of(rows, 'date')}"
-    return f"{sentence}; {commit} ([rows]({link})).\n\n{table}"
+    picture = f"\n\n![{path.stem}]({link.with_suffix('.png')})" if path.with_suffix(".png").exists() else ""
+    return f"{sentence}; {version(rows)} ([rows]({link})).\n\n{table}{picture}"
 
 
 def bars(axes: Axes, rows: list[Row], labels: list[str], column: str) -> None:
-    """Speedups as bars with their values, a colour a value of the column."""
+    """Draw speed-ups as bars with their values, one colour per value of the column."""
     values = list(dict.fromkeys(row[column] for row in rows))
     colours = [f"C{values.index(row[column]) % 10}" for row in rows]
     drawn = axes.barh(range(len(rows)), [float(row["speedup"]) for row in rows], color=colours)
@@ -218,88 +273,89 @@ def bars(axes: Axes, rows: list[Row], labels: list[str], column: str) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.01)
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_title(f"{title(rows[0]['suite'])}, {where(rows)}", fontsize=9)
+    axes.set_title(f"{title(rows[0]['suite'])}, {hardware(rows)}", fontsize=9)
 
 
 def speedup_figure(rows: list[Row]) -> Figure | None:
-    """Every provider over its case's reference, a plot a suite."""
-    found = {suite: [r for r in own if r.get("speedup")] for suite, own in suites_in(rows).items() if suite in FASTER}
-    found = {suite: own for suite, own in found.items() if own}
-    if not found:
+    """Return a figure of every provider over its case's reference, one plot per suite; None without speed-ups."""
+    by_suite = {suite: [r for r in mine if r.get("speedup")] for suite, mine in suites_in(rows).items() if suite in FASTER}
+    by_suite = {suite: mine for suite, mine in by_suite.items() if mine}
+    if not by_suite:
         return None
-    sizes = [len(own) + 2 for own in found.values()]  # with room for the title
+    sizes = [len(mine) + 2 for mine in by_suite.values()]  # with room for the title
     figure = Figure(figsize=(9, 0.6 + 0.27 * sum(sizes)), layout="constrained")
-    plots = figure.subplots(len(found), 1, squeeze=False, height_ratios=sizes)[:, 0]
-    for axes, own in zip(plots, found.values(), strict=True):
-        bars(axes, own, [f"{row['case']}: {row['provider']}" for row in own], "case")
+    plots = figure.subplots(len(by_suite), 1, squeeze=False, height_ratios=sizes)[:, 0]
+    for axes, mine in zip(plots, by_suite.values(), strict=True):
+        bars(axes, mine, [f"{row['case']}: {row['provider']}" for row in mine], "case")
     plots[-1].set_xlabel("times as fast as the eager reference")
     return figure
 
 
 def kernels_figure(rows: list[Row]) -> Figure | None:
-    """Every op's providers over the eager chain."""
-    ops = whole_ops(suites_in(rows).get("kernels", []))
-    own = [row for providers in ops for row in list(providers.values())[1:] if row.get("speedup")]
-    if not own:
+    """Return a figure of every op's providers over the eager chain; None without speed-ups."""
+    ops = complete_ops(suites_in(rows).get("kernels", []))
+    timed = [row for providers in ops for row in list(providers.values())[1:] if row.get("speedup")]
+    if not timed:
         return None
-    figure = Figure(figsize=(9, 1.2 + 0.26 * len(own)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.26 * len(timed)), layout="constrained")
     axes = figure.subplots()
-    bars(axes, own, [f"{op_name(row)} {row.get('size')}: {row['provider']}" for row in own], "provider")
+    bars(axes, timed, [f"{op_name(row)} {row.get('size')}: {row['provider']}" for row in timed], "provider")
     axes.set_xlabel("times as fast as the eager chain")
     return figure
 
 
 def figures(path: Path, rows: list[Row]) -> dict[str, Figure]:
-    """File name: figure, of what a CSV holds."""
+    """Return the figures of a CSV by file name."""
     drawn = {"speedup": speedup_figure(rows), "kernels": kernels_figure(rows)}
     return {f"{path.stem}_{name}.png": figure for name, figure in drawn.items() if figure}
 
 
 def inserted(text: str, sections: list[str]) -> str:
-    """The README's text with these sections between the markers. Raises ValueError where it does not have each marker once."""
+    """Return the page's text with these sections between the markers. Raises ValueError unless it has each marker once."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the README does not have {BEGIN} and then {END}, once each: put both lines where the tables shall be")
+        raise ValueError(f"the page does not have {BEGIN} and then {END}, once each: put both lines where the tables are to go")
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
     return before + "\n\n".join([BEGIN, *sections, after])
 
 
 def of_suites(path: Path) -> bool:
-    """Whether a CSV is one that the suites write: it says of which suite a row is, and its time."""
-    return any({"suite", "median_s"} <= row.keys() for row in record.read(path)[:1])
+    """Return whether a CSV is one of the suites': its rows have a suite and a time."""
+    return any({"suite", "median_s"} <= row.keys() for row in results_csv.read(path)[:1])
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", nargs="*", type=Path)
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument(
+        "csv", nargs="*", type=Path, metavar="NAME.csv", help="CSV files to show (default: all in benchmarks/results)"
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page or a figure is out of date")
+    parser.add_argument("--page", type=Path, default=PAGE, help="Markdown file with the markers (default: benchmarks/RESULTS.md)")
     options = parser.parse_args(words)
     try:
-        known = [path for path in sorted((ROOT / "benchmarks" / "results").glob("*.csv")) if table_of(path) or of_suites(path)]
+        known = [path for path in sorted(results_csv.RESULTS.glob("*.csv")) if table_of(path) or of_suites(path)]
+        paths = options.csv or known
         sections, drawn = [], {}
-        for path in sorted(options.csv or known, key=lambda path: table_of(path) is not None):  # the suites first
-            link = Path(os.path.relpath(path, options.readme.parent))
-            if table_of(path):
-                sections.append(table_section(link, path))
-                continue
-            rows = record.read_suites(path)
+        for path in (path for path in paths if not table_of(path)):
+            rows = results_csv.read_suites(path)
             pictures = figures(path, rows)
-            sections.append(section(link, rows, pictures))
+            sections.append(section(link_to(path, options.page), rows, pictures))
             drawn |= {path.with_name(name): figure for name, figure in pictures.items()}
-        old = options.readme.read_text()
+        tables = [table_section(link_to(path, options.page), path) for path in paths if table_of(path)]
+        sections += ["## Studies", *tables] if tables else []
+        old = options.page.read_text()
         new = inserted(old, sections)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if options.check:
-        stale = [str(path) for path, is_old in ((options.readme, new != old), *((p, not p.exists()) for p in drawn)) if is_old]
+        stale = [str(path) for path, is_old in ((options.page, new != old), *((p, not p.exists()) for p in drawn)) if is_old]
         if stale:
-            print(f"{', '.join(stale)}: not what the CSVs give: run python benchmarks/report.py", file=sys.stderr)
+            print(f"{', '.join(stale)}: not what the CSVs give: run python -m benchmarks.report", file=sys.stderr)
         return 1 if stale else 0
     for path, figure in drawn.items():
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=90, metadata={"Software": None})
-    write_atomically(options.readme, new)
-    print("\n".join(map(str, [*drawn, options.readme])))
+    write_atomically(options.page, new)
+    print("\n".join(map(str, [*drawn, options.page])))
     return 0
 
 

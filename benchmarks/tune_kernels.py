@@ -1,32 +1,33 @@
-"""Time the launch parameters of the adaLN kernels on this GPU and print the winners as lines for TUNED in kernels/tuning.py.
+"""Times the launch parameters of the adaLN kernels on this GPU and prints the fastest as lines for TUNED in kernels/tuning.py.
 
-Each candidate's kernels are replayed in a CUDA graph, so that Python costs nothing.
-Raise VERSION in kernels/tuning.py when a line of a backward goes in: its sums change in the last bit.
+Each candidate's kernels are replayed in a CUDA graph, so that Python's time does not count.
+Raise VERSION in kernels/tuning.py when adding a line of a backward: its sums change in the last bit.
 
-    python benchmarks/tune_kernels.py                                   # all ops, widths of the presets; minutes
-    python benchmarks/tune_kernels.py --ops modulate --widths 1152 --batch 64
-    python benchmarks/tune_kernels.py --dry-run 90                      # no GPU: which candidates compile without a spill
+    python -m benchmarks.tune_kernels                                   # all ops, widths of the presets; minutes
+    python -m benchmarks.tune_kernels --ops modulate --widths 1152 --batch 64
+    python -m benchmarks.tune_kernels --dry-run 90                      # no GPU: compile the candidates, print their spills
 """
 
 import argparse
 import statistics
+import sys
 from collections.abc import Iterator
 from itertools import product
 
 import torch
 import triton
-from codegen import ARCHITECTURES, Recorder, machine_code, record_op
 
-from bench_kernels import Replayed, directions, one_stream
+from benchmarks.bench_kernels import Replayed, directions, one_stream
+from benchmarks.kernel_cases import CASES, WIDTHS
+from benchmarks.machine_code import ARCHITECTURES, Recorder, machine_code, record_op
 from fastdit.kernels import backend, tuning
-from kernel_cases import CASES, WIDTHS
 
 OPS = ("modulate", "gated_residual", "gated_residual_modulate")
-GAIN = 1.02  # a candidate must beat the default by 2 %, or it is noise
+GAIN = 1.02  # a candidate must beat the default by 2 %; less is noise
 
 
 def candidates(kernel: str, width: int, arch: int) -> Iterator[tuning.Launch]:
-    """The default first, then its neighbours: warps, stages, rows of a forward, blocks of a backward, limits on registers."""
+    """Yield the default, then its neighbours: warps, stages, rows of a forward, blocks of a backward, limits on registers."""
     default = tuning.default_launch(kernel, width, arch)
     seen = [default]
     columns_only = kernel.startswith("gated_residual_") and "modulate" not in kernel
@@ -37,34 +38,34 @@ def candidates(kernel: str, width: int, arch: int) -> Iterator[tuning.Launch]:
     blocks = {default.blocks} if forward else {max(1, default.blocks // 2), default.blocks, default.blocks + 1}
     registers = {None, default.registers}
     for values in product(sorted(warps), stages, sorted(rows), sorted(blocks), registers):
-        how = default._replace(**dict(zip(("warps", "stages", "rows", "blocks", "registers"), values, strict=True)))
-        if how not in seen:
-            seen.append(how)
+        launch = default._replace(**dict(zip(("warps", "stages", "rows", "blocks", "registers"), values, strict=True)))
+        if launch not in seen:
+            seen.append(launch)
     yield from seen
 
 
-def use(kernel: str, width: int, arch: int, how: tuning.Launch | None) -> None:
-    """Make `how` the launch of `kernel` (None: the default)."""
+def use(kernel: str, width: int, arch: int, launch: tuning.Launch | None) -> None:
+    """Make `launch` the launch of `kernel` (None: the default)."""
     tuning.TUNED.pop((kernel, width, arch), None)
-    if how is not None:
-        tuning.TUNED[kernel, width, arch] = how
+    if launch is not None:
+        tuning.TUNED[kernel, width, arch] = launch
     tuning.launch_for.cache_clear()
 
 
 def milliseconds(op: str, direction: str, width: int, batch: int) -> float:
-    """Of the kernels of one direction, replayed in a CUDA graph."""
+    """Return the milliseconds of the kernels of one direction, replayed in a CUDA graph."""
     function, inputs = CASES[op].make(width, batch, torch.bfloat16, torch.device("cuda"))
     with backend("triton"), one_stream():
         return statistics.median(Replayed(directions(function, inputs, True)[direction])()) * 1e3
 
 
 def tune(op: str, direction: str, width: int, batch: int, arch: int) -> tuple[tuning.Launch, float, float]:
-    """(best launch, its milliseconds, those of the default)."""
+    """Return the best launch, its milliseconds and the default's."""
     kernel, times = f"{op}_{direction}", {}
-    for how in candidates(kernel, width, arch):
-        use(kernel, width, arch, how)
+    for launch in candidates(kernel, width, arch):
+        use(kernel, width, arch, launch)
         try:
-            times[how] = milliseconds(op, direction, width, batch)
+            times[launch] = milliseconds(op, direction, width, batch)
         except triton.runtime.errors.OutOfResources:
             continue  # more shared memory or registers than the card has
         finally:
@@ -78,25 +79,30 @@ def dry_run(ops: list[str], widths: list[int], arch: int) -> None:
     """Compile every candidate for `arch` without a GPU and print its registers and spills."""
     with Recorder(arch) as recorder:
         for op, width, direction in product(ops, widths, ("forward", "backward")):
-            for how in candidates(f"{op}_{direction}", width, arch):
-                use(f"{op}_{direction}", width, arch, how)
+            for launch in candidates(f"{op}_{direction}", width, arch):
+                use(f"{op}_{direction}", width, arch, launch)
                 code = machine_code(record_op(recorder, op, width, 2)[direction][0].compiled.asm["cubin"])
                 use(f"{op}_{direction}", width, arch, None)
-                print(f"{op}_{direction} {width}: {code['registers']} registers, {code['spills']} spills, {how}")
+                print(f"{op}_{direction} {width}: {code['registers']} registers, {code['spills']} spills, {launch}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS)
-    parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS, metavar="OP", help="ops (default: all three)")
+    parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="widths (default: those of the presets)")
     parser.add_argument(
-        "--batch", type=int, default=128, help="samples of 256 tokens, more than an L2 cache holds (default: %(default)s)"
+        "--batch",
+        type=int,
+        default=128,
+        help="batch size in samples of 256 tokens, more than an L2 cache holds (default: %(default)s)",
     )
-    parser.add_argument("--dry-run", type=int, choices=ARCHITECTURES, metavar="ARCH", help="compile only, without a GPU")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--dry-run", type=int, choices=ARCHITECTURES, metavar="ARCH", help="only compile for an architecture, without a GPU"
+    )
+    options = parser.parse_args(words)
     if options.dry_run:
         dry_run(options.ops, options.widths, options.dry_run)
-        return
+        return 0
     if not torch.cuda.is_available():
         parser.error("there is no GPU to time on: use --dry-run 90 to compile the candidates only")
     arch = tuning.architecture(torch.device("cuda"))
@@ -104,7 +110,8 @@ def main() -> None:
     for op, width, direction in product(options.ops, options.widths, ("forward", "backward")):
         best, fastest, default = tune(op, direction, width, options.batch, arch)
         print(f'    ("{op}_{direction}", {width}, {arch}): {best},  # {fastest:.4f} ms, default {default:.4f} ms', flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,7 @@ random number and the order of the data follow from seed and step: there is no o
 import json
 import os
 import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,33 @@ from fastdit.model import DiT
 MANIFEST = "manifest.json"
 FORMAT = 3
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch calls them
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of a run at a checkpoint, its state.json: what neither the weights nor the settings say."""
+
+    step: int = 0  # steps done
+    ranks: int = 1  # that wrote the weights, a file each
+    summed_steps: int = 0  # steps since the last log line
+    optimizer_steps: int = 0  # steps done without those that were skipped
+    ema_updates: int = 0
+    global_batch: int = 0  # images per step
+    class_names: list[str] | None = None
+    wandb_id: str | None = None
+    versions: dict[str, str] | None = None  # installed packages
+    format: int | None = None  # FORMAT of a checkpoint that can be continued
+    origin: str | None = None  # the file of other weights that were imported: no run to continue
+    weights: str | None = None  # of an exported file: "ema" | "raw" | "ema_0.9999"
+
+    def to_dict(self) -> dict:
+        """Return what is set."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "RunState":
+        """Read a state.json; keys of other versions are left out."""
+        return cls(**{key: value for key, value in values.items() if key in cls.__dataclass_fields__})
 
 
 def folder_name(step: int) -> str:
@@ -48,14 +76,6 @@ def is_whole(folder: Path, by_hash: bool = True) -> bool:
         return False
 
 
-def find(path: Path) -> Path | None:
-    """The checkpoint at `path`: itself, or the newest whole one of a run's folder; None when there is none."""
-    if os.path.exists(path / MANIFEST):  # not Path.exists, which raises where a folder may not be searched
-        return path if is_whole(path) else None
-    folders = sorted((path / "checkpoints").glob("step_*"), reverse=True)
-    return next((folder for folder in folders if is_whole(folder)), None)
-
-
 def _commit(temporary: Path, final: Path, hashes: dict[str, str]) -> None:
     """Make a written and flushed folder count: manifest, rename."""
     files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": digest} for name, digest in sorted(hashes.items())}
@@ -75,7 +95,7 @@ def save_weights(folder: Path, weights: dict[str, Tensor], config: Config, step:
         {f"ema/{name}@0": tensor.flatten().float().contiguous() for name, tensor in weights.items()}, temporary / _shard_file(0)
     )
     (temporary / "config.json").write_text(config.to_json())
-    (temporary / "state.json").write_text(json.dumps({"step": step, "ranks": 1, "origin": origin}, indent=1))
+    (temporary / "state.json").write_text(json.dumps(RunState(step, origin=origin).to_dict(), indent=1))
     hashes = {}
     for file in temporary.iterdir():
         flush(file)
@@ -115,6 +135,85 @@ class Shards:
         return {name: self.read(kind, name, 0, shape.numel()).view(shape) for name, shape in shapes.items()}
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's folder, or an exported file, that was verified when it was opened."""
+
+    path: Path
+    config: Config
+    state: RunState
+
+    def sha256(self) -> str:
+        """Return the hash that names it: of the manifest, which holds those of all files, or of the exported file."""
+        return sha256(self.path if self.path.is_file() else self.path / MANIFEST)
+
+    def shards(self) -> Shards:
+        return Shards(self.path, self.state.ranks)
+
+    def load_model(self, weights: str, device: torch.device) -> DiT:
+        """Return the fp32 model in eval mode. weights: "ema" | "raw" | a further average such as "ema_0.9999".
+
+        Raises InputError if the checkpoint does not hold these weights, or an exported file is damaged.
+        """
+        model = DiT(self.config.model)
+        if self.path.is_file():
+            self._load_exported(model, weights)
+        else:
+            shards = self.shards()
+            if weights not in shards.kinds or weights in MOMENTS:
+                held = ", ".join(kind for kind in shards.kinds if kind not in MOMENTS)
+                raise InputError(f"checkpoint {self.path} holds no {weights} weights: use --weights with one of {held}")
+            model.load_state_dict(shards.whole(weights, {name: p.shape for name, p in model.named_parameters()}))
+        return model.to(device).eval()
+
+    def _load_exported(self, model: DiT, weights: str) -> None:
+        if self.state.weights != weights:
+            raise InputError(f"{self.path} holds the {self.state.weights} weights: use --weights {self.state.weights}")
+        try:
+            model.load_state_dict(load_file(self.path))
+        except SafetensorError as error:
+            raise _not_exported(self.path, error) from error
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip()
+            raise InputError(
+                f"{self.path} does not hold the model that {self.path.with_suffix('.json').name} describes: {first}"
+            ) from error
+
+
+def _not_exported(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} and {path.with_suffix('.json').name} are not what `fastdit export` writes: {error}")
+
+
+def _open_exported(path: Path) -> Checkpoint:
+    try:
+        about = json.loads(path.with_suffix(".json").read_text())
+        with safe_open(path, framework="pt"):
+            return Checkpoint(path, from_saved(about["config"]), RunState.from_dict(about["state"]))
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise _not_exported(path, error) from error
+
+
+def find(path: Path) -> Checkpoint | None:
+    """Open a checkpoint's folder or the newest whole checkpoint of a run's folder; None if there is none.
+
+    The files are hashed here, once: pass the result on instead of the path. Raises InputError if its settings cannot be read.
+    """
+    itself = os.path.exists(path / MANIFEST)  # not Path.exists, which raises where a folder may not be searched
+    for folder in [path] if itself else sorted((path / "checkpoints").glob("step_*"), reverse=True):
+        if is_whole(folder):
+            state = RunState.from_dict(json.loads((folder / "state.json").read_text()))
+            return Checkpoint(folder, load_json(folder / "config.json"), state)
+    return None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open what `find` finds, or a file of `fastdit export` (*.safetensors). Raises InputError if nothing whole is there."""
+    found = _open_exported(path) if path.suffix == ".safetensors" else find(path)
+    if found is None:
+        raise InputError(f"there is no whole checkpoint in {path}: give a run's folder or one of its checkpoints/step_* folders")
+    return found
+
+
 def export(path: Path, weights: str, out: Path) -> int:
     """Write a model's weights ("ema" | "raw" | "ema_0.9999") as one safetensors file of whole fp32 parameters by their names.
 
@@ -122,50 +221,13 @@ def export(path: Path, weights: str, out: Path) -> int:
     """
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out} must end in .safetensors")
-    model, config, state = load_model(path, weights, torch.device("cpu"))
-    about = {"config": config.to_dict(), "state": {**state, "weights": weights}}
+    opened = open_checkpoint(path)
+    model = opened.load_model(weights, torch.device("cpu"))
+    about = {"config": opened.config.to_dict(), "state": replace(opened.state, weights=weights).to_dict()}
     try:
         with replacing(out) as temporary:
             save_file(dict(model.named_parameters()), temporary)
         write_atomically(out.with_suffix(".json"), json.dumps(about, indent=1))
     except (OSError, SafetensorError) as error:
         raise InputError(f"--out {out} cannot be written: {error}") from error
-    return state["step"]
-
-
-def _load_exported(path: Path, weights: str) -> tuple[DiT, Config, dict]:
-    try:
-        about = json.loads(path.with_suffix(".json").read_text())
-        config, state, tensors = from_saved(about["config"]), about["state"], load_file(path)
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise InputError(f"{path} and {path.with_suffix('.json').name} are not what `fastdit export` writes: {error}") from error
-    if state["weights"] != weights:
-        raise InputError(f"{path} holds the {state['weights']} weights: use --weights {state['weights']}")
-    model = DiT(config.model)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise InputError(f"{path} does not hold the model that {path.with_suffix('.json').name} describes: {first}") from error
-    return model, config, state
-
-
-def load_model(path: Path, weights: str, device: torch.device) -> tuple[DiT, Config, dict]:
-    """The fp32 model of a checkpoint, of a run's newest one or of an exported file, its config and its state.json.
-
-    weights: "ema" | "raw" | a further average such as "ema_0.9999". Raises InputError when there is no whole checkpoint at `path`.
-    """
-    if path.suffix == ".safetensors":
-        model, config, state = _load_exported(path, weights)
-        return model.to(device).eval(), config, state
-    folder = find(path)
-    if folder is None:
-        raise InputError(f"there is no whole checkpoint in {path}: give a run's folder or one of its checkpoints/step_* folders")
-    config = load_json(folder / "config.json")
-    state = json.loads((folder / "state.json").read_text())
-    shards, model = Shards(folder, state["ranks"]), DiT(config.model)
-    if weights not in shards.kinds or weights in MOMENTS:
-        held = ", ".join(kind for kind in shards.kinds if kind not in MOMENTS)
-        raise InputError(f"checkpoint {folder} holds no {weights} weights: use --weights with one of {held}")
-    model.load_state_dict(shards.whole(weights, {name: p.shape for name, p in model.named_parameters()}))
-    return model.to(device).eval(), config, state
+    return opened.state.step

@@ -20,7 +20,7 @@ cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a process a core, each of one thread
 if [ -n "${cuda_host:-}" ]; then
     . "$cuda_host/env.sh"
-    "$bin/python" benchmarks/without_gpu/selftest.py
+    "$bin/python" -m benchmarks.without_gpu.selftest
     # plain assertions, short tracebacks: the text of a tensor whose values are garbage takes gigabytes
     FASTDIT_NO_VALUES=1 exec "$bin/python" -m pytest --assert=plain --tb=short "${tier[@]}" -k "not cpp and not dit_block and not codegen" \
         tests/kernels "$@"

@@ -107,10 +107,11 @@ def test_import_and_sample_from_the_command_line(case, tmp_path, capsys):
     """The converted run gives the same model; without VAE weights it names the published autoencoder."""
     run = tmp_path / "run"
     assert cli.main(["import-base", str(case.pickle), "--out", str(run)]) == 0
-    model, config, state = checkpoint.load_model(run, "ema", torch.device("cpu"))
+    opened = checkpoint.open_checkpoint(run)
+    model, config, state = opened.load_model("ema", torch.device("cpu")), opened.config, opened.state
     e = case.expected
     assert (model(case.x_t, e["t"], case.labels) - e["v"]).abs().max() < 1e-5
-    assert config.data.autoencoder == PUBLISHED_VAE and state["step"] == 10
+    assert config.data.autoencoder == PUBLISHED_VAE and state.step == 10
     assert config.train.precision == "fp32"
     words = ["--class", "3", "--steps", "2", "--solver", "euler"]
     for source, out in ((run, "a.npz"), (case.pickle, "b.npz")):
@@ -120,9 +121,9 @@ def test_import_and_sample_from_the_command_line(case, tmp_path, capsys):
     assert cli.main(["import-base", str(case.pickle), "--out", str(run)]) == 2
     assert "holds checkpoints already" in capsys.readouterr().err
     with pytest.raises(InputError, match="holds no raw weights"):
-        checkpoint.load_model(run, "raw", torch.device("cpu"))
+        opened.load_model("raw", torch.device("cpu"))
     with pytest.raises(InputError, match="can be sampled from, not continued"):
-        saver.check(checkpoint.find(run), config, None)
+        saver.check(opened, config, None)
 
 
 class Code:

@@ -1,4 +1,4 @@
-"""What the benchmark suites check of their own rows, and two suites as a user runs them."""
+"""The checks that the benchmark suites make on their own rows, and two suites as a user runs them."""
 
 import importlib.util
 import math
@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-import bench_blocks
-import bench_end_to_end
-import bench_kernels
-import bench_sampling
-import bench_train_step
-import eager_reference
-import record
+from benchmarks import (
+    bench_blocks,
+    bench_end_to_end,
+    bench_kernels,
+    bench_sampling,
+    bench_train_step,
+    eager_reference,
+    results_csv,
+    roofline,
+)
+from benchmarks.eager_reference import EagerDiT, comparable, fastdit_model
 from fastdit import autoencoder
 from fastdit.data.order import center_crops
 
@@ -59,14 +63,14 @@ def test_a_speedup_of_several_processes_is_the_median_of_theirs():
     assert [row[k] for k in ("speedup", "turns", "parity", "peak_mb", "samples")] == ["2.000", "3", "3.0e-07", "4.00", 6]
     assert found["eager forward"].values["speedup"] == "1.000" and "parity" not in found["eager forward"].values
     assert (float(row["speedup_p20"]), float(row["speedup_p80"])) == pytest.approx((1.1, 2.3))
-    [alone] = [bench_kernels.together(processes[:1], members, {})["fused forward"].values]
-    assert (alone["speedup"], alone["turns"]) == ("2.000", "2")
+    one = bench_kernels.together(processes[:1], members, {})["fused forward"].values
+    assert (one["speedup"], one["turns"]) == ("2.000", "2")
     wrong = processes[1]._replace(samples={"eager forward": eager}, errors={"fused forward": "parity: wrong"})
     gone = bench_kernels.together([processes[0], wrong], members, {})
     assert gone["fused forward"].error == "parity: wrong" and not gone["fused forward"].samples
     no_reference = [p._replace(samples=p.samples | {"eager forward": []}, errors={"eager forward": "died"}) for p in processes]
-    alone = bench_kernels.together(no_reference, members, {})["fused forward"]
-    assert alone.samples and "speedup" not in alone.values
+    ours = bench_kernels.together(no_reference, members, {})["fused forward"]
+    assert ours.samples and "speedup" not in ours.values
 
 
 def test_a_gpus_rows_say_what_the_host_needs_for_a_call():
@@ -111,7 +115,7 @@ class FakeWorker:
     def __init__(self, make, name, *_, **__):
         if name == "broken":
             raise RuntimeError("cannot be made")
-        self.limits, self.name = make == "limits:Limits", str(name)
+        self.limits, self.name = make == "benchmarks.roofline:Limits", str(name)
         if not self.limits:
             FakeWorker.alive.add(self.name)
             FakeWorker.most = max(FakeWorker.most, len(FakeWorker.alive))
@@ -184,9 +188,23 @@ def test_both_samplers_of_the_suite_give_the_same_latents(monkeypatch):
     assert (ours - eager).abs().max() < 1e-4 * eager.abs().max()
 
 
+@pytest.mark.parametrize("class_width", [48, None])
+def test_flops_are_those_of_every_linear_and_of_attention(class_width):
+    """Backward twice the forward, without the gradients at the latent and at the timestep's frequencies."""
+    model = fastdit_model(EagerDiT(comparable(64, 2, 2, 128, class_width)))
+    tokens, width, depth = 256, 64, 2
+    once = [*model.modulation, model.final_modulation, *model.time_embedding.modules(), *model.class_embedding.modules()]
+    flops = {m: 2 * m.weight.numel() * (1 if m in once else tokens) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    attention = depth * 4 * tokens**2 * width
+    frequencies = next(m for m in model.time_embedding.modules() if m in flops)
+    forward = sum(flops.values()) + attention
+    assert roofline.train_flops(model.config) == 3 * forward - flops[model.patch_embedding] - flops[frequencies]
+    assert roofline.velocity_flops(model.config) == forward - sum(flops[m] for m in once if m in flops)
+
+
 def test_the_reference_reads_and_encodes_images_as_fastdit_does():
     """A photograph cut by the base script's integers is within 2 levels of what `center_crops` cuts; posteriors are the same."""
-    from photographs import crops, encoded
+    from benchmarks.photographs import crops, encoded
 
     photo = next(iter(crops(1)))
     ours = eager_reference.pixels(encoded(photo, format="PNG", quality=None), 64, 64)
@@ -208,14 +226,14 @@ def test_the_reference_reads_and_encodes_images_as_fastdit_does():
 def test_suites_write_their_rows(tmp_path):
     """Checkpoints and latents, measured for real."""
     path = tmp_path / "rows.csv"
-    options = ["-q", "-p", "no:cacheprovider", f"--csv={path}", "-k", "checkpoint or latents or index"]
+    options = ["-q", "-p", "no:cacheprovider", "--allow-dirty", f"--csv={path}", "-k", "checkpoint or latents or index"]
     suites = [ROOT / "benchmarks" / f"bench_{name}.py" for name in ("checkpoint", "data")]
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # where this process is a rank by now
     environment = {key: value for key, value in os.environ.items() if key not in ours}
     command = [sys.executable, "-m", "pytest", *options, *map(str, suites)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    rows = record.read(path)
+    rows = results_csv.read(path)
     assert {row["suite"] for row in rows} == {"checkpoint", "data"} and len(rows) == 6 + 3
     assert all(not row["error"] and float(row["median_s"]) > 0 and row["commit"] for row in rows)
     waits, save = (next(r for r in rows if (r["provider"], r["direction"]) == ("fastdit", d)) for d in ("waits", "save"))

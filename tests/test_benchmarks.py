@@ -1,13 +1,8 @@
-"""The benchmarks' tools on made-up CSVs and sections: what compare.py calls slower, what report.py writes, how gpu.py goes on."""
+"""The benchmarks' tools on made-up CSVs and sections: compare_runs, report and others, and every script's --help."""
 
-import functools
-import importlib
-import os
-import signal
-import subprocess
-import sys
-import time
-import types
+import importlib.util
+import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import compare
-import gpu
-import gpu_train
-import launch_bound
-import measure
-import parity
-import record
-import report
+from benchmarks import compare_runs, gpu_train, harness, parity, report, results_csv
 
+ROOT = Path(__file__).parent.parent
 WHERE = {"device": "a CPU", "commit": "abc", "torch": "2.13.0", "date": "2026-01-02"}
 OPS, RUNS, SLOW = range(22), ("forward", "backward", "both"), ("op 3", "fused", "both")
 
 
 def timed(key, samples, reference):
-    return measure.Result(key, samples, measure.speedup(reference, samples)).row()
+    return harness.Result(key, samples, harness.speedup(reference, samples)).row()
 
 
 def kernels(path, seed, drift=1.0, slow=None, error=None, skip=(), device="a CPU", noise=0.03):
@@ -46,10 +35,19 @@ def kernels(path, seed, drift=1.0, slow=None, error=None, skip=(), device="a CPU
                 own = base * share * drift * np.exp(rng.normal(0, noise, 9)) * (1.2 if tuple(key.values())[:3] == slow else 1)
                 reference = own if reference is None else reference
                 failed = tuple(key.values())[:3] == error
-                row = measure.Result(key, [], {}, "out of memory").row() if failed else timed(key, list(own), list(reference))
+                row = harness.Result(key, [], {}, "out of memory").row() if failed else timed(key, list(own), list(reference))
                 rows += [] if tuple(key.values())[:3] in skip else [row | {"suite": "kernels", "threads": 2}]
-    record.write(path, [WHERE | row | {"device": device} for row in rows])
+    results_csv.write(path, [WHERE | row | {"device": device} for row in rows])
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def clean_checkout(monkeypatch):
+    """Rows are those of a commit, also while this checkout has changes."""
+    results_csv.measured_on.cache_clear()
+    monkeypatch.setattr(results_csv, "commit", lambda: "abc")
+    yield
+    results_csv.measured_on.cache_clear()
 
 
 @pytest.fixture
@@ -61,7 +59,7 @@ def before(tmp_path):
 @pytest.mark.parametrize("seed", range(2, 6))
 def test_a_rerun_on_a_slower_day_is_no_regression(tmp_path, capsys, seed, noise):
     files = [kernels(tmp_path / f"{drift}.csv", seed + 100 * drift, drift, noise=noise) for drift in (1, 2)]
-    assert compare.main(files) == 0
+    assert compare_runs.main(files) == 0
     out = capsys.readouterr().out
     assert "kernels: 198 rows, 0 slower, 0 faster; drift " in out
     assert float(out.split("drift ")[1].split(",")[0]) == pytest.approx(2, rel=noise)
@@ -70,19 +68,19 @@ def test_a_rerun_on_a_slower_day_is_no_regression(tmp_path, capsys, seed, noise)
 @pytest.mark.parametrize("drift", [1.2, 0.8])
 def test_one_slower_row_is_found_and_only_it(tmp_path, before, capsys, drift):
     after = kernels(tmp_path / "after.csv", 2, drift, SLOW)
-    assert compare.main([before, after]) == 1
+    assert compare_runs.main([before, after]) == 1
     out = capsys.readouterr().out
     assert "198 rows, 1 slower, 0 faster" in out
     (line,) = (line for line in out.splitlines() if line.startswith("kernels  "))
     assert all(word in line for word in (*SLOW, "reference"))
-    assert compare.main([after, before]) == 0
+    assert compare_runs.main([after, before]) == 0
     assert "198 rows, 0 slower, 1 faster" in capsys.readouterr().out
-    assert compare.main([before, after, "--threshold", "40"]) == 0
+    assert compare_runs.main([before, after, "--threshold", "40"]) == 0
 
 
 def test_a_reference_that_becomes_slower_blames_itself(tmp_path, before, capsys):
     """Its case's other providers are faster by `speedup` then, and by their own times not."""
-    assert compare.main([before, kernels(tmp_path / "after.csv", 2, 1.2, ("op 3", "eager", "both"))]) == 1
+    assert compare_runs.main([before, kernels(tmp_path / "after.csv", 2, 1.2, ("op 3", "eager", "both"))]) == 1
     out = capsys.readouterr().out
     assert "198 rows, 1 slower, 0 faster" in out and "drift" in out.split("slower: 1")[1]
 
@@ -96,17 +94,17 @@ def test_a_provider_that_becomes_slower_as_a_whole_is_no_scatter(tmp_path, capsy
             eager = list(np.exp(rng.normal(0, 0.01, 9)))
             own = {"eager": eager, "engine": list(factor * np.exp(rng.normal(-0.7, 0.01, 9)))}
             rows += [timed({"case": case, "provider": name, "size": "batch 8"}, own[name], eager) for name in own]
-        record.write(path, [WHERE | row | {"suite": "train_step", "threads": 2} for row in rows])
+        results_csv.write(path, [WHERE | row | {"suite": "train_step", "threads": 2} for row in rows])
         return str(path)
 
     first = steps(tmp_path / "a.csv", 1, 1)
-    assert compare.main([first, steps(tmp_path / "b.csv", 2, 1)]) == 0
-    assert compare.main([first, steps(tmp_path / "c.csv", 2, 1.2)]) == 1
+    assert compare_runs.main([first, steps(tmp_path / "b.csv", 2, 1)]) == 0
+    assert compare_runs.main([first, steps(tmp_path / "c.csv", 2, 1.2)]) == 1
     assert "train_step: 6 rows, 3 slower, 0 faster" in capsys.readouterr().out
 
 
 def test_speedups_of_many_processes_are_judged_by_their_own_spread(tmp_path, capsys):
-    """A quiet op that is 20 % slower is found beside ops that scatter by 15 % between processes, and those are left alone."""
+    """A quiet op that is 20 % slower is reported beside ops that scatter by 15 % between processes and are not."""
 
     def steps(path, seed, factor, processes=12):
         rng, rows = np.random.default_rng(seed), []
@@ -114,46 +112,46 @@ def test_speedups_of_many_processes_are_judged_by_their_own_spread(tmp_path, cap
             ratios = 2 * np.exp(rng.normal(0, 0.15 if op else 0.04, 12)) / (1 if op else factor)
             key = {"case": f"op {op}", "provider": "fused", "direction": "both", "size": "8x256x384"}
             eager = timed({**key, "provider": "eager"}, [1.0] * 9, [1.0] * 9)
-            own = measure.Result(
-                key, [(1 if op else factor) / 2] * 9, measure.spread(list(ratios)) | {"processes": processes}
+            own = harness.Result(
+                key, [(1 if op else factor) / 2] * 9, harness.spread(list(ratios)) | {"processes": processes}
             ).row()
             rows += [eager, own]
-        record.write(path, [WHERE | row | {"suite": "kernels", "threads": 2} for row in rows])
+        results_csv.write(path, [WHERE | row | {"suite": "kernels", "threads": 2} for row in rows])
         return str(path)
 
     first = steps(tmp_path / "a.csv", 1, 1)
     for seed in range(2, 12):
-        assert compare.main([first, steps(tmp_path / "b.csv", seed, 1)]) == 0
+        assert compare_runs.main([first, steps(tmp_path / "b.csv", seed, 1)]) == 0
         capsys.readouterr()
-        assert compare.main([first, steps(tmp_path / "c.csv", seed, 1.2)]) == 1
+        assert compare_runs.main([first, steps(tmp_path / "c.csv", seed, 1.2)]) == 1
         assert "kernels: 44 rows, 1 slower, 0 faster" in capsys.readouterr().out
     files = [steps(tmp_path / f"{seed}.csv", seed, factor, "") for seed, factor in ((1, 1), (2, 1.2))]
-    assert compare.main(files) == 0  # as rows of one process, whose scatter is the suite's
+    assert compare_runs.main(files) == 0  # as rows of one process, whose scatter is the suite's
 
 
 def test_new_failures_and_missing_rows_are_listed(tmp_path, before, capsys):
     fails = kernels(tmp_path / "fails.csv", 2, error=SLOW, skip=[("op 4", "fused", "both")])
-    assert compare.main([before, fails]) == 1
+    assert compare_runs.main([before, fails]) == 1
     out = capsys.readouterr().out
     assert "fails now: 1" in out and "out of memory" in out and "not in after: 1" in out and "op 4" in out
-    assert compare.main([fails, before]) == 0
+    assert compare_runs.main([fails, before]) == 0
     assert "not in before: 1" in capsys.readouterr().out
 
 
 def test_a_single_timing_is_not_judged(tmp_path, capsys):
     def write(name, seconds):
         row = timed({"case": "S/2", "provider": "make the cache", "size": "batch 2"}, [seconds], [])
-        record.write(tmp_path / name, [WHERE | row | {"suite": "end_to_end", "threads": 2}])
+        results_csv.write(tmp_path / name, [WHERE | row | {"suite": "end_to_end", "threads": 2}])
         return str(tmp_path / name)
 
-    assert compare.main([write("a.csv", 1.0), write("b.csv", 3.0)]) == 0
+    assert compare_runs.main([write("a.csv", 1.0), write("b.csv", 3.0)]) == 0
     assert "1 of a single timing, not judged" in capsys.readouterr().out
 
 
 def test_bad_input_ends_in_one_sentence(tmp_path, before, capsys):
     elsewhere = kernels(tmp_path / "gpu.csv", 1, device="a GPU")
     more = tmp_path / "more.csv"
-    record.write(more, [row | {"threads": "4"} for row in record.read(Path(before))])
+    results_csv.write(more, [row | {"threads": "4"} for row in results_csv.read(Path(before))])
     (tmp_path / "bytes.csv").write_bytes(b"\x80\xff\x00garbage")
     (tmp_path / "other.csv").write_text("op,kernel\nmodulate,x\n")
     (tmp_path / "empty.csv").write_text("")
@@ -164,13 +162,41 @@ def test_bad_input_ends_in_one_sentence(tmp_path, before, capsys):
     }  # fmt: skip
     for path, sentence in wrong.items():
         with pytest.raises(SystemExit) as stopped:
-            compare.main([before, str(tmp_path / path)])
+            compare_runs.main([before, str(tmp_path / path)])
         assert stopped.value.code == 2
         assert sentence in capsys.readouterr().err, path
 
 
-def test_the_readme_shows_the_committed_csvs():
+def test_the_page_shows_the_committed_csvs():
     assert report.main(["--check"]) == 0
+
+
+SCRIPTS = [
+    "compare_runs", "gpu_train", "machine_code", "parity", "report", "run_on_gpu", "tune_kernels", "studies.engine_overhead",
+    "studies.evaluate_overhead", "studies.launch_bound", "studies.optimizer_step", "studies.plan_memory", "studies.quality",
+    "without_gpu.cuda_host", "without_gpu.cuda_kernels", "without_gpu.selftest",
+]  # fmt: skip
+
+
+def test_every_script_is_in_the_list_above():
+    scripts = [path for path in (ROOT / "benchmarks").rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    names = {".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts) for path in scripts}
+    assert names - {"without_gpu.stubs.stubs"} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_scripts_help_explains_it(name, capsys):
+    """Its command, and a text for every option."""
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"benchmarks.{name}").main(["--help"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0 and f"python -m benchmarks.{name}" in out
+    # an option's text is on its line, two spaces after it, or indented on the next line
+    lines = [*out.partition("options:")[2].splitlines(), ""]
+    bare = [
+        a for a, b in itertools.pairwise(lines) if a.startswith("  -") and not (re.search(r"\S {2,}\S", a) or b.startswith(" " * 8))
+    ]
+    assert not bare, bare
 
 
 def csv_of_suites(path):
@@ -189,21 +215,21 @@ def csv_of_suites(path):
                     row | {"suite": "kernels", "copy_share": "0.75", "speedup": "9" if run == "backward" else row["speedup"]}
                 )
     rows.append({"suite": "new_one", "case": "x", "provider": "y", "median_s": "250", "p20_s": "250", "p80_s": "250", "samples": 1})
-    record.write(path, [WHERE | row | {"threads": 2, "precision": "fp32"} for row in rows])
+    results_csv.write(path, [WHERE | row | {"threads": 2, "precision": "fp32"} for row in rows])
 
 
-def test_report_fills_the_readme_and_checks_it(tmp_path, capsys):
-    readme, path = tmp_path / "README.md", tmp_path / "results" / "here.csv"
+def test_report_fills_the_page_and_checks_it(tmp_path, capsys):
+    page, path = tmp_path / "PAGE.md", tmp_path / "results" / "here.csv"
     csv_of_suites(path)
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    words = ["--readme", str(readme), str(path)]
-    assert report.main([*words, "--check"]) == 1 and "old" in readme.read_text()
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    words = ["--page", str(page), str(path)]
+    assert report.main([*words, "--check"]) == 1 and "old" in page.read_text()
     assert report.main(words) == 0 and report.main([*words, "--check"]) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n") and "old" not in text
     assert "**Train step**: a CPU, 2 threads, fp32; torch 2.13.0, commit abc, 2026-01-02 ([rows](results/here.csv))." in text
     for line in (
-        "| case | provider | median | images/s | over eager | MFU | no numbers: why |",
+        "| case | provider | median | images/s | over eager | MFU | error |",
         "| S/2 | eager | 800 ms |  | 1.00 x |  |  |", "| S/2 | engine | 400 ms | 12,346 | 2.00 x | 50 % |  |",
         "| S/2 | +packed |  |  |  |  | parity: a/b |", "| swiglu | 8x256x384 | 4.00 x | 75 % |",
         "| counter_normal, forward | 8x256x384 | 2.00 x | 75 % |", "| x | y | 250 s |",
@@ -219,19 +245,19 @@ def test_report_fills_the_readme_and_checks_it(tmp_path, capsys):
     path.write_text(csv_text.replace("12345.6", "12945.6"))
     assert report.main([*words, "--check"]) == 1
     path.write_text(csv_text)
-    readme.write_text(text.replace("12,346", "13,000"))  # by hand
+    page.write_text(text.replace("12,346", "13,000"))  # by hand
     assert report.main([*words, "--check"]) == 1
-    readme.write_text("no markers\n")
+    page.write_text("no markers\n")
     with pytest.raises(SystemExit) as stopped:
         report.main(words)
-    assert stopped.value.code == 2 and "once each" in capsys.readouterr().err and readme.read_text() == "no markers\n"
+    assert stopped.value.code == 2 and "once each" in capsys.readouterr().err and page.read_text() == "no markers\n"
 
 
 def test_only_csvs_of_timed_suites_are_reported(tmp_path):
     """Others lie in the same folder."""
     csv_of_suites(tmp_path / "here.csv")
-    record.write(tmp_path / "memory.csv", [{"suite": "plan_memory", "peak_mb": 1}])
-    record.write(tmp_path / "quality.csv", [{"step": 1}])
+    results_csv.write(tmp_path / "memory.csv", [{"suite": "plan_memory", "peak_mb": 1}])
+    results_csv.write(tmp_path / "quality.csv", [{"step": 1}])
     assert [report.of_suites(tmp_path / name) for name in ("here.csv", "memory.csv", "quality.csv")] == [True, False, False]
 
 
@@ -257,17 +283,17 @@ def csvs_of_tables(folder):
     }
     found = {"cuda_host.csv": [host, failed], "cuda_kernels.csv": blocks, "optimizer_step_here.csv": [step]}
     for name, rows in found.items():
-        record.write(folder / name, [WHERE | row for row in rows])
+        results_csv.write(folder / name, [WHERE | row for row in rows])
     return [folder / name for name in found]
 
 
 def test_report_shows_the_csvs_that_no_suite_writes_after_the_suites(tmp_path, capsys):
-    readme, suites = tmp_path / "README.md", tmp_path / "here.csv"
+    page, suites = tmp_path / "PAGE.md", tmp_path / "here.csv"
     csv_of_suites(suites)
     tables = csvs_of_tables(tmp_path)
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    assert report.main(["--readme", str(readme), *map(str, tables), str(suites)]) == 0
-    lines = readme.read_text().splitlines()
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert report.main(["--page", str(page), *map(str, tables), str(suites)]) == 0
+    lines = page.read_text().splitlines()
     for line in (
         "| preset | blocks | graphs |", "| S/2 | 9.3 (443) | out of memory |",
         "| preset | fused ops | reference ops, fused by Inductor |", "| B/2 | 504 (4) → 876 (9) | 508 (4) → 1608 (18) |",
@@ -284,141 +310,8 @@ def test_report_shows_the_csvs_that_no_suite_writes_after_the_suites(tmp_path, c
     for path in tables:
         path.write_text("preset,batch\nS/2,32\n")
         with pytest.raises(SystemExit) as stopped:
-            report.main(["--readme", str(readme), str(path)])
+            report.main(["--page", str(page), str(path)])
         assert stopped.value.code == 2 and f"{path} has no rows, or lacks a value" in capsys.readouterr().err
-
-
-def sections(folder, *texts, needs=(), limit=20):
-    """Named a, b, c: Python that runs in `folder`, and writes its name into the file `ran` before."""
-    text = "import os, sys, time; os.chdir({!r}); open('ran', 'a').write({!r}); {}"
-    commands = {
-        name: [sys.executable, "-c", text.format(str(folder), name, text_of)] for name, text_of in zip("abc", texts, strict=False)
-    }
-    return [gpu.Section(name, command, needs, limit) for name, command in commands.items()]
-
-
-def test_a_killed_run_goes_on_where_it_was(tmp_path, capfd):
-    """SIGKILL in the second of three sections; the next call leaves the first out, a change of the sources does not."""
-    todo = sections(tmp_path, "", "open('pid', 'w').write(str(os.getpid())); time.sleep(0 if os.path.exists('again') else 60)", "")
-    script = f"import gpu, pathlib\nfrom gpu import Section\ngpu.run({todo!r}, pathlib.Path({str(tmp_path / 'state.json')!r}), 100)"
-    path = os.pathsep.join(sys.path)
-    running = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while not ((pid := tmp_path / "pid").exists() and pid.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    running.kill()
-    running.wait()
-    os.kill(int(pid.read_text()), signal.SIGKILL)
-    assert (tmp_path / "ran").read_text() == "ab"
-    (tmp_path / "again").touch()
-    assert gpu.run(todo, tmp_path / "state.json", 100) == 0
-    assert (tmp_path / "ran").read_text() == "abbc" and "[1/3] a: done before" in capfd.readouterr().out
-    assert gpu.run(todo, tmp_path / "state.json", 100) == 0 and (tmp_path / "ran").read_text() == "abbc"
-
-
-def test_sections_are_repeated_when_the_sources_change(tmp_path, monkeypatch):
-    todo = sections(tmp_path, "")
-    for version, ran in (("1", "a"), ("1", "a"), ("2", "aa")):
-        monkeypatch.setattr(gpu, "version", lambda version=version: version)
-        assert gpu.run(todo, tmp_path / "state.json", 100) == 0 and (tmp_path / "ran").read_text() == ran
-
-
-def test_a_failing_section_and_a_slow_one_let_the_others_run(tmp_path, capfd):
-    todo = sections(tmp_path, "sys.exit(3)", "time.sleep(60)", "print('here')")
-    todo[1] = todo[1]._replace(limit=0.5)
-    assert gpu.run(todo, tmp_path / "state.json", 100) == 1
-    out = capfd.readouterr().out
-    for line in ("a: failed: exit code 3", "b: failed: took longer than its 0.5 s", "here", "[3/3] c: done in", "failed: a, b;"):
-        assert line in out
-    assert gpu.run(todo, tmp_path / "state.json", 100) == 1
-    assert (tmp_path / "ran").read_text().count("c") == 1 and (tmp_path / "ran").read_text().count("a") == 2
-
-
-def test_a_missing_package_skips_a_section_in_one_line(tmp_path, capfd):
-    skipped = sections(tmp_path, "", needs=("pytest", "no_such_package.here"))
-    assert gpu.run([*skipped, *sections(tmp_path, "", "")[1:]], tmp_path / "state.json", 100) == 0
-    assert "[1/2] a: skipped, no_such_package.here missing" in capfd.readouterr().out
-    assert (tmp_path / "ran").read_text() == "b"
-
-
-def test_what_does_not_fit_is_left(tmp_path, capfd):
-    todo = [*sections(tmp_path, "", limit=50), *sections(tmp_path, "", "")[1:]]
-    assert gpu.run(todo, tmp_path / "state.json", 30) == 1
-    assert (tmp_path / "ran").read_text() == "b" and "left: a;" in capfd.readouterr().out
-    assert gpu.run(todo, tmp_path / "state.json", 60) == 0 and (tmp_path / "ran").read_text() == "ba"
-
-
-def test_a_suites_cases_are_recorded_one_by_one(tmp_path, monkeypatch, capsys):
-    """The second of three breaks, the third has no room for one provider; the next call measures the second alone."""
-    measured, made, broken = [], [], [True]
-
-    def measure_case(case, say):
-        measured.append(case)
-        if case == "bad" and broken[0]:
-            raise RuntimeError("no luck")
-        errors = {"big": "out of memory"} if case == "large" else {}
-        key = lambda name: {"case": case, "provider": name, "direction": "forward", "size": "1"}
-        return {n: measure.Result(key(n), [] if n in errors else [0.5, 0.6], {}, errors.get(n, "")) for n in ("eager", "big")}
-
-    def groups(full):
-        made.append(full)
-        return {c: measure.Group(("eager", "big"), lambda say, c=c: measure_case(c, say)) for c in ("ok", "bad", "large")}
-
-    monkeypatch.setitem(sys.modules, "bench_made_up", types.SimpleNamespace(SUITE="made_up", groups=groups))
-    csv, state = tmp_path / "rows.csv", tmp_path / "state.json"
-    assert gpu.measure_suite("made_up", csv, state) == 1
-    assert "bad: RuntimeError: no luck" in capsys.readouterr().out
-    assert made == [True, True]  # workers anew after what broke, and only then
-    assert [(row["case"], row["error"]) for row in record.read_suites(csv)] == [
-        ("ok", ""), ("ok", ""), ("large", ""), ("large", "out of memory")
-    ]  # fmt: skip
-    broken[0] = False
-    assert gpu.measure_suite("made_up", csv, state) == 0
-    assert measured == ["ok", "bad", "large", "bad"] and len(record.read_suites(csv)) == 6
-
-
-def test_gpu_needs_a_gpu_and_its_suites_exist(capsys, tmp_path):
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit) as stopped:
-            gpu.main([])
-        assert stopped.value.code == 2 and "no CUDA GPU" in capsys.readouterr().err
-    for section in gpu.sections(tmp_path / "rows.csv"):
-        assert section.limit < 600
-        if "--suite" in section.command:
-            assert importlib.import_module(f"bench_{section.command[section.command.index('--suite') + 1]}").groups(True)
-
-
-def test_what_answers_most_comes_first_and_tuning_last(tmp_path):
-    names = [section.name for section in gpu.sections(tmp_path / "rows.csv")]
-    assert names[:2] == ["kernel tests", "parity"] and names[3].startswith("launch bound")
-    assert all(name.startswith("tuning") for name in names[-12:]) and len(set(names)) == len(names)
-    steps = [section.command[-1] for section in gpu.sections(tmp_path / "rows.csv") if section.name.startswith("train_step")]
-    assert steps == list(gpu.CUDA_CASES)
-    cases = [case for part in gpu.launch_bound_cases().values() for case in part]
-    assert sorted(cases) == sorted(launch_bound.CASES)
-    for section in gpu.sections(tmp_path / "rows.csv"):
-        scripts = [word for word in section.command if word.endswith(".py") and "=" not in word]
-        assert all((gpu.ROOT / script).exists() for script in scripts), section
-
-
-def test_a_missing_tool_skips_a_section_in_one_line(tmp_path, capfd):
-    todo = [section._replace(tools=("no-such-tool",)) for section in sections(tmp_path, "")]
-    assert gpu.run(todo, tmp_path / "state.json", 100) == 0
-    assert "[1/1] a: skipped, there is no no-such-tool in the PATH" in capfd.readouterr().out
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_section_may_be_one_case_of_a_suite(tmp_path, monkeypatch):
-    measured = []
-
-    def result(case, say):
-        measured.append(case)
-        return {"eager": measure.Result({"case": case, "provider": "eager", "direction": "", "size": "1"}, [0.5], {})}
-
-    groups = lambda full: {c: measure.Group(("eager",), functools.partial(result, c)) for c in ("a", "b")}
-    monkeypatch.setitem(sys.modules, "bench_made_up", types.SimpleNamespace(SUITE="made_up", groups=groups))
-    assert gpu.measure_suite("made_up", tmp_path / "rows.csv", tmp_path / "state.json", "b") == 0
-    assert measured == ["b"]
 
 
 def test_weights_are_compared_bit_by_bit(tmp_path):
@@ -447,11 +340,3 @@ def test_every_op_is_within_the_bound_of_its_reference(monkeypatch, capsys):
     assert parity.main(["--smallest", "--batch", "1"]) == 0 and "all within" in capsys.readouterr().out
     monkeypatch.setattr(parity, "difference", lambda *_: float("nan"))
     assert parity.main(["--smallest", "--batch", "1"]) == 1 and "swiglu 1024" in capsys.readouterr().out
-
-
-def test_a_row_says_that_onednn_was_held_to_an_instruction_set(monkeypatch) -> None:
-    """bf16 matmuls without AMX are another machine's: compare.py must not take them for the same one's."""
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    free = record.device_name(torch.device("cpu"))
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-    assert record.device_name(torch.device("cpu")) == f"{free}, oneDNN up to AVX512_CORE_BF16"

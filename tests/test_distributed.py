@@ -86,9 +86,9 @@ def test_one_rank_has_the_same_losses(two_ranks, tmp_path):
 
 def test_resumed_run_equals_the_uninterrupted_one(two_ranks, tmp_path):
     deepspeed(2, tmp_path, "train.total_steps=6")
-    assert checkpoint.find(tmp_path / "r").name == "step_00000006"
+    assert checkpoint.find(tmp_path / "r").path.name == "step_00000006"
     (tmp_path / "r/checkpoints/step_00000006/weights_rank_0001.safetensors").write_bytes(b"cut")  # as after a power loss
-    assert checkpoint.find(tmp_path / "r").name == "step_00000004"
+    assert checkpoint.find(tmp_path / "r").path.name == "step_00000004"
     deepspeed(2, tmp_path, "train.total_steps=8")  # from step 4, in the middle between two log lines
     assert losses(tmp_path) == losses(two_ranks)  # to the last bit, each line once
     names = [f"weights_rank_{rank:04d}.safetensors" for rank in (0, 1)]
@@ -122,9 +122,11 @@ def test_recorded_micro_steps_add_up_under_zero(tmp_path, stage, precision):
 
 
 def test_checkpoint_of_two_ranks_is_one_model(two_ranks):
-    ema, config, state = checkpoint.load_model(two_ranks / "r", "ema", torch.device("cpu"))
-    raw, _, _ = checkpoint.load_model(two_ranks / "r/checkpoints/step_00000008", "raw", torch.device("cpu"))
-    assert state["step"] == 8 and state["ranks"] == 2 and config.model.preset == "test/4"
+    opened = checkpoint.open_checkpoint(two_ranks / "r")
+    assert opened == checkpoint.open_checkpoint(two_ranks / "r/checkpoints/step_00000008")
+    ema, raw = (opened.load_model(weights, torch.device("cpu")) for weights in ("ema", "raw"))
+    state, config = opened.state, opened.config
+    assert state.step == 8 and state.ranks == 2 and config.model.preset == "test/4"
     pairs = [(p, q) for p, q in zip(ema.parameters(), raw.parameters(), strict=True)]
     assert all(torch.isfinite(p).all() for p, _ in pairs) and any((p != q).any() for p, q in pairs)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eager_reference import EagerDiT, comparable, eager_model, euler, fastdit_model
+from benchmarks.eager_reference import EagerDiT, comparable, eager_model, euler, fastdit_model
 from fastdit.sampling import solvers
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import nn
 
 import autoencoders
-import photographs
+from benchmarks import photographs
 from commands import environment
-from fastdit import autoencoder, cli
+from fastdit import autoencoder, cli, files
 from fastdit.config import InputError, parse
 from fastdit.data.builtin import mnist5k
 from fastdit.distributed import World
@@ -110,7 +110,7 @@ def test_the_result_says_what_it_is_of_and_its_command_repeats_it(trained, refer
     assert of["weights"] == "raw" and of["step"] == 4 and of["labels"] == "random" and of["images"] == 30 and of["seed"] == 0
     assert of["sampler"]["guidance"] == 0.5 and of["sampler"]["solver"] == "euler" and of["sampler"]["steps"] == 2
     assert of["guidance_scale"] == 1.5 and len(of["sha256"]) == len(result["features"]["sha256"]) == 64
-    assert result["reference"]["sha256"] == image_sets.checkpoint.sha256(reference) and result["reference"]["images"] == 500
+    assert result["reference"]["sha256"] == files.sha256(reference) and result["reference"]["images"] == 500
     assert result["features"]["tf32"] is False and result["versions"]["torch"] == torch.__version__
     assert any("30 samples for features of width 128" in warning for warning in result["warnings"])
     command = result["command"].split()

@@ -58,7 +58,7 @@ def logged(out):
 
 
 def weights(out, kind="raw"):
-    return checkpoint.load_model(out / "r", kind, torch.device("cpu"))[0].state_dict()
+    return checkpoint.open_checkpoint(out / "r").load_model(kind, torch.device("cpu")).state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_ten_kills_leave_no_trace(tmp_path):
     kills = [("step:3", 1), ("own", 0), ("manifest", 0), ("rename", 0), ("renamed", 0), ("pruned", 0), *[("random", 0)] * 4]
     for fault, victim in kills:
         found = checkpoint.find(killed / "r")
-        step = int(found.name[-8:]) if found else 0
+        step = found.state.step if found else 0
         if fault == "random":
             fault, victim = f"step:{step + rng.randrange(5)}", rng.randrange(2)
         run(killed, fault, victim, total=40, expect=1)
@@ -97,7 +97,7 @@ def test_ten_kills_leave_no_trace(tmp_path):
 @pytest.mark.parametrize(("fault", "victim"), [("own", 1), ("rename", 0)])
 def test_a_kill_in_a_save_leaves_the_one_before(whole, tmp_path, fault, victim):
     run(tmp_path, fault, victim, expect=1)
-    assert checkpoint.find(tmp_path / "r").name == "step_00000002"
+    assert checkpoint.find(tmp_path / "r").path.name == "step_00000002"
     run(tmp_path)
     assert losses(tmp_path) == losses(whole) and logged(tmp_path) == logged(whole)
 
@@ -114,17 +114,16 @@ def test_nan_on_one_rank_is_skipped_on_both(whole, tmp_path):
     assert all(ours[rank, step] == wanted[rank, step] for rank in (0, 1) for step in range(4))
     # step 6 begins with the weights of step 4: two updates fewer, so another loss than the whole run's, but a finite one
     assert all(torch.isfinite(p).all() for p in weights(tmp_path).values())
-    state = json.loads((checkpoint.find(tmp_path / "r") / "state.json").read_text())
-    assert state["step"] == 12 and state["optimizer_steps"] == 10
+    state = checkpoint.open_checkpoint(tmp_path / "r").state
+    assert state.step == 12 and state.optimizer_steps == 10
 
 
 @pytest.mark.slow
 def test_nan_again_and_again_ends_the_run(tmp_path):
     problems = run(tmp_path, "nan:3,4,5,6,7,8", 0, overrides=["train.max_skipped_steps=4"], expect=1)
     assert "5 steps in a row, up to step 8, were not finite: stopped, the last good checkpoint is" in problems
-    found = checkpoint.find(tmp_path / "r")
     assert all(torch.isfinite(p).all() for p in weights(tmp_path).values())
-    assert json.loads((found / "state.json").read_text())["optimizer_steps"] == 3
+    assert checkpoint.open_checkpoint(tmp_path / "r").state.optimizer_steps == 3
 
 
 def processes_with(text):
@@ -172,7 +171,7 @@ def test_a_rank_that_hangs_ends_the_job(tmp_path):
     _, problems = process.communicate(timeout=180)
     print(f"exit code {process.returncode} after {time.monotonic() - start:.0f} s")
     assert process.returncode != 0 and "Timeout (0:00:20)!" in problems and "in all_reduce" in problems, problems[-3000:]
-    assert not processes_with(str(tmp_path)) and checkpoint.find(tmp_path / "r").name == "step_00000002"
+    assert not processes_with(str(tmp_path)) and checkpoint.find(tmp_path / "r").path.name == "step_00000002"
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import autoencoders
-import photographs
+from benchmarks import photographs
 from commands import complains, environment
 from fastdit import autoencoder, checkpoint, cli, data, files, kernels
 from fastdit.config import InputError, from_dict
@@ -276,9 +276,9 @@ def test_training_on_latents_online_and_resumed(index, vae, latents, tmp_path):
 
 def test_class_names_are_in_the_checkpoint(latents, vae, tmp_path, capsys):
     train(tmp_path, f"data.source={latents}", f"data.autoencoder={vae}", "train.total_steps=1")
-    state = json.loads((checkpoint.find(tmp_path / "r") / "state.json").read_text())
+    state = checkpoint.open_checkpoint(tmp_path / "r").state
     names = read_manifest(latents)["classes"]
-    assert state["class_names"] == names
+    assert state.class_names == names
     picture = tmp_path / "named.png"
     assert cli.main(["sample", "--checkpoint", str(tmp_path / "r"), "--class", f"{names[2]},0", "--out", str(picture)]) == 0
     assert f"classes: 2 ({names[2]}), 0 ({names[0]})" in capsys.readouterr().out

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from commands import environment
+from commands import environment, free_port
 
 ROOT = Path(__file__).parent.parent
 VENV = Path(sys.executable).parent.parent
 ENVIRONMENT = environment(VENV=str(VENV))
+PORT = free_port()
 TINY = [
     "model.preset=test/4",
     "train.total_steps=4",
@@ -44,7 +45,7 @@ def fake_launcher(folder, codes):
     ]
     text = "\n".join(lines)
     script(folder / "bin" / "deepspeed", text)
-    return {**ENVIRONMENT, "VENV": str(folder)}
+    return {**ENVIRONMENT, "VENV": str(folder), "MASTER_PORT": PORT}
 
 
 PYTHON = """#!/bin/bash
@@ -94,17 +95,19 @@ def test_train_sh_restarts_a_bounded_number_of_times(tmp_path, restarts, codes, 
     done = run([ROOT / "launch/train.sh", "--restarts", restarts, "c.yaml", "train.name=x"], variables)
     assert done.returncode == code, done.stderr
     made = (tmp_path / "calls").read_text().splitlines()
-    assert made == ["-q --no_local_rank --master_port 29500 --num_gpus 1 --module fastdit.cli train c.yaml train.name=x"] * calls
+    assert made == [f"-q --no_local_rank --master_port {PORT} --num_gpus 1 --module fastdit.cli train c.yaml train.name=x"] * calls
     assert done.stderr.count("restart") == calls - 1
 
 
 def test_train_sh_takes_a_hostfile_and_says_how_it_is_used(tmp_path):
-    variables = {**fake_launcher(tmp_path, [0]), "HOSTFILE": "hosts"}
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node1 slots=8\n")
+    variables = {**fake_launcher(tmp_path, [0]), "HOSTFILE": str(hosts)}
     assert run([ROOT / "launch/train.sh", "c.yaml"], variables).returncode == 0
     assert (
         (tmp_path / "calls")
         .read_text()
-        .startswith("-q --no_local_rank --master_port 29500 --hostfile hosts --module fastdit.cli train")
+        .startswith(f"-q --no_local_rank --master_port {PORT} --hostfile {hosts} --module fastdit.cli train")
     )
     done = run([ROOT / "launch/train.sh"], variables)
     assert done.returncode == 2 and "launch/train.sh [--restarts N] CONFIG.yaml" in done.stdout
@@ -112,7 +115,7 @@ def test_train_sh_takes_a_hostfile_and_says_how_it_is_used(tmp_path):
 
 @pytest.mark.slow
 def test_train_sh_trains(tmp_path):
-    done = run([ROOT / "launch/train.sh", *TINY, f"train.out={tmp_path}"], {**ENVIRONMENT, "GPUS": "2"})
+    done = run([ROOT / "launch/train.sh", *TINY, f"train.out={tmp_path}"], {**ENVIRONMENT, "GPUS": "2", "MASTER_PORT": PORT})
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "r/checkpoints/step_00000004").exists()
     done = run([ROOT / "launch/train.sh", "--restarts", 3, *TINY, f"train.out={tmp_path}", "train.nonsense=1"])

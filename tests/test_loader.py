@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-import photographs
+from benchmarks import photographs
 from fastdit import kernels
 from fastdit.config import InputError, from_dict
 from fastdit.data import prepare

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import photographs
+from benchmarks import photographs
 from commands import complains
 from fastdit import cli
 from fastdit.config import InputError

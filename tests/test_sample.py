@@ -1,6 +1,5 @@
 """What `fastdit sample` draws and writes: seeds, batches and ranks; grids, animations, latents, npz; resuming; the notebook."""
 
-import copy
 import signal
 import subprocess
 import sys
@@ -102,8 +101,9 @@ def test_precision_is_the_runs_where_it_is_fast(tmp_path, capsys, monkeypatch, p
     seeds; most with this one)."""
     run = make_run(tmp_path / "run", train={"precision": precision})
     assert Sampler(run).dtype == "fp32"  # imported, as it was sampled
-    model, config, _ = checkpoint.load_model(run, "ema", CPU)
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_: (copy.deepcopy(model), config, {"step": 3}))
+    opened = checkpoint.open_checkpoint(run)
+    opened = checkpoint.Checkpoint(opened.path, opened.config, checkpoint.RunState(3))  # as if it were no import
+    monkeypatch.setattr(checkpoint, "open_checkpoint", lambda _: opened)
     monkeypatch.setattr(sampler, "native_bf16", lambda _: True)
     assert Sampler(run).dtype == precision
     monkeypatch.setattr(sampler, "native_bf16", lambda _: False)

@@ -241,12 +241,12 @@ def test_checkpoints_that_are_not_whole_do_not_count(trained, tmp_path):
     folder = tmp_path / "r/checkpoints/step_00000004"
     folder.parent.mkdir(parents=True)
     os.system(f"cp -r {trained}/checkpoints/step_00000004 {folder}")
-    assert checkpoint.find(tmp_path / "r") == checkpoint.find(folder) == folder
+    assert checkpoint.find(tmp_path / "r").path == checkpoint.find(folder).path == folder
     weights = folder / "weights_rank_0000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert checkpoint.find(tmp_path / "r") is None and checkpoint.find(folder) is None
     with pytest.raises(InputError, match="no whole checkpoint"):
-        checkpoint.load_model(tmp_path / "r", "ema", torch.device("cpu"))
+        checkpoint.open_checkpoint(tmp_path / "r")
 
 
 def lines_of(run):
@@ -291,7 +291,7 @@ def test_a_run_from_another_runs_checkpoint(trained, tmp_path, capsys):
     for total in (6, 8):
         run = train(parse(None, settings(tmp_path, resume, f"train.total_steps={total}", "train.sample_steps=0")))
     assert list(lines_of(run)) == [6, 8]
-    assert json.loads((checkpoint.find(run) / "state.json").read_text())["wandb_id"] is None
+    assert checkpoint.open_checkpoint(run).state.wandb_id is None
 
 
 def test_pruning_keeps_whole_checkpoints_and_the_newest(tmp_path):
@@ -301,7 +301,7 @@ def test_pruning_keeps_whole_checkpoints_and_the_newest(tmp_path):
     assert folders() == ["2", "4", "6", "8"]
     (run / "checkpoints/step_00000008/weights_rank_0000.safetensors").write_bytes(b"cut")
     train(parse(None, settings(tmp_path, "train.total_steps=7", *few)))
-    assert checkpoint.find(run).name == "step_00000007"
+    assert checkpoint.find(run).path.name == "step_00000007"
     assert "7" in folders() and not {"2", "4", "6"} & set(folders())
 
 
@@ -369,8 +369,9 @@ def test_checkpoints_are_not_replaced_by_weights_that_diverged(tmp_path):
     with pytest.raises(FloatingPointError, match="not finite"):
         train(parse(None, settings(tmp_path, "train.total_steps=8", "train.lr=1e30", *diverging)))
     # 1e30 is still finite after the first step, so that was saved; what came of it was not
-    model, _, state = checkpoint.load_model(tmp_path / "r", "raw", torch.device("cpu"))
-    assert state["step"] < 8 and all(torch.isfinite(p).all() for p in model.parameters())
+    opened = checkpoint.open_checkpoint(tmp_path / "r")
+    model, state = opened.load_model("raw", torch.device("cpu")), opened.state
+    assert state.step < 8 and all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_steps_that_are_not_finite_are_skipped_and_then_stop_the_run(tmp_path):
@@ -400,7 +401,7 @@ def test_several_averages_are_kept_resumed_and_sampled(tmp_path, capsys):
     whole = train(parse(None, settings(tmp_path, "train.total_steps=6", "train.name=whole", *words)))
     for total in (2, 6):
         run = train(parse(None, settings(tmp_path, f"train.total_steps={total}", *words)))
-    load = lambda run, kind: checkpoint.load_model(run, kind, torch.device("cpu"))[0].state_dict()
+    load = lambda run, kind: checkpoint.open_checkpoint(run).load_model(kind, torch.device("cpu")).state_dict()
     models = {kind: load(run, kind) for kind in ("raw", "ema", "ema_0.1", "ema_0")}
     for kind, weights in models.items():
         assert all(torch.equal(weights[name], tensor) for name, tensor in load(whole, kind).items())
@@ -441,8 +442,9 @@ def test_one_step_with_nan_is_skipped(tmp_path, monkeypatch, precision, how):
     (skipped,) = (line for line in lines if "skipped_in_a_row" in line)
     assert skipped["step"] == 3 and list(named) == [2] and skipped["images_of_ranks"] == [named[2][0].tolist()]
     assert [line["step"] for line in lines] == [2, 3, 4, 6]  # it is known late, and written before the next log line
-    model, _, state = checkpoint.load_model(run, "raw", torch.device("cpu"))
-    assert state["optimizer_steps"] == 5 and all(torch.isfinite(p).all() for p in model.parameters())
+    opened = checkpoint.open_checkpoint(run)
+    model, state = opened.load_model("raw", torch.device("cpu")), opened.state
+    assert state.optimizer_steps == 5 and all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_a_run_that_is_continued_takes_the_same_steps(tmp_path, monkeypatch):
@@ -508,7 +510,7 @@ def test_a_full_disk_keeps_the_checkpoints_before(tmp_path, capsys, monkeypatch)
         "No space left on device",
         "free some",
     )
-    assert snapshot(tmp_path / "r/checkpoints") == before and checkpoint.find(tmp_path / "r").name == "step_00000006"
+    assert snapshot(tmp_path / "r/checkpoints") == before and checkpoint.find(tmp_path / "r").path.name == "step_00000006"
 
 
 @pytest.mark.slow
@@ -521,7 +523,7 @@ def test_a_file_size_limit_keeps_the_checkpoints_before(tmp_path):
         [*command, "train.total_steps=4"], env=environment(), preexec_fn=limit, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and "cannot be written" in done.stderr, done.stderr[-3000:]
-    assert checkpoint.find(tmp_path / "r").name == "step_00000002"
+    assert checkpoint.find(tmp_path / "r").path.name == "step_00000002"
 
 
 def test_sigterm_saves_and_ends_the_run(tmp_path):
@@ -539,7 +541,7 @@ def test_sigterm_saves_and_ends_the_run(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75 and "told to stop" in said, said[-3000:]
-    step = int(checkpoint.find(tmp_path / "r").name[-8:])
+    step = int(checkpoint.find(tmp_path / "r").path.name[-8:])
     assert 0 < step < 300 and step % 3 == 0
     run = train(parse(None, settings(tmp_path, *words)))
     assert {s: line["loss"] for s, line in lines_of(run).items()} == {s: line["loss"] for s, line in lines_of(whole).items()}

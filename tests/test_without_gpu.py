@@ -11,14 +11,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import count
-import cuda_host
-import cuda_kernels
-import launch_bound
-import train_steps
+from benchmarks import train_steps
+from benchmarks.studies import launch_bound
+from benchmarks.without_gpu import count, cuda_host, cuda_kernels
+from benchmarks.without_gpu.inductor_graphs import Kernel, launched_bytes
 from fastdit.config import InputError
 from fastdit.kernels import tuning
-from inductor_graphs import Kernel, launched_bytes
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,7 +48,7 @@ def test_a_process_that_fails_is_a_row_that_says_so(monkeypatch):
 def test_without_the_stub_libraries_nothing_is_measured(monkeypatch, capsys):
     monkeypatch.delenv("GPUSTUB_LIB", raising=False)
     with pytest.raises(SystemExit) as stopped:
-        cuda_host.main(["--presets", "S/2"])
+        cuda_host.main(["--presets", "S/2", "--allow-dirty"])
     assert stopped.value.code == 2 and "env.sh" in capsys.readouterr().err
 
 
@@ -127,11 +125,13 @@ def test_a_block_is_compiled_for_a_gpu_that_is_not_there(tmp_path):
     path = tmp_path / "rows.csv"
     command = [
         sys.executable,
-        "benchmarks/without_gpu/cuda_kernels.py",
+        "-m",
+        "benchmarks.without_gpu.cuda_kernels",
         "--presets",
         "S/2",
         "--versions",
         "fused",
+        "--allow-dirty",
         "--csv",
         str(path),
     ]
@@ -166,5 +166,5 @@ def test_launch_bound_cases_parse_and_bad_ones_say_what_is_wanted(capsys):
         with pytest.raises(InputError, match="S/2 blocks 32"):
             launch_bound.parsed(case)
     with pytest.raises(SystemExit) as stopped:
-        launch_bound.main(["--cases", "S/2"])
+        launch_bound.main(["--cases", "S/2", "--allow-dirty"])
     assert stopped.value.code == 2

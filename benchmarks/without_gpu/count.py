@@ -1,6 +1,6 @@
-"""What a callable asks of CUDA, and the host time it takes, on the stub libraries (source DIR/env.sh first).
+"""Counts what a callable asks of CUDA, and times the host, on the stub libraries (source DIR/env.sh first).
 
-from count import measure
+from benchmarks.without_gpu.count import measure
 print(measure(lambda: torch.add(x, y)))   # 9.8 us at best, …; 1 launches
 """
 
@@ -16,30 +16,31 @@ from typing import NamedTuple
 
 @functools.cache
 def counters() -> tuple[list[str], ctypes.Array]:
-    """Names and live values. launches: of torch's kernels and cuBLAS products; driver_launches: of Triton's; captured: work that
-    went into a graph instead; graph_launches: replays, of graph_nodes kernels, copies and fills in all; syncs: of device, stream or
-    event."""
+    """Return the counters' names and live values.
+
+    launches: launches of torch's kernels and cuBLAS products; driver_launches: those of Triton's; captured: work recorded into a
+    graph instead; graph_launches: replays, with graph_nodes kernels, copies and fills; syncs: of device, stream or event.
+    """
     library = ctypes.CDLL(os.path.join(os.environ["GPUSTUB_LIB"], "libgpustub.so"))
     names = ctypes.string_at(library.gpustub_names).decode().split()
     return names, (ctypes.c_long * len(names)).in_dll(library, "gpustub_counters")
 
 
 def read() -> dict[str, int]:
-    """All counters since the process began."""
+    """Return all counters since the process began."""
     return dict(zip(*counters(), strict=True))
 
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """A dictionary that is filled with what was counted inside of the block."""
+    """Yield a dictionary that receives the counts of the block when it ends."""
     before, seen = read(), {}
     yield seen
     seen.update({name: value - before[name] for name, value in read().items()})
 
 
 class Measured(NamedTuple):
-    """Microseconds of a call on the host's clock and of its processor time (of all threads; what else runs on the machine does not
-    count), and what a call asked for by the counters' names."""
+    """One call: best and median microseconds on the host's clock, median CPU microseconds of all threads, and counts by name."""
 
     best: float
     median: float
@@ -52,7 +53,7 @@ class Measured(NamedTuple):
 
 
 def measure(call: Callable[[], object], repeats: int = 200, warm: int = 5) -> Measured:
-    """Host time and counts of one call. The time lacks the driver's own: a real launch takes 2 to 5 us more."""
+    """Return host time and counts of one call. The time lacks the driver's: a real launch takes 2 to 5 us more."""
     for _ in range(warm):
         call()
     wall, cpu = [], []

@@ -1,22 +1,19 @@
-"""Kernels, launches and bytes of a DiT block under torch.compile for an H100, found out without one: README.md says how.
+"""Kernels, launches and bytes of a DiT block under torch.compile for an H100, derived without one (see without_gpu/README.md).
 
-    python benchmarks/without_gpu/cuda_kernels.py --csv benchmarks/results/cuda_kernels.csv [--presets S/2 B/2 XL/2] [--kernels]
+    python -m benchmarks.without_gpu.cuda_kernels [--presets S/2 B/2 XL/2] [--kernels]
 
-Dynamo, AOTAutograd and Inductor's lowering, scheduling and code generation are real, on tensors of device "cuda" that hold no
-memory (FakeTensorMode); nothing is executed. A row for each preset, version and direction: launches by kind, MB that must move at
-least once (`memory_bound_mb`: everything but matmuls and attention), MB kept for the backward, column sums (reductions over all
-tokens that Inductor makes a kernel of, two for most bias gradients), graphs that Dynamo made of the blocks.
+Dynamo, AOTAutograd and Inductor's lowering, scheduling and code generation are real, on tensors of device "cuda" without memory
+(FakeTensorMode); nothing is executed. One row per preset, version and direction: launches by kind, MB that must move at least once
+(`memory_bound_mb`: all but matmuls and attention), MB saved for the backward, column sums (reductions over all tokens that are
+kernels of Inductor's, two for most bias gradients), graphs that Dynamo made of the blocks. Takes 3 minutes.
 """
 
-import argparse
 import sys
 from collections import Counter
-from pathlib import Path
 
-import cuda_shim  # noqa: F401 (before torch)
+from benchmarks.without_gpu import cuda_shim  # noqa: F401 (before torch)
 
 # isort: split
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch._dynamo
@@ -24,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import record
-from inductor_graphs import Compiler, Graph, Kernel
-from pretend_cuda import pretend
+from benchmarks import results_csv
+from benchmarks.without_gpu.inductor_graphs import Compiler, Graph, Kernel
+from benchmarks.without_gpu.pretend_cuda import pretend
 
-DEPTH = 2  # of the models: the last block gets a graph of its own
+CSV = "cuda_kernels"
+DEPTH = 2  # blocks of the models: the last block gets a graph of its own
 VERSIONS = {
     "fused": "fastdit, fused ops, blocks compiled",
     "reference": "fastdit, reference ops, blocks compiled: Inductor's own fusion",
@@ -45,18 +43,18 @@ KINDS = {
 
 
 def on_card(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.nn.Module:
-    """The model with its parameters (in a dtype) and tables on "cuda"; fake ones cannot be cast or moved in place."""
+    """Return the model with its parameters (in a dtype) and tables on "cuda"; fake ones cannot be cast or moved in place."""
     for module in model.modules():
-        for kept, options in ((module._parameters, {"dtype": dtype}), (module._buffers, {})):
-            for name, t in kept.items():
+        for tensors, options in ((module._parameters, {"dtype": dtype}), (module._buffers, {})):
+            for name, t in tensors.items():
                 if t is not None:
                     new = torch.empty_like(t, device="cuda", **options)
-                    kept[name] = torch.nn.Parameter(new) if kept is module._parameters else new
+                    tensors[name] = torch.nn.Parameter(new) if tensors is module._parameters else new
     return model
 
 
 def fastdit_model(preset: str, batch: int, backend: Compiler):
-    """fastdit's bf16 model with blocks compiled as engine.initialize does, and the loss of a step as a function."""
+    """Return fastdit's bf16 model with blocks compiled as in engine.initialize, and a function that returns a step's loss."""
     from fastdit import flow
     from fastdit.config import PRESETS, FlowConfig, ModelConfig
     from fastdit.model import DiT
@@ -72,8 +70,8 @@ def fastdit_model(preset: str, batch: int, backend: Compiler):
 
 
 def base_model(preset: str, batch: int, backend: Compiler):
-    """As `fastdit_model`, of benchmarks/eager_reference.py: bf16 autocast over fp32 weights."""
-    import eager_reference
+    """Return the same of the eager reference: bf16 autocast over fp32 weights."""
+    from benchmarks import eager_reference
     from fastdit.config import PRESETS
 
     p = PRESETS[preset]
@@ -93,7 +91,7 @@ def base_model(preset: str, batch: int, backend: Compiler):
 
 
 def compiled(version: str, preset: str, batch: int) -> Compiler:
-    """What Inductor made of two steps of a version; the second would show a recompilation as further graphs."""
+    """Return what Inductor made of two steps of a version; a recompilation in the second would be further graphs."""
     from fastdit.kernels import backend
 
     torch._dynamo.reset()
@@ -108,7 +106,7 @@ def compiled(version: str, preset: str, batch: int) -> Compiler:
 
 
 def row(kernels: list[Kernel]) -> dict[str, str]:
-    """The columns of one direction of a block."""
+    """Return the columns of one direction of a block."""
     launches, sizes = Counter(), Counter()
     for k in kernels:
         launches[k.kind] += k.launches
@@ -123,8 +121,8 @@ def row(kernels: list[Kernel]) -> dict[str, str]:
 
 
 def rows_of(preset: str, version: str, batch: int, compiler: Compiler) -> list[dict[str, str]]:
-    """One for each direction, of the first block."""
-    found = []
+    """Return one row per direction of the first block."""
+    rows = []
     for direction in ("forward", "backward"):
         graph: Graph = next(g for g in compiler.graphs if g.backward is (direction == "backward"))
         key = {"preset": preset, "version": version, "batch": str(batch), "direction": direction}
@@ -132,33 +130,36 @@ def rows_of(preset: str, version: str, batch: int, compiler: Compiler) -> list[d
         columns = row(graph.kernels)
         if not graph.backward:
             columns["column_sums"] = ""  # a norm's statistics look alike
-        found.append(key | columns | saved)
-    return found
+        rows.append(key | columns | saved)
+    return rows
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, help="where the rows go")
-    parser.add_argument("--presets", nargs="+", default=["S/2", "B/2", "XL/2"], metavar="PRESET")
-    parser.add_argument("--versions", nargs="+", default=list(VERSIONS), choices=list(VERSIONS))
-    parser.add_argument("--batch", type=int, default=64, help="images (default: %(default)s)")
+    parser = results_csv.parser(__doc__, results_csv.path_of(CSV, None))
+    parser.add_argument(
+        "--presets", nargs="+", default=["S/2", "B/2", "XL/2"], metavar="PRESET", help="model presets (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--versions", nargs="+", default=list(VERSIONS), choices=list(VERSIONS), metavar="VERSION",
+        help=f"what is compiled, of {', '.join(VERSIONS)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=int, default=64, help="images per step (default: %(default)s)")
     parser.add_argument("--kernels", action="store_true", help="print every kernel")
-    options = parser.parse_args(words)
+    options = results_csv.parse(parser, words)
     pretend()
     rows = []
     for preset in options.presets:
         for version in options.versions:
             compiler = compiled(version, preset, options.batch)
             rows += rows_of(preset, version, options.batch, compiler)
-            print(record.table(rows[-2:], tuple(rows[-1])), flush=True)
+            print(results_csv.table(rows[-2:], tuple(rows[-1])), flush=True)
             for g in compiler.graphs if options.kernels else ():
                 print("backward" if g.backward else "forward")
                 for k in g.kernels:
                     print(f"  {k.bytes / 1e6:9.2f} MB  {k.kind:10} {'column sum ' if k.column_sum else ''}{k.name}")
-    if options.csv:
-        device = f"{torch.cuda.get_device_name()}: compiled for it, not run"
-        record.write(options.csv, [r | {"device": device} for r in rows], torch.device("cuda", 0))
-        print(f"rows: {options.csv}")
+    device = f"{torch.cuda.get_device_name()}: compiled for it, not run"
+    results_csv.write(options.csv, [r | {"device": device} for r in rows], torch.device("cuda", 0), options.allow_dirty)
+    print(f"rows: {options.csv}")
     return 0
 
 

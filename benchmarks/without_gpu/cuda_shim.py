@@ -1,7 +1,7 @@
-"""A CUDA device that does nothing, registered in C++: importing this before torch compiles and loads it.
+"""A CUDA device that does nothing, registered in C++; importing this module before torch compiles and loads it.
 
-A device guard for CUDA and CUDA hooks that say there is one device: without them autograd asks the driver for a stream. Imported
-after torch, it does nothing, and pretend_cuda.pretend refuses to work.
+It has a device guard for CUDA, and CUDA hooks that report one device: without them autograd asks the driver for a stream. Imported
+after torch, it does nothing, and pretend_cuda.pretend raises.
 """
 
 import ctypes
@@ -58,7 +58,7 @@ extern "C" void pretend_cuda() {
 
 
 def load() -> ctypes.CDLL:
-    """Compile and load the shim: of CUDAHooks the first that are registered with preference stay, so torch must come later."""
+    """Compile and load the shim. The first CUDAHooks registered with preference win, so torch must be imported later."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp())
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     root = Path(importlib.util.find_spec("torch").submodule_search_locations[0])

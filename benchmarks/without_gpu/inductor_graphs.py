@@ -1,8 +1,8 @@
-"""What Inductor makes of a graph for CUDA, without running it: kernels, launches and bytes.
+"""Reads what Inductor makes of a graph for CUDA, without running it: kernels, launches and bytes.
 
-How bytes are counted: what a kernel must read and write at least once, so inputs and outputs of a Triton kernel by the elements its
-index expressions touch (a slice counts as a slice), of a GEMM or an attention op by the sizes of its operands, of a fused op by the
-tensors of each of its launches, so with its partial sums. Re-reads that hit a cache are not counted.
+Bytes are what a kernel must read and write at least once: for a Triton kernel the elements of inputs and outputs that its index
+expressions touch (a slice counts as a slice), for a GEMM or an attention op the sizes of its operands, for a fused op the tensors
+of each of its launches, partial sums included. Re-reads that hit a cache are not counted.
 """
 
 import copy
@@ -29,13 +29,13 @@ from torch.utils._sympy.functions import Identity
 
 @dataclass
 class Kernel:
-    """One launch, or one call of a library: bytes are what must be read and written at least once."""
+    """One launch, or one call of a library. kind: triton, copy, gemm, attention, fused op or other; bytes: moved at least once."""
 
     name: str
-    kind: str  # triton | copy | gemm | attention | fused op | other
+    kind: str
     bytes: int
     launches: int = 1
-    column_sum: bool = False  # a reduction that writes less than an eighth of the elements that it reads: no row by row kernel
+    column_sum: bool = False  # a reduction that writes less than an eighth of what it reads: not one of rows
 
 
 @dataclass
@@ -44,11 +44,11 @@ class Graph:
 
     backward: bool
     kernels: list[Kernel] = field(default_factory=list)
-    saved: int = 0  # bytes kept from forward to backward, parameters left out
+    saved: int = 0  # bytes saved for the backward, without parameters
 
 
 def size_of(node) -> int:
-    """Bytes of an IR node as it is seen here: of a view, the elements of the view."""
+    """Return the bytes of an IR node; for a view, those of its elements."""
     try:
         return math.prod(int(s) for s in node.get_size()) * node.get_dtype().itemsize
     except (NotImplementedError, AttributeError):
@@ -56,14 +56,14 @@ def size_of(node) -> int:
 
 
 def extern_inputs(node) -> list:
-    """The tensors among the inputs of an extern kernel, each once."""
+    """Return the tensors among the inputs of an extern kernel, each once."""
     flat = [t for t in tree_leaves(list(node.inputs)) if isinstance(t, ir.IRNode) and not isinstance(t, ir.NoneAsConstantBuffer)]
     return list({(t.get_name(), str(t.get_size()), str(t.get_layout().offset)): t for t in flat if hasattr(t, "get_size")}.values())
 
 
 def footprint(dep, limit: int, batch: int) -> tuple[bool, object]:
-    """(whole, elements): whether a MemoryDep touches `limit` elements or more, else what it touches for one of `batch` samples, as
-    an array, or a number where that depends on data (an embedding)."""
+    """Return (all, touched): whether a MemoryDep touches `limit` elements or more; else the elements that it touches for one of
+    `batch` samples as an array, or their number if they depend on data (an embedding)."""
     free = [(v, int(s)) for v, s in zip(dep.var_names, dep.size, strict=True) if v in dep.index.free_symbols]
     count = math.prod(s for _, s in free)
     index = dep.index.replace(Identity, lambda inner: inner)
@@ -80,21 +80,21 @@ def footprint(dep, limit: int, batch: int) -> tuple[bool, object]:
 
 
 def leaves(name: str, node) -> bool:
-    """Whether something outside of a scheduler node reads the buffer `name` that it computes."""
+    """Return whether another scheduler node reads the buffer `name` that this one computes."""
     users = {u.node for u in node.scheduler.name_to_buf[name].users}
     return bool(users - set(node.get_nodes()) - {node})
 
 
 def touched_bytes(name: str, accesses: list, batch: int) -> int:
-    """Bytes of a buffer that a kernel's accesses touch; 0 for what is no tensor."""
+    """Return the bytes of a buffer that a kernel's accesses touch; 0 if it is not a tensor."""
     buffer = V.graph.name_to_buffer.get(name) or V.graph.graph_inputs.get(name)
     if buffer is None or not hasattr(buffer, "get_dtype"):
         return 0
     itemsize, limit = buffer.get_dtype().itemsize, math.prod(int(s) for s in buffer.get_size())
     sets, rough = [], 0
     for dep in accesses:
-        whole, touched = footprint(dep, limit, batch) if isinstance(dep, MemoryDep) else (True, None)
-        if whole:
+        touches_all, touched = footprint(dep, limit, batch) if isinstance(dep, MemoryDep) else (True, None)
+        if touches_all:
             return limit * itemsize
         if isinstance(touched, np.ndarray):
             sets.append(touched)
@@ -104,7 +104,7 @@ def touched_bytes(name: str, accesses: list, batch: int) -> int:
 
 
 def triton_bytes(node, batch: int) -> tuple[int, int]:
-    """Bytes that a generated Triton kernel reads and writes: for each buffer the elements that its accesses touch."""
+    """Return the bytes that a generated Triton kernel reads and writes: per buffer, the elements that its accesses touch."""
     inside = {b for m in node.get_nodes() for b in m.get_buffer_names()}
     totals = []
     for deps, counts in (
@@ -119,7 +119,7 @@ def triton_bytes(node, batch: int) -> tuple[int, int]:
 
 
 def moves_only(node) -> bool:
-    """Whether a generated kernel computes nothing: it loads, perhaps casts to what it was, and stores."""
+    """Return whether a generated kernel only loads and stores."""
     for member in node.get_nodes():
         body = getattr(member, "_body", None)
         if body is None or member.is_reduction():
@@ -129,21 +129,21 @@ def moves_only(node) -> bool:
                 if call.op == "call_method" and call.target not in ("load", "store", "get_index", "to_dtype"):
                     return False
                 if call.op == "call_method" and call.target == "to_dtype":
-                    return False  # a cast is work that someone asked for
+                    return False  # a cast is work
     return True
 
 
 def launched_bytes(op: OpOverload, args: tuple, kwargs: dict) -> list[int]:
-    """What each Triton kernel that a fastdit op launches must move, partial sums with it. args, kwargs: of the op, tensors of a
-    FakeTensorMode.
+    """Return the bytes that each Triton kernel of a fastdit op must move, partial sums included.
 
-    The op's own code runs, with a `launch` that adds up the tensors it is given; of qkv, q and k alone are read.
+    args, kwargs: the op's arguments; tensors are those of a FakeTensorMode. The op's code runs with a `launch` that adds up the
+    tensors it is given; of qkv only q and k are read.
     """
-    found = []
+    sizes = []
 
     def launch(kernel, grid, like, *given, **options):
         tensors = {id(t): (name, t) for name, t in zip(kernel.arg_names, given, strict=False) if isinstance(t, Tensor)}
-        found.append(sum(t.nbytes * 2 // 3 if name == "qkv_ptr" else t.nbytes for name, t in tensors.values()))
+        sizes.append(sum(t.nbytes * 2 // 3 if name == "qkv_ptr" else t.nbytes for name, t in tensors.values()))
 
     with ExitStack() as patches:
         for name, module in list(sys.modules.items()):
@@ -151,11 +151,11 @@ def launched_bytes(op: OpOverload, args: tuple, kwargs: dict) -> list[int]:
                 patches.enter_context(patch.object(module, "launch", launch))
         # The code is the same for every backend key; a call of the op would end at its fake.
         op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
-    return found
+    return sizes
 
 
 def fused_op(node: ir.FallbackKernel, name: str) -> Kernel:
-    """A fastdit op in Inductor's schedule."""
+    """Return a fastdit op of Inductor's schedule as a kernel."""
     with V.graph.fake_mode:
         tensors = [ir.ir_node_to_tensor(t) for t in node.inputs]
         args, kwargs = node.unflatten_args(tensors, node.constant_args)
@@ -164,7 +164,7 @@ def fused_op(node: ir.FallbackKernel, name: str) -> Kernel:
 
 
 def describe(node, batch: int) -> Kernel | None:
-    """A node of Inductor's final schedule as a kernel; None for what launches nothing."""
+    """Return a node of Inductor's final schedule as a kernel; None if it launches nothing."""
     if isinstance(node, scheduler.NopKernelSchedulerNode):
         return None
     if not isinstance(node, scheduler.ExternKernelSchedulerNode):
@@ -198,10 +198,10 @@ def describe(node, batch: int) -> Kernel | None:
 
 
 class Compiler:
-    """A backend for torch.compile: Inductor's, but the result runs the FX graph (on fake tensors) in place of the kernels."""
+    """Inductor as a backend for torch.compile whose result runs the FX graph (on fake tensors) instead of the kernels."""
 
     def __init__(self, batch: int) -> None:
-        """batch: of the step that is compiled: what kernels touch is counted for one sample."""
+        """batch: batch size of the compiled step, to count what kernels touch per sample."""
         self.batch = batch
         self.graphs: list[Graph] = []
         self.dynamo_graphs = 0
@@ -212,19 +212,19 @@ class Compiler:
         return compile_fx.compile_fx(gm, example_inputs, inner_compile=self.inner)
 
     def inner(self, gm, example_inputs, **options):
-        """In the place of compile_fx_inner: compiles, notes the schedule, and returns what runs `gm`."""
-        runnable, found = copy.deepcopy(gm), Graph(bool(options.get("is_backward")))
-        self.graphs.append(found)
+        """Replace compile_fx_inner: compile, record the schedule, and return what runs `gm`."""
+        runnable, graph = copy.deepcopy(gm), Graph(bool(options.get("is_backward")))
+        self.graphs.append(graph)
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        if found.backward:
-            held = [n for n in placeholders if not n.name.startswith(("tangents", "rng")) and n.name not in self.parameters]
-            found.saved = sum(v.numel() * v.itemsize for n in held if isinstance(v := n.meta.get("val"), Tensor))
+        if graph.backward:
+            saved = [n for n in placeholders if not n.name.startswith(("tangents", "rng")) and n.name not in self.parameters]
+            graph.saved = sum(v.numel() * v.itemsize for n in saved if isinstance(v := n.meta.get("val"), Tensor))
         else:
             self.parameters = {placeholders[i].name for i in options.get("static_input_idxs", ()) if i < len(placeholders)}
         schedule, triton_call = scheduler.Scheduler.codegen, async_compile.AsyncCompile.triton
 
         def codegen(scheduler_):
-            found.kernels = [k for k in (describe(node, self.batch) for node in scheduler_.nodes) if k]
+            graph.kernels = [k for k in (describe(node, self.batch) for node in scheduler_.nodes) if k]
             return schedule(scheduler_)
 
         scheduler.Scheduler.codegen = codegen

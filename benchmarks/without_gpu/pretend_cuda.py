@@ -1,6 +1,6 @@
-"""Makes torch, Dynamo, Inductor and Triton believe in one H100: an H100's properties wherever they ask.
+"""Makes torch, Dynamo, Inductor and Triton see one H100, with an H100's properties wherever they ask.
 
-scaled_dot_product_attention becomes the op that it would choose there (cuDNN's): the choice is made in C++, from the real card.
+scaled_dot_product_attention becomes the op that it would select there (cuDNN's), since it selects in C++ by the real card.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from torch._inductor.runtime import triton_helpers
 from torch._subclasses import fake_tensor
 from triton.backends.compiler import GPUTarget
 
-import cuda_shim
+from benchmarks.without_gpu import cuda_shim
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, warp_size=32,
@@ -29,7 +29,7 @@ H100 = SimpleNamespace(
 
 
 class Driver:
-    """What Triton asks before and after it compiles."""
+    """A driver that answers what Triton asks before and after it compiles."""
 
     target = GPUTarget("cuda", 90, 32)
     utils = SimpleNamespace(
@@ -45,7 +45,7 @@ class Driver:
 
 
 def attention_op(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
-    """What F.scaled_dot_product_attention comes down to on an H100 in bf16 where cuDNN's kernel is allowed; autocast like it."""
+    """Call the op that F.scaled_dot_product_attention selects on an H100 in bf16 if cuDNN's kernel is allowed, with autocast."""
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
     return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False)[0]
@@ -55,9 +55,9 @@ ON_CPU: list[torch.library.Library] = []  # must outlive `pretend`
 
 
 def pretend() -> None:
-    """Answer questions about the card as an H100 would; the few constants that passes of Inductor make there lie on the CPU.
+    """Make torch, Inductor and Triton see an H100; the few constants that Inductor's passes make there are on the CPU.
 
-    Once in a process, which can use no real GPU from then on. Raises RuntimeError where the shim is not loaded.
+    To be called once per process, which cannot use a real GPU from then on. Raises RuntimeError if the shim is not loaded.
     """
     if cuda_shim.SHIM_LIBRARY is None:
         raise RuntimeError("torch was imported before cuda_shim: import that first")
@@ -97,9 +97,9 @@ def pretend() -> None:
     triton_helpers.set_driver_to_gpu = lambda: None
     F.scaled_dot_product_attention = attention_op
     for name in ("uniform_", "normal_", "kaiming_uniform_", "xavier_uniform_", "zeros_", "ones_", "constant_"):
-        setattr(torch.nn.init, name, lambda tensor, *args, **options: tensor)  # there is nothing to fill
+        setattr(torch.nn.init, name, lambda tensor, *args, **options: tensor)  # nothing to fill
     inductor_config.force_disable_caches = True
-    inductor_config.shape_padding = False  # it would time a GEMM of 1001 classes; those of a block need no padding
+    inductor_config.shape_padding = False  # it would time the GEMM of 1001 classes; those of a block need no padding
     torch._functorch.config.enable_autograd_cache = False
     for name in ("use_static_cuda_launcher", "use_static_triton_launcher"):  # they load what they compile
         if hasattr(inductor_config, name):

@@ -1,37 +1,37 @@
-"""Checks the stub libraries by what fastdit asks of them; prints what each op and attention backend launch.
+"""Checks the stub libraries by what fastdit asks of them, and prints what each op and attention backend launches.
 
-. DIR/env.sh && python benchmarks/without_gpu/selftest.py         # two minutes the first time; exit code 1: something is wrong
+    . DIR/env.sh && python -m benchmarks.without_gpu.selftest
+
+Takes two minutes the first time. Exit code 1: a check failed.
 """
 
+import argparse
 import io
 import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench_kernels import directions
-from count import counted, measure
+from benchmarks.bench_kernels import directions
+from benchmarks.kernel_cases import CASES
+from benchmarks.train_steps import config_of, trainer_step
+from benchmarks.without_gpu.count import counted, measure
 from fastdit import kernels
 from fastdit.config import PRESETS
 from fastdit.model import DiT
 from fastdit.planning.host import BLOCK_GRAPHS
 from fastdit.sampling import fast
-from kernel_cases import CASES
-from train_steps import config_of, trainer_step
 
 CUDA, BF16 = torch.device("cuda", 0), torch.bfloat16
 PRESET, BATCH = "test/4", 4
-# provider of train_steps.py: graphs that a micro-step replays. On one rank: forward, backward; on several each part's backward
+# provider of train_steps.py -> graphs that a micro-step replays. One rank: forward, backward; several: one backward per part
 TRAINING = {"none": 0, "blocks": 0, "graphs": 2, BLOCK_GRAPHS: 1 + 1 + PRESETS[PRESET]["depth"] + 1}
 
 
 def ops() -> bool:
-    """Every op launches Triton kernels, forward and backward."""
+    """Check that every op launches Triton kernels, forward and backward."""
     good = kernels.backend_in_use(CUDA) == "triton"
     for op, case in CASES.items():
         function, inputs = case.make(case.sizes[0], 4, BF16, CUDA)
@@ -44,7 +44,7 @@ def ops() -> bool:
 
 
 def attention() -> bool:
-    """Flash and memory-efficient attention launch; cuDNN's front end may refuse its stub."""
+    """Check that flash and memory-efficient attention launch; cuDNN's front end may refuse its stub."""
     q = torch.randn(2, 6, 256, 64, device=CUDA, dtype=BF16, requires_grad=True)
     good = True
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
@@ -60,7 +60,7 @@ def attention() -> bool:
 
 
 def capture() -> bool:
-    """A capture takes launches and refuses what it refuses on a GPU: a read of a value."""
+    """Check that a capture records launches and refuses, as on a GPU, a read of a value."""
     x, graph = torch.ones(8, device=CUDA), torch.cuda.CUDAGraph()
     with counted() as seen, torch.cuda.graph(graph):
         x + 1
@@ -76,7 +76,7 @@ def capture() -> bool:
 
 
 def train_step(provider: str, *settings: str) -> dict[str, float]:
-    """What one step of a run asks for. kernels: of all kinds, those of graphs with their copies and fills."""
+    """Return the counts of one step of a run. kernels: all kinds, those of graphs with their copies and fills."""
     with redirect_stdout(None), redirect_stderr(io.StringIO()):  # a run's log and progress bar
         seen = measure(trainer_step(PRESET, provider, BATCH, "train.precision=bf16", *settings), 2, 2)
     print(f"train.compile={provider} {' '.join(settings)}: {seen}", flush=True)
@@ -84,10 +84,10 @@ def train_step(provider: str, *settings: str) -> dict[str, float]:
 
 
 def training() -> bool:
-    """A step of a run under every train.compile but model; each recomputes what it is told to, also where it was captured."""
+    """Check a step of a run under every train.compile except model, and that each recomputes as configured, captured or not."""
     good = True
     for provider, replays in TRAINING.items():
-        steps = {what: train_step(provider, f"train.recompute={what}") for what in ("none", "light", "full")}
+        steps = {mode: train_step(provider, f"train.recompute={mode}") for mode in ("none", "light", "full")}
         good &= all(step["graph_launches"] == replays for step in steps.values())
         good &= steps["none"]["kernels"] <= steps["light"]["kernels"] < steps["full"]["kernels"]
         good &= train_step(provider, "train.accumulation=2")["graph_launches"] == 2 * replays
@@ -95,9 +95,9 @@ def training() -> bool:
 
 
 def sampling() -> bool:
-    """A velocity is one replay of all that its model launches."""
+    """Check that a velocity is one replay of all that its model launches."""
     model = DiT(config_of(PRESET, "none", BATCH, "").model).to(CUDA, BF16).eval()
-    # not by model.prepare, whose number of classes depends on values
+    # not through model.prepare, whose number of classes depends on values
     with torch.no_grad():
         x, rows = torch.randn(BATCH, 4, 32, 32, device=CUDA), torch.arange(BATCH, device=CUDA)
         inputs = x, torch.ones((), device=CUDA), model.class_embedding(rows), rows
@@ -108,9 +108,15 @@ def sampling() -> bool:
     return replayed.counts["graph_launches"] == 1 and replayed.counts["graph_nodes"] >= launched > 0
 
 
-if __name__ == "__main__":
-    # capture is last: torch keeps its random numbers in the capture that failed
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(words)
+    # capture is last: the failed capture leaves torch's random number generator in it
     wrong = [part.__name__ for part in (ops, attention, sampling, training, capture) if not part()]
     print(f"wrong: {', '.join(wrong)}" if wrong else f"all right: torch {torch.__version__}, {torch.cuda.get_device_name()}")
     sys.stdout.flush()
-    os._exit(bool(wrong))  # the stub of NCCL never says that it has ended
+    os._exit(bool(wrong))  # the NCCL stub never reports that it has ended
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastdit import checkpoint, files, kernels
+from fastdit import files, kernels
 from fastdit.config import InputError, SampleConfig
 from fastdit.data.builtin import mnist5k
 from fastdit.data.index import is_index, open_index
@@ -93,11 +93,10 @@ def of_checkpoint(
     sampler = Sampler(path, weights, device, dtype)
     config, codec, sampling = sampler.config, sampler.codec, sampler.settings(**overrides)
     labels = evaluation_labels(how, count, config.model.num_classes, seed)
-    folder = path if path.suffix == ".safetensors" else checkpoint.find(path)
     decay = config.train.ema_decay if weights == "ema" else float(weights[4:]) if weights.startswith("ema_") else None
     about = {
-        "kind": "checkpoint", "path": str(folder), "step": sampler.step,
-        "sha256": files.sha256(folder if folder.is_file() else folder / checkpoint.MANIFEST),
+        "kind": "checkpoint", "path": str(sampler.checkpoint.path), "step": sampler.step,
+        "sha256": sampler.checkpoint.sha256(),
         "weights": weights, "ema_decay": decay, "sampler": asdict(sampling), "guidance_scale": 1 + sampling.guidance,
         "guided_channels": "all", "labels": how, "seed": seed, "images": count, "classes": config.model.num_classes,
         "dtype": sampler.dtype, "autoencoder": config.data.autoencoder,

@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastdit import attention, distributed, kernels, progress
+from fastdit.checkpoint import RunState
 from fastdit.config import Config
 from fastdit.device import DTYPES, check_backend, device_name, synchronize, versions
 from fastdit.kernels import library
@@ -71,7 +72,7 @@ def profiled(events: Iterable, device: torch.device) -> tuple[float, float]:
 
 def measured_step(config: Config, world: distributed.World, loader, codec, run: Path) -> dict[str, float]:
     """Seconds of a training step and of its phases, and in a profile of other steps of its matmuls and collectives."""
-    trainer = Trainer(config, world, loader, codec, run, None, {"step": 0, "wandb_id": None, "summed_steps": 0})
+    trainer = Trainer(config, world, loader, codec, run, None, RunState())
     first = READ // config.train.accumulation + 1  # loaders read ahead: go on behind what data_rate read
 
     def steps(numbers: Iterable[int]) -> None:

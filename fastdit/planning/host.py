@@ -19,8 +19,8 @@ class Host(NamedTuple):
 
 
 BLOCK_GRAPHS = "graphs of several ranks"  # train.compile=graphs, where each block has graphs of its own
-# By train.compile, and BLOCK_GRAPHS: lines through benchmarks/results/cuda_host.csv, which benchmarks/without_gpu/cuda_host.py
-# writes, and prints as this table. Processor time of one core of the CPU that the CSV names, without the driver's.
+# By train.compile, and BLOCK_GRAPHS: lines through benchmarks/results/cuda_host_epyc_avx512.csv, as its writer
+# benchmarks/without_gpu/cuda_host.py prints them. CPU time of one core of the CPU that the CSV names, without the driver's.
 HOST: dict[str, Host] = {
     "none": Host(0.88, 30.3, 0.0, 80.0),
     "blocks": Host(0.83, 30.3, 0.1, 81.0),

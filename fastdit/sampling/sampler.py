@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdit import attention, autoencoder, checkpoint, kernels
+from fastdit.checkpoint import Checkpoint
 from fastdit.config import SampleConfig
 from fastdit.convert import base
 from fastdit.data.imagenet import imagenet_names
@@ -128,28 +129,31 @@ class Sampler:
     """A model with its codec and class names, loaded once to be sampled from again and again."""
 
     def __init__(
-        self, path: Path | str, weights: str = "ema", device: torch.device | str = "auto", dtype: str = "auto",
+        self, source: Checkpoint | Path | str, weights: str = "ema", device: torch.device | str = "auto", dtype: str = "auto",
         parameters: Path | None = None,
     ) -> None:  # fmt: skip
-        """path: what checkpoint.load_model reads, or the base model's .pkl with its parameters (default: beside it).
+        """source: a checkpoint, a path that `open_checkpoint` reads, or the base model's .pkl with its parameters (default: the
+        JSON beside it).
 
         dtype: "fp32" | "bf16" | "auto", what it was trained in where that is fast here (imports: fp32). Raises InputError.
         """
-        path = Path(path)
         self.device = device if isinstance(device, torch.device) else choose_device(device)
         self.vae = None
-        if path.suffix == ".pkl":
-            self.config, tensors, step, self.vae = base.load_run(path, parameters)
-            model, state = DiT(self.config.model), {"step": step}
+        if str(source).endswith(".pkl"):
+            self.checkpoint = None
+            self.config, tensors, step, self.vae = base.load_run(Path(source), parameters)
+            model, state = DiT(self.config.model), checkpoint.RunState(step)
             model.load_state_dict(tensors)
         else:
-            model, self.config, state = checkpoint.load_model(path, weights, self.device)
+            opened = source if isinstance(source, Checkpoint) else checkpoint.open_checkpoint(Path(source))
+            self.checkpoint, self.config, state = opened, opened.config, opened.state
+            model = opened.load_model(weights, self.device)
         if dtype == "auto":
-            native = native_bf16(self.device) and self.config.train.precision != "fp32" and "origin" not in state
+            native = native_bf16(self.device) and self.config.train.precision != "fp32" and not state.origin
             dtype = "bf16" if native else "fp32"
         attention.check(self.config.model, DTYPES[dtype], self.device, training=False)
-        self.dtype, self.step, self.null = dtype, state["step"], self.config.model.num_classes
-        self.names = state.get("class_names") or (imagenet_names() if self.null == 1000 else None)
+        self.dtype, self.step, self.null = dtype, state.step, self.config.model.num_classes
+        self.names = state.class_names or (imagenet_names() if self.null == 1000 else None)
         self.model = model.to(self.device, DTYPES[dtype]).eval().requires_grad_(False)
         self.run = fast_velocity(self.model, self.device)
 

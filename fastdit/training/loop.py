@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fastdit import autoencoder, checkpoint, data, device, distributed, files, flow, kernels
+from fastdit.checkpoint import Checkpoint, RunState
 from fastdit.config import Config, InputError, Stopped, TrainConfig
 from fastdit.device import DTYPES, native_bf16
 from fastdit.graphs import release_recorded
@@ -29,14 +31,14 @@ from fastdit.training.validation import Validation
 GRID_CLASSES, GRID_COLUMNS = 10, 8  # of the sample grids during training
 
 
-def _checkpoint_to_resume(config: Config, world: distributed.World) -> tuple[Path | None, dict]:
+def _checkpoint_to_resume(config: Config, world: distributed.World) -> tuple[Checkpoint | None, RunState]:
     """The checkpoint that this run continues from, and its state; a fresh state when there is none.
 
     The run's own newest one comes first, so that the same command continues a run that began from another's checkpoint.
     Raises InputError when the one asked for is not there or does not fit.
     """
     run, resume = Path(config.train.out) / config.train.name, config.train.resume
-    found, state = checkpoint.find(run), {"step": 0, "wandb_id": None, "summed_steps": 0}
+    found = checkpoint.find(run)
     if found and resume == "never":
         raise InputError(f"train.resume=never would overwrite the checkpoints in {run}: use another train.name, or delete them")
     if not found and resume not in ("auto", "never"):
@@ -45,11 +47,11 @@ def _checkpoint_to_resume(config: Config, world: distributed.World) -> tuple[Pat
             raise InputError(
                 f"train.resume={resume} holds no whole checkpoint: give 'auto', 'never', a run's folder or a checkpoint's"
             )
-    if found:
-        state = saver.check(found, config, world)
-        if not found.is_relative_to(run):
-            state["wandb_id"] = None  # another run's
-    return found, state
+    if not found:
+        return None, RunState()
+    saver.check(found, config, world)
+    wandb_id = found.state.wandb_id if found.path.is_relative_to(run) else None  # not another run's
+    return found, replace(found.state, wandb_id=wandb_id)
 
 
 def open_data(config: Config, world: distributed.World) -> tuple:
@@ -98,10 +100,10 @@ def _train(config: Config) -> Path:
     config = engine.settle(config, world.device)
     device.check_backend(world.device)
     resume_from, state = world.together(lambda: _checkpoint_to_resume(config, world), everywhere=False)
-    if state["step"] >= config.train.total_steps:
+    if resume_from and state.step >= config.train.total_steps:
         if world.rank == 0:
-            print(f"already trained to step {state['step']} in {resume_from}: nothing to do (raise train.total_steps to go on)")
-        return resume_from.parent.parent
+            print(f"already trained to step {state.step} in {resume_from.path}: nothing to do (raise train.total_steps to go on)")
+        return resume_from.path.parent.parent
     world.together(lambda: telemetry.check_wandb(config))
     place, loader, codec = open_data(config, world)
     run = Path(config.train.out) / config.train.name
@@ -119,7 +121,7 @@ class Trainer:
     """All that one run holds, and its loop."""
 
     def __init__(
-        self, config: Config, world: distributed.World, loader, codec, run: Path, resume_from: Path | None, state: dict,
+        self, config: Config, world: distributed.World, loader, codec, run: Path, resume_from: Checkpoint | None, state: RunState,
         validation: Validation | None = None,
     ) -> None:  # fmt: skip
         """state: of `resume_from`, the checkpoint to continue from, or a fresh one."""
@@ -129,7 +131,7 @@ class Trainer:
         model = DiT(config.model)
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         if resume_from:
-            model.load_state_dict(checkpoint.Shards(resume_from, state["ranks"]).whole("raw", self.shapes))
+            model.load_state_dict(resume_from.shards().whole("raw", self.shapes))
         self.engine = engine.initialize(model, config, world)
         self.ema = ShardedEma(
             engine.fragments(self.engine, world), config.train.ema_decay, *config.train.ema_more,
@@ -137,15 +139,15 @@ class Trainer:
         )  # fmt: skip
         size = 1 + 2 * telemetry.TIME_BINS  # see telemetry.loss_sums: of the steps since the last log line; of this step
         self.sums, self.step_sums = torch.zeros(size, device=world.device), torch.zeros(size, device=world.device)
-        self.start, self.summed_steps = state["step"], state["summed_steps"]
+        self.start, self.summed_steps = state.step, state.summed_steps
         self.clock, self.saver = telemetry.StepClock(world.device), saver.Saver(run / "checkpoints", config, world)
         self.told_to_stop = self.stop = 0.0  # this rank by a signal; all ranks, as agreed
         self.skipped = self.skipped_in_a_row = 0  # since the last log line; up to now
         self.unsettled: int | None = None  # the last step, while it is not known here whether it was taken
         self.lr = 0.0  # of the last step
         if resume_from:
-            saver.load(resume_from, self.engine, self.ema, state, self.sums, config, world)
-        self.log = world.together(lambda: telemetry.Log(run, config, world, self.start, state["wandb_id"]))
+            saver.load(resume_from, self.engine, self.ema, self.sums, config, world)
+        self.log = world.together(lambda: telemetry.Log(run, config, world, self.start, state.wandb_id))
         if world.rank == 0:
             files.write_atomically(run / "config.json", config.to_json())
         self._say_start(model)
@@ -290,7 +292,7 @@ class Trainer:
     def _diverged(self, what: str) -> FloatingPointError:
         self._finish_save(required=False)
         found = checkpoint.find(self.run)
-        kept = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
+        kept = f"the last good checkpoint is {found.path}" if found else "there is no checkpoint yet"
         return FloatingPointError(f"{what}: stopped, {kept}; lower train.lr and run the same command again")
 
     def _save(self, done: int) -> None:
@@ -302,10 +304,10 @@ class Trainer:
         dist.all_reduce(finite, dist.ReduceOp.MIN)
         if not finite.item():
             raise self._diverged(f"the loss or the weights at step {done} are not finite")
-        state = {
-            "step": done, "summed_steps": self.summed_steps, "wandb_id": self.log.wandb_id, "versions": device.versions(),
-            "class_names": self.loader.class_names,
-        }  # fmt: skip
+        state = RunState(
+            done, summed_steps=self.summed_steps, wandb_id=self.log.wandb_id, versions=device.versions(),
+            class_names=self.loader.class_names,
+        )  # fmt: skip
         self._finish_save(required=False)
         self.saver.save(self.engine, self.ema, state, self.sums)
         if self.stop or done == self.config.train.total_steps:

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastdit.checkpoint import FORMAT, Shards, _commit, _shard_file, folder_name, is_whole
-from fastdit.config import Config, InputError, ModelConfig, load_json
+from fastdit.checkpoint import FORMAT, Checkpoint, RunState, _commit, _shard_file, folder_name, is_whole
+from fastdit.config import Config, InputError, ModelConfig
 from fastdit.distributed import T, World, control_group
 from fastdit.files import flush, sha256
 from fastdit.training.ema import ShardedEma
@@ -30,23 +30,23 @@ def _snapshot(engine, ema: ShardedEma, sums: Tensor) -> dict[str, Tensor]:
     return {key: tensor.detach().to("cpu", copy=True) for key, tensor in (shards | {LOG_SUMS: sums}).items()}
 
 
-def _write_own(temporary: Path, shards: dict[str, Tensor], config: Config, state: dict, rank: int) -> dict[str, str]:
+def _write_own(temporary: Path, shards: dict[str, Tensor], config: Config, state: RunState, rank: int) -> dict[str, str]:
     """Write and flush this rank's files; their hashes."""
     names = [_shard_file(rank)]
     save_file(shards, temporary / names[0])
     if rank == 0:
         (temporary / "config.json").write_text(config.to_json())
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        (temporary / "state.json").write_text(json.dumps(state.to_dict(), indent=1))
         names += ["config.json", "state.json"]
     for name in names:
         flush(temporary / name)
     return {name: sha256(temporary / name) for name in names}
 
 
-def _write(folder: Path, shards: dict[str, Tensor], config: Config, state: dict, world: World) -> None:
-    """Write the checkpoint of state["step"] below `folder`. All ranks must call it. Raises InputError on all of them when one
+def _write(folder: Path, shards: dict[str, Tensor], config: Config, state: RunState, world: World) -> None:
+    """Write the checkpoint of state.step below `folder`. All ranks must call it. Raises InputError on all of them when one
     cannot write; the checkpoints that are there stay."""
-    final = folder / folder_name(state["step"])
+    final = folder / folder_name(state.step)
     temporary = folder / f".tmp-{final.name}"
     train = config.train
 
@@ -86,19 +86,19 @@ class Saver:
         self.world = world._replace(control=control_group())  # the thread's own: the loop uses the other meanwhile
         self.thread = self.error = None
 
-    def save(self, engine, ema: ShardedEma, state: dict, sums: Tensor) -> None:
+    def save(self, engine, ema: ShardedEma, state: RunState, sums: Tensor) -> None:
         """Copy the state to the host and begin to write it, when the last checkpoint is written. state: of state.json; sums: of the
         log line that is not written yet. Raises the InputError of the last one. All ranks must call it."""
         self.wait()
         train, ranks = self.config.train, self.world.size
-        state = {
-            **state, "format": FORMAT, "ema_updates": ema.updates, "optimizer_steps": steps_taken(engine), "ranks": ranks,
-            "global_batch": train.batch_size * train.accumulation * ranks,
-        }  # fmt: skip
+        state = dataclasses.replace(
+            state, format=FORMAT, ema_updates=ema.updates, optimizer_steps=steps_taken(engine), ranks=ranks,
+            global_batch=train.batch_size * train.accumulation * ranks,
+        )  # fmt: skip
         self.thread = threading.Thread(target=self._run, args=(_snapshot(engine, ema, sums), state))
         self.thread.start()
 
-    def _run(self, shards: dict[str, Tensor], state: dict) -> None:
+    def _run(self, shards: dict[str, Tensor], state: RunState) -> None:
         try:
             _write(self.folder, shards, self.config, state, self.world)
         except Exception as error:  # raised again where the loop waits
@@ -131,36 +131,35 @@ def _check_same_run(folder: Path, saved: Config, wanted: Config) -> None:
                 )
 
 
-def check(folder: Path, config: Config, world: World) -> dict:
-    """The state.json of a checkpoint that this run can continue from. Raises InputError when it cannot."""
-    state = json.loads((folder / "state.json").read_text())
-    if "origin" in state:
-        raise InputError(f"checkpoint {folder} was imported from {state['origin']}: it can be sampled from, not continued")
-    if state.get("format") != FORMAT:
+def check(saved: Checkpoint, config: Config, world: World) -> None:
+    """Raise InputError if this run cannot continue from a checkpoint."""
+    folder, state = saved.path, saved.state
+    if state.origin:
+        raise InputError(f"checkpoint {folder} was imported from {state.origin}: it can be sampled from, not continued")
+    if state.format != FORMAT:
         raise InputError(f"checkpoint {folder} was written by another version of fastdit: it can be sampled from, not continued")
     batch = config.train.batch_size * config.train.accumulation * world.size
-    if batch != state["global_batch"]:
+    if batch != state.global_batch:
         raise InputError(
-            f"checkpoint {folder} was trained with {state['global_batch']} images a step, but this run has {batch}: change "
-            f"train.batch_size or train.accumulation so that times the ranks they make {state['global_batch']}"
+            f"checkpoint {folder} was trained with {state.global_batch} images a step, but this run has {batch}: change "
+            f"train.batch_size or train.accumulation so that times the ranks they make {state.global_batch}"
         )
-    _check_same_run(folder, load_json(folder / "config.json"), config)
-    return state
+    _check_same_run(folder, saved.config, config)
 
 
-def load(folder: Path, engine, ema: ShardedEma, state: dict, sums: Tensor, config: Config, world: World) -> None:
+def load(saved: Checkpoint, engine, ema: ShardedEma, sums: Tensor, config: Config, world: World) -> None:
     """Restore optimizer, schedule, EMA and the log's sums from a checkpoint that `check` accepted, whose raw weights the engine was
     made with. All ranks must call it."""
-    shards = Shards(folder, state["ranks"])
+    shards, state = saved.shards(), saved.state
     for kind, own in {**ema.all, **moments(engine, ema.fragments)}.items():
         if kind not in shards.kinds and kind != "ema":
             continue  # a decay that is new begins at the weights of now
         for f, tensor in zip(ema.fragments, own, strict=True):
             tensor.copy_(shards.read(kind, f.name, f.start, f.master.numel()))
-    ema.updates = state["ema_updates"]
-    continue_from(engine, config, state["optimizer_steps"])
+    ema.updates = state.ema_updates
+    continue_from(engine, config, state.optimizer_steps)
     of_ranks = [file.get_tensor(LOG_SUMS) for file in shards.files]
-    if state["ranks"] == world.size:
+    if state.ranks == world.size:
         sums.copy_(of_ranks[world.rank])
     elif world.rank == 0:
         sums.copy_(torch.stack(of_ranks).sum(0))

@@ -265,20 +265,20 @@ def test_fp64_needs_the_reference(backend):
 
 def machine_code(arch):
     """Of the kernel with bf16 gradients and copies and one average; in a process without the interpreter."""
-    import codegen
+    from benchmarks import machine_code
 
     sizes = [(1000,), (384, 384), (8193,)]
     make_all = lambda dtype: [torch.zeros(size, dtype=dtype) for size in sizes]
     fields = [make_all(torch.float32) for _ in range(3)]
-    with codegen.Recorder(arch) as recorder, kernels.backend("triton"):
+    with machine_code.Recorder(arch) as recorder, kernels.backend("triton"):
         tensors = kernels.AdamWTensors(*fields, make_all(torch.bfloat16), [make_all(torch.float32)])
         for step in (1, 2):  # of another gradient, which must compile nothing
             kernels.adamw_step(
                 tensors, make_all(torch.bfloat16), step=step, **OPTIONS, **scalars(device="cpu"), weights=(0.1 / step,)
             )
     first, second = recorder.take()
-    found = codegen.machine_code(first.compiled.asm["cubin"])
-    offsets = codegen.narrow_offsets(first.compiled.asm["ttgir"])
+    found = machine_code.machine_code(first.compiled.asm["cubin"])
+    offsets = machine_code.narrow_offsets(first.compiled.asm["ttgir"])
     return found | {"recompiled": first.compiled.hash != second.compiled.hash, "narrow_offsets": len(offsets), "grid": first.grid}
 
 
@@ -292,7 +292,7 @@ def test_the_machine_code_spills_nothing_and_moves_128_bits(arch):
     and of addresses and numbers."""
     root = Path(__file__).parents[2]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [root / "benchmarks", root / "tests/support", *filter(None, [environment.get("PYTHONPATH")])]
+    paths = [root, root / "tests/support", *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     done = subprocess.run([sys.executable, __file__, str(arch)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

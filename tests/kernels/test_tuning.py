@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -77,9 +76,8 @@ def test_sums_do_not_depend_on_the_card(monkeypatch):
 
 
 @pytest.fixture
-def tune_kernels(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    return importlib.import_module("tune_kernels")
+def tune_kernels():
+    return importlib.import_module("benchmarks.tune_kernels")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

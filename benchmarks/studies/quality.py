@@ -1,14 +1,14 @@
-"""Does the distance see quality? Samples of one run's checkpoints, early to late, EMA and raw, and the late ones blurred and noisy.
+"""The metrics of samples of known quality: a run's checkpoints, early to late, EMA and raw; late samples blurred and noisy.
 
     fastdit train launch/configs/quickstart.yaml train.save_steps=200 train.keep_every=200 train.name=quality
-    python benchmarks/quality.py --run runs/quality [--steps 200,600,1400] [--samples 2000] [--seeds 3]
+    python -m benchmarks.studies.quality --run runs/quality [--steps 200,600,1400] [--samples 2000] [--seeds 3]
 
 Fréchet distance, KID, precision, recall and accuracy on the features of the digits' classifier, against the 4,500 training digits.
-The held-out ones, "real", show how low it can get. The last checkpoint is sampled with several seeds. Samples are drawn without
-guidance (Heun, 10 steps) and kept in the run's folder: a second call goes on where the first ended. Some 90 CPU seconds for 1,000.
+The held-out digits, "real", show how low the distance can get. The last checkpoint is sampled with several seeds. Samples are drawn
+without guidance (Heun, 10 steps) and saved in the run's folder, so that a second call resumes; 1,000 samples take 90 CPU seconds.
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 
-import record
+from benchmarks import results_csv
 from fastdit import distributed
 from fastdit.checkpoint import folder_name
 from fastdit.data.builtin import mnist5k
@@ -25,14 +25,14 @@ from fastdit.evaluation import features, image_sets, metrics
 from fastdit.files import replacing
 from fastdit.progress import progress_bar
 
+CSV = "quality"
 SAMPLER = {"steps": 10, "solver": "heun", "guidance": 0.0}
-BLURS = (0.5, 1.0, 1.5)  # pixels, standard deviation
-NOISES = (8, 16, 32)  # of 255, standard deviation
-RESULTS = Path(__file__).parent / "results"
+BLURS = (0.5, 1.0, 1.5)  # standard deviation in pixels
+NOISES = (8, 16, 32)  # standard deviation of 255 levels
 
 
 def samples(run: Path, step: int, weights: str, count: int, seed: int = 0) -> image_sets.Source:
-    """Samples of a checkpoint: drawn, or read where an earlier call kept them."""
+    """Return samples of a checkpoint: read if an earlier call saved them, else drawn."""
     path = run / "quality" / f"{step}_{weights}_{count}_{seed}.npz"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -59,21 +59,21 @@ def noisy(images: np.ndarray, amount: float) -> np.ndarray:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Distance over steps of EMA and raw weights; distance over blur and noise. Of the first seed."""
+    """Plot the distance over steps for EMA and raw weights, and over blur and noise, for the first seed."""
     rows = [row for row in rows if not row["seed"]]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     over_steps, over_blur, over_noise = figure.subplots(1, 3)
     real = next(row["fid"] for row in rows if row["weights"] == "real")
     for weights in ("ema", "raw"):
-        mine = [row for row in rows if row["weights"] == weights and row["change"] == "none"]
-        over_steps.plot([row["step"] for row in mine], [row["fid"] for row in mine], marker="o", label=weights)
+        curve = [row for row in rows if row["weights"] == weights and row["change"] == "none"]
+        over_steps.plot([row["step"] for row in curve], [row["fid"] for row in curve], marker="o", label=weights)
     over_steps.axhline(real, color="grey", linestyle=":", label="held-out digits")
     over_steps.set(xlabel="step", ylabel="Fréchet distance (digits' features)", yscale="log")
     over_steps.legend()
     late = max(row["step"] for row in rows)
     for axes, change, label in ((over_blur, "blur", "blur, pixels"), (over_noise, "noise", "noise, of 255")):
-        mine = [row for row in rows if row["step"] == late and row["weights"] == "ema" and row["change"] in ("none", change)]
-        axes.plot([row["amount"] for row in mine], [row["fid"] for row in mine], marker="o", color="C2")
+        curve = [row for row in rows if row["step"] == late and row["weights"] == "ema" and row["change"] in ("none", change)]
+        axes.plot([row["amount"] for row in curve], [row["fid"] for row in curve], marker="o", color="C2")
         axes.set(xlabel=label, yscale="log")
     for axes in (over_steps, over_blur, over_noise):
         axes.grid(alpha=0.3)
@@ -81,14 +81,13 @@ def plot(rows: list[dict], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=90)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--steps", default="200,600,1400", help="checkpoints, early to late")
-    parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--seeds", type=int, default=3, help="of the last checkpoint's samples")
-    parser.add_argument("--out", type=Path, default=RESULTS / "quality.csv", help="the plot lies beside it")
-    options = parser.parse_args()
+def main(words: list[str] | None = None) -> int:
+    parser = results_csv.parser(__doc__, results_csv.path_of(CSV, None))
+    parser.add_argument("--run", type=Path, default=Path("runs/quality"), help="run folder (default: %(default)s)")
+    parser.add_argument("--steps", default="200,600,1400", help="steps of checkpoints, early to late (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=2000, help="samples per checkpoint (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds for the last checkpoint (default: %(default)s)")
+    options = results_csv.parse(parser, words)
     steps = [int(step) for step in options.steps.split(",")]
     world = distributed.world_of_this_process()
     network = features.load("digits", world.device)
@@ -100,10 +99,10 @@ def main() -> None:
     def note(
         source: image_sets.Source, step: int, weights: str, change: str = "none", amount: float = 0, seed: int = 0
     ) -> None:  # fmt: skip
-        found = metrics.compare(summary(source), reference, world.device)
+        values = metrics.compare(summary(source), reference, world.device)
         row = {"step": step, "weights": weights, "change": change, "amount": amount, "seed": seed, "images": source.count}
-        rows.append(row | {key: float(f"{found[key]:.5g}") for key in ("fid", "kid", "precision", "recall", "accuracy")})
-        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+        rows.append(row | {key: float(f"{values[key]:.5g}") for key in ("fid", "kid", "precision", "recall", "accuracy")})
+        print(results_csv.line(rows[-1]), flush=True)
 
     note(image_sets.of_array(*mnist5k("val"), {}), 0, "real")
     for step in steps:
@@ -117,9 +116,10 @@ def main() -> None:
     for change, spoil, amounts in (("blur", blurred, BLURS), ("noise", noisy, NOISES)):
         for amount in amounts:
             note(image_sets.of_array(spoil(images, amount), last.labels, {}), steps[-1], "ema", change, amount)
-    record.write(options.out, rows)
-    plot(rows, options.out.with_suffix(".png"))
+    results_csv.write(options.csv, rows, allow_dirty=options.allow_dirty)
+    plot(rows, options.csv.with_suffix(".png"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,11 @@
-"""What streamed evaluation costs over drawing: CPU time of `fastdit evaluate` over `fastdit sample --npz` of the same samples.
+"""The cost of evaluation over sampling: CPU time of `fastdit evaluate` over `fastdit sample --npz` of the same samples.
 
-    python benchmarks/evaluate_overhead.py --checkpoint runs/quickstart [--pairs 5] [--per-class 50] [--threads 2]
+    python -m benchmarks.studies.evaluate_overhead --checkpoint runs/quickstart [--pairs 5] [--per-class 50] [--threads 2]
 
-Whole processes, start included, that take turns, the order reversed every other pair; the reference's statistics are in a file, as
-in every evaluation but the first. Printed: the median of the pairs' ratios. 5 pairs of 500 samples: some 10 minutes on two cores.
+Complete processes, start included, take turns, in reverse order every other pair; the reference's statistics are in a file, as in
+every evaluation but the first. The row has the median of the pairs' ratios. 5 pairs of 500 samples: 10 minutes on 2 cores.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -18,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-import record
+from benchmarks import results_csv
 from fastdit import progress
+
+CSV = "evaluate_overhead"
 
 
 def cpu_seconds(words: list[str], threads: int) -> float:
-    """CPU time of a command in a process of its own, in seconds."""
+    """Return the CPU seconds of a fastdit command in a process of its own."""
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     before = used()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -31,14 +32,13 @@ def cpu_seconds(words: list[str], threads: int) -> float:
     return used() - before
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--per-class", type=int, default=50)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/evaluate_overhead.csv"))
-    options = parser.parse_args()
+def main(words: list[str] | None = None) -> int:
+    parser = results_csv.parser(__doc__, results_csv.path_of(CSV))
+    parser.add_argument("--checkpoint", required=True, help="run folder or checkpoint of the digits")
+    parser.add_argument("--pairs", type=int, default=5, help="number of pairs of processes (default: %(default)s)")
+    parser.add_argument("--per-class", type=int, default=50, help="samples of each of the ten classes (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each process (default: %(default)s)")
+    options = results_csv.parse(parser, words)
     with tempfile.TemporaryDirectory() as folder:
         in_folder = lambda name: str(Path(folder) / name)
         reference = ["--features", "digits", "--reference"]
@@ -59,18 +59,19 @@ def main() -> None:
             ["evaluate", in_folder("samples.npz"), *reference, in_folder("reference.npz"), "--out", in_folder("file.json")],
             options.threads,
         )
-        found = {name: json.loads(Path(in_folder(f"{name}.json")).read_text())["metrics"]["fid"] for name in ("streamed", "file")}
-    if not np.isclose(found["streamed"], found["file"], rtol=1e-6):
-        sys.exit(f"the two did not draw the same samples: Fréchet distances {found['streamed']} and {found['file']}")
+        fid = {name: json.loads(Path(in_folder(f"{name}.json")).read_text())["metrics"]["fid"] for name in ("streamed", "file")}
+    if not np.isclose(fid["streamed"], fid["file"], rtol=1e-6):
+        sys.exit(f"the two did not draw the same samples: Fréchet distances {fid['streamed']} and {fid['file']}")
     ratios = [e / s for e, s in zip(seconds["evaluate"], seconds["sample"], strict=True)]
     row = {
         "samples": 10 * options.per_class, "pairs": options.pairs, "threads": options.threads,
         **{f"{name}_cpu_s": f"{statistics.median(times):.2f}" for name, times in seconds.items()},
         "ratio": f"{statistics.median(ratios):.3f}", "ratio_min": f"{min(ratios):.3f}", "ratio_max": f"{max(ratios):.3f}",
     }  # fmt: skip
-    print("  ".join(f"{key} {value}" for key, value in row.items()))
-    record.write(options.out, [row])
+    print(results_csv.line(row))
+    results_csv.write(options.csv, [row], allow_dirty=options.allow_dirty)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,30 +1,31 @@
-"""Does `fastdit plan` know what a train step takes? Its memory on one CPU rank against the resident memory of the real step.
+"""The memory that `fastdit plan` predicts for a train step on one CPU rank, against the resident memory of the real step.
 
-    python benchmarks/plan_memory.py [--out benchmarks/results/plan_memory.csv]
+    python -m benchmarks.studies.plan_memory
 
 Each case is a process of its own that trains as `fastdit train` does (engine, AdamW, EMA; no loader, logs or checkpoints), after a
-tiny model whose steps load the libraries. Measured: the most that was resident in STEPS steps over what was resident before the
-model (VmHWM, reset). The plan counts live tensors; what freed ones leave resident is the allocator's doing, hence two of them:
-"returned", where glibc gives freed blocks of 64 KiB and more back, and "kept", as `fastdit train` sets it up for speed.
+tiny model whose steps load the libraries. Measured: the maximum of resident memory in STEPS steps minus the resident memory before
+the model (VmHWM, reset). The plan counts live tensors; freed tensors stay resident or not depending on the allocator, hence two
+providers: "returned", in which glibc returns freed blocks of 64 KiB and more, and "kept", as `fastdit train` sets it up for speed.
 """
 
-import argparse
 import ctypes
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-import record
+from benchmarks import results_csv
+from benchmarks.harness import DEVICE, THREADS, Result, Worker, resident
 from fastdit import distributed, flow, progress
 from fastdit.config import Config, parse
 from fastdit.model import DiT
 from fastdit.planning import memory, plan
 from fastdit.training import engine
 from fastdit.training.ema import ShardedEma
-from measure import DEVICE, THREADS, Result, Worker
 
+CSV = "plan_memory"
 STEPS = 4  # the second is the first with AdamW's moments and the EMA
 WARM = ["model.preset=test/4", "train.batch_size=2"]
 CASES = {
@@ -36,12 +37,12 @@ RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"
 
 
 def settings(words: list[str]) -> Config:
-    """In fp32: bf16 is emulated on many CPUs, through copies in fp32 that no GPU makes."""
+    """Return a config in fp32: many CPUs emulate bf16 through copies in fp32 that no GPU makes."""
     return parse(None, [*plan.IMAGENET_LATENTS, "train.precision=fp32", *words])
 
 
 def run_steps(config: Config, world: distributed.World) -> None:
-    """Build all that a run holds and take STEPS steps, on noise."""
+    """Build all that a run keeps in memory and take STEPS steps on noise."""
     model, size = DiT(config.model), config.model.input_size
     running = engine.initialize(model, config, world)
     ema = ShardedEma(engine.fragments(running, world), config.train.ema_decay)
@@ -54,14 +55,8 @@ def run_steps(config: Config, world: distributed.World) -> None:
         ema.update()
 
 
-def resident(key: str) -> int:
-    """Bytes: VmRSS now, or VmHWM, the most since it was reset."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
 def measured() -> Callable[[list[str]], int]:
-    """In a worker: the words of a case -> bytes."""
+    """In a worker: return a function of a case's settings to bytes."""
     world = distributed.start("cpu")
     run_steps(settings(WARM), world)
 
@@ -75,23 +70,22 @@ def measured() -> Callable[[list[str]], int]:
     return measure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan_memory.csv"))
-    options = parser.parse_args()
+def main(words: list[str] | None = None) -> int:
+    parser = results_csv.parser(__doc__, results_csv.path_of(CSV))
+    options = results_csv.parse(parser, words)
     if DEVICE.type == "cuda":
         parser.error("this compares resident memory of a CPU run: hide the GPU with CUDA_VISIBLE_DEVICES=")
     rows = []
     with progress.progress_bar(2 * len(CASES), description="runs", unit="run") as bar:
-        for case, words in CASES.items():
-            config = settings(words)
+        for case, overrides in CASES.items():
+            config = settings(overrides)
             predicted = memory.memory(config, 1).peak
             for allocator, variables in (("returned", RETURNED), ("kept", {})):
                 os.environ.update(variables)
-                worker = Worker("plan_memory:measured", allocator=allocator == "kept")
+                worker = Worker("benchmarks.studies.plan_memory:measured", allocator=allocator == "kept")
                 for name in variables:
                     del os.environ[name]
-                peak = worker(words)
+                peak = worker(overrides)
                 worker.stop()
                 values = {
                     "peak_mb": f"{peak / 1e6:.0f}", "predicted_mb": f"{predicted / 1e6:.0f}",
@@ -100,9 +94,10 @@ def main() -> None:
                 key = {"suite": "plan_memory", "case": case, "provider": allocator, "size": f"batch {config.train.batch_size}"}
                 rows.append(Result(key, [], values).row() | {"precision": "fp32", "threads": THREADS})
                 bar.update()
-    print(record.table(rows, ("case", "size", "provider", "predicted_mb", "peak_mb", "measured_over_predicted")))
-    record.write(options.out, rows)
+    print(results_csv.table(rows, ("case", "size", "provider", "predicted_mb", "peak_mb", "measured_over_predicted")))
+    results_csv.write(options.csv, rows, allow_dirty=options.allow_dirty)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Real photographs that wheels carry, cut to about 500x375 like ImageNet's, and archives of them in ImageNet's format."""
+"""Real photographs that installed packages carry, cut to about 500x375 pixels like ImageNet's, and archives of them."""
 
 import importlib.metadata
 import io
@@ -20,13 +20,13 @@ FILES = {
 
 
 def photographs() -> list[Image.Image]:
-    """RGB; the packages are not imported."""
+    """Return the photographs as RGB images, without importing the packages."""
     paths = [importlib.metadata.distribution(package).locate_file(file) for package, files in FILES.items() for file in files]
     return [Image.open(path).convert("RGB") for path in paths]
 
 
 def crops(count: int, seed: int = 0) -> Iterator[Image.Image]:
-    """Cuts of the photographs of 340 to 500 pixels a side, landscape and portrait, odd sizes too."""
+    """Yield `count` cuts of 300 to 500 pixels per side, landscape and portrait, odd sizes too."""
     random, originals = np.random.default_rng(seed), photographs()
     for i in range(count):
         original = originals[i % len(originals)]
@@ -38,6 +38,7 @@ def crops(count: int, seed: int = 0) -> Iterator[Image.Image]:
 
 
 def encoded(image: Image.Image, **options) -> bytes:
+    """Return an image as a JPEG of quality 90, or as `options` of Image.save say."""
     file = io.BytesIO()
     image.save(file, **{"format": "JPEG", "quality": 90, **options})
     return file.getvalue()
@@ -50,6 +51,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:
+    """Return a tar archive of files by name."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for name, data in files.items():
@@ -58,18 +60,18 @@ def tar_of(files: dict[str, bytes]) -> bytes:
 
 
 def odd_files(images: Iterator[Image.Image]) -> dict[str, bytes]:
-    """What ImageNet holds here and there, by a word in the name: "bad" ones cannot be decoded."""
-    whole = encoded(next(images))
+    """Return unusual files as ImageNet holds some, by a word for the name; those that begin with "bad" cannot be decoded."""
+    jpeg = encoded(next(images))
     return {
         "png": encoded(next(images), format="PNG"), "cmyk": encoded(next(images).convert("CMYK")),
         "grey": encoded(next(images).convert("L")), "progressive": encoded(next(images), progressive=True),
-        "trailing": encoded(next(images)) + b"\0\0garbage", "bad_truncated": whole[: len(whole) // 2], "bad_empty": b"",
-        "bad_text": b"no image at all", "bad_end": whole[:-2],
+        "trailing": encoded(next(images)) + b"\0\0garbage", "bad_truncated": jpeg[: len(jpeg) // 2], "bad_empty": b"",
+        "bad_text": b"no image at all", "bad_end": jpeg[:-2],
     }  # fmt: skip
 
 
 def imagenet(folder: Path, classes: int = 5, each: int = 6, val: int = 8) -> tuple[Path, Path, Path]:
-    """A train archive, a validation archive and a development kit in ImageNet's format; the odd files are in the second class.
+    """Write a train archive, a validation archive and a development kit in ImageNet's format; the odd files are in class 1.
 
     Class i has wnid n{(i*7+3) % 10:08d}…, so that the order in the archive is not that of the labels.
     """

@@ -1,18 +1,17 @@
-"""The machine code of every Triton kernel that the ops launch, without a GPU: registers, memory and access widths as CSV.
+"""The machine code of every Triton kernel that the ops launch, read without a GPU: registers, memory and access widths.
 
 The public functions run on CPU tensors under a stub driver that names an architecture. Each launch is stopped after Triton has
-specialised and compiled it, so what is read is what a GPU would run, not a hand-written signature. Results of the ops are
-meaningless here. Must run without TRITON_INTERPRET.
+specialised and compiled it, so the code is what a GPU would run, not that of a hand-written signature. Results of the ops are
+meaningless here. Runs only without TRITON_INTERPRET.
 
-    python benchmarks/codegen.py          # all ops and architectures, also into the table of kernels/README.md
-    python benchmarks/codegen.py --arch 90 --ops modulate --csv one.csv
+    python -m benchmarks.machine_code          # all ops and architectures; updates the table in kernels/README.md too; 3 minutes
+    python -m benchmarks.machine_code --arch 90 --ops modulate --csv one.csv
 """
 
-import argparse
-import csv
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +24,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks import results_csv
+from benchmarks.kernel_cases import CASES
 from fastdit.kernels import backend, dispatch, tuning
-from kernel_cases import CASES
 
+CSV = "machine_code"
 BATCH = 32
-RESULTS = Path(__file__).parent / "results/codegen.csv"
+RESULTS = results_csv.path_of(CSV, None)
 README = Path(__file__).parents[1] / "kernels/README.md"
-MARKERS = ("<!-- benchmarks/codegen.py writes from here -->", "<!-- to here -->")
+MARKERS = ("<!-- benchmarks/machine_code.py writes from here -->", "<!-- to here -->")
 ARCHITECTURES = (80, 90, 100, 120)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WARPS_PER_SM = {80: 64, 90: 64, 100: 64, 120: 48}
@@ -40,7 +41,7 @@ SHARED_PER_SM = {80: 164, 90: 228, 100: 228, 120: 100}  # KB
 
 
 class StubDriver:
-    """Answers what Triton asks a driver before it compiles: a target, a device, a stream."""
+    """A driver that answers what Triton asks before it compiles: a target, a device, a stream."""
 
     def __init__(self, arch: int):
         self.target = GPUTarget("cuda", arch, 32)
@@ -49,23 +50,26 @@ class StubDriver:
         return self.target
 
     def get_current_device(self):
-        return self.target.arch  # another device for each architecture: Triton keeps compiled kernels by device
+        return self.target.arch  # one device per architecture: Triton caches compiled kernels by device
 
     def get_current_stream(self, device):
         return 0
 
 
-class Launch(NamedTuple):
+class Recorded(NamedTuple):
+    """A kernel launch: module.kernel, its grid, and triton's CompiledKernel (asm, metadata, hash)."""
+
     name: str
     grid: tuple[int, ...]
-    compiled: object  # triton's CompiledKernel: asm, metadata, hash
+    compiled: object
 
 
 class Recorder:
-    """Compiles for `arch` and notes the launch instead of running it, for every Triton kernel called inside the `with` block."""
+    """Compile every Triton kernel called inside the `with` block for `arch`, and record its launch instead of running it."""
 
     def __init__(self, arch: int):
-        self.arch, self.launches = arch, []
+        self.arch = arch
+        self.launches = []
 
     def __enter__(self):
         self.before = JITFunction.run, tuning.architecture, dispatch.INTERPRETED
@@ -73,11 +77,13 @@ class Recorder:
 
         def record(kernel, *args, grid, warmup, **options):
             compiled = run(kernel, *args, grid=grid, warmup=True, **options)
-            self.launches.append(Launch(f"{kernel.module.rpartition('.')[2]}.{kernel.__name__.strip('_')}", grid, compiled))
+            self.launches.append(Recorded(f"{kernel.module.rpartition('.')[2]}.{kernel.__name__.strip('_')}", grid, compiled))
             return compiled
 
         triton.runtime.driver.set_active(StubDriver(self.arch))
-        JITFunction.run, tuning.architecture, dispatch.INTERPRETED = record, lambda device: self.arch, True
+        JITFunction.run = record
+        tuning.architecture = lambda device: self.arch
+        dispatch.INTERPRETED = True
         self._forget()
         return self
 
@@ -89,13 +95,13 @@ class Recorder:
         tuning.launch_for.cache_clear()
         tuning.chunks.cache_clear()
 
-    def take(self) -> list[Launch]:
+    def take(self) -> list[Recorded]:
         taken, self.launches = self.launches, []
         return taken
 
 
-def record_op(recorder: Recorder, op: str, size: int, batch: int) -> dict[str, list[Launch]]:
-    """Launches of one forward and one backward of the public function: {"forward": [..], "backward": [..]}."""
+def record_op(recorder: Recorder, op: str, size: int, batch: int) -> dict[str, list[Recorded]]:
+    """Return the launches of one forward and one backward of the public function: {"forward": [..], "backward": [..]}."""
     function, inputs = CASES[op].make(size, batch, torch.bfloat16, torch.device("cpu"))
     with backend("triton"):
         outputs = function(*inputs)
@@ -109,7 +115,7 @@ def record_op(recorder: Recorder, op: str, size: int, batch: int) -> dict[str, l
 
 @cache
 def machine_code(cubin: bytes) -> dict[str, int]:
-    """Registers, bytes of local memory and stack, and the number of global accesses by width, from the cubin."""
+    """Return registers, bytes of local memory and stack, and the number of global accesses by width, from a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -133,7 +139,7 @@ def machine_code(cubin: bytes) -> dict[str, int]:
 
 
 def narrow_offsets(ttgir: str) -> list[str]:
-    """Pointer additions with a 32-bit offset that depends on anything but constants and column numbers: they would wrap."""
+    """Return pointer additions whose 32-bit offset depends on more than constants and column numbers: they would overflow."""
     sources = {}
     for line in ttgir.splitlines():
         if match := re.match(r"\s*(%[\w$#:]+)(?:, %[\w$#]+)* = (\S+)(.*)", line):
@@ -153,15 +159,18 @@ def narrow_offsets(ttgir: str) -> list[str]:
 
 
 def blocks_per_sm(arch: int, registers: int, warps: int, shared: int) -> int:
-    """Programs that fit on one multiprocessor at once: registers are given out a warp at a time in units of 256."""
+    """Return the programs that fit on one multiprocessor at once: registers are allocated per warp in units of 256."""
     per_warp = -(-registers * 32 // 256) * 256
     by_shared = SHARED_PER_SM[arch] * 1024 // (shared + 1024)
     return min(65536 // per_warp // warps, WARPS_PER_SM[arch] // warps, by_shared, 32)
 
 
 def figures_of(op: str, size: int, arch: int, recorder: Recorder) -> list[tuple[dict, object]]:
-    """For each launch of the op at BATCH what needs no disassembly, and the compiled kernel; BATCH − 1 must compile nothing."""
-    found = []
+    """Return, per launch of the op at BATCH, the figures that need no disassembly and the compiled kernel.
+
+    `recompiled`: whether a batch of BATCH − 1 compiled another kernel.
+    """
+    rows = []
     first, second = record_op(recorder, op, size, BATCH), record_op(recorder, op, size, BATCH - 1)
     for direction, launches in first.items():
         again = {launch.compiled.hash for launch in second[direction]}
@@ -171,12 +180,12 @@ def figures_of(op: str, size: int, arch: int, recorder: Recorder) -> list[tuple[
             figures |= {"grid": "x".join(map(str, launch.grid)), "warps": metadata.num_warps, "shared": metadata.shared}
             figures["narrow_offsets"] = len(narrow_offsets(launch.compiled.asm["ttgir"]))
             figures["recompiled"] = int(launch.compiled.hash not in again)
-            found.append((figures, launch.compiled))
-    return found
+            rows.append((figures, launch.compiled))
+    return rows
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table of kernels/README.md from the rows of the CSV (as text): what each kernel takes on sm_90, spills on any card."""
+    """Return the table of kernels/README.md from the rows of the CSV: what each kernel takes on sm_90, and spills on any card."""
     groups = {}
     for row in rows:
         groups.setdefault((row["op"], row["direction"], row["kernel"].partition(".")[2]), []).append(row)
@@ -194,36 +203,35 @@ def markdown(rows: list[dict]) -> str:
 
 
 def update_readme(readme: Path, rows: list[dict]) -> None:
-    """Replace what stands between the two markers of `readme` with the table."""
+    """Replace the text between the two markers of `readme` by the table."""
     before, _, rest = readme.read_text().partition(MARKERS[0])
     readme.write_text(f"{before}{MARKERS[0]}\n{markdown(rows)}\n{MARKERS[1]}{rest.partition(MARKERS[1])[2]}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--ops", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--csv", type=Path, default=RESULTS, help="with the default, kernels/README.md follows")
-    options = parser.parse_args()
-    found = []
+def main(words: list[str] | None = None) -> int:
+    parser = results_csv.parser(__doc__, RESULTS)
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES, help="architectures (default: all)"
+    )
+    parser.add_argument("--ops", nargs="+", default=list(CASES), choices=list(CASES), metavar="OP", help="ops (default: all)")
+    options = results_csv.parse(parser, words)
+    compiled = []
     for arch in options.arch:
         with Recorder(arch) as recorder:
             for op in options.ops:
                 for size in CASES[op].sizes:
-                    found += figures_of(op, size, arch, recorder)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        codes = list(pool.map(machine_code, (compiled.asm["cubin"] for _, compiled in found)))  # most of the time
+                    compiled += figures_of(op, size, arch, recorder)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # takes most of the time
+        codes = list(pool.map(machine_code, (kernel.asm["cubin"] for _, kernel in compiled)))
     rows = []
-    for (figures, _), code in zip(found, codes, strict=True):
+    for (figures, _), code in zip(compiled, codes, strict=True):
         occupancy = blocks_per_sm(figures["arch"], code["registers"], figures["warps"], figures["shared"])
-        rows.append(figures | code | {"blocks_per_sm": occupancy})
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        rows.append(figures | code | {"blocks_per_sm": occupancy, "device": "compiled, not run"})
+    results_csv.write(options.csv, rows, allow_dirty=options.allow_dirty)
     if options.csv == RESULTS:
-        update_readme(README, [{k: str(v) for k, v in row.items()} for row in rows])
+        update_readme(README, results_csv.read(RESULTS))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,21 +1,18 @@
 """What the suites read and decode: JPEGs in an archive of ImageNet's format, and a random autoencoder of SD-VAE's size."""
 
-import sys
 from pathlib import Path
 
 import torch
 
+from benchmarks import photographs
 from fastdit.data import prepare
 from fastdit.data.index import Index, open_index
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
-import photographs
 
 CLASSES = 10
 
 
 def archive(folder: Path, count: int) -> Index:
-    """An index over `count` JPEGs of about 500x375, cut from real photographs, quality 90."""
+    """Write `count` JPEGs of about 500x375 pixels, cut from real photographs, quality 90, and return an index of them."""
     classes: dict[str, dict[str, bytes]] = {f"n{i:08d}.tar": {} for i in range(CLASSES)}
     for i, image in enumerate(photographs.crops(count)):
         classes[f"n{i % CLASSES:08d}.tar"][f"{i}.JPEG"] = photographs.encoded(image)
@@ -25,7 +22,7 @@ def archive(folder: Path, count: int) -> Index:
 
 
 def autoencoder():
-    """A diffusers AutoencoderKL as SD-VAE is built, frozen, its weights drawn from one seed: the same in every process."""
+    """Return a frozen diffusers AutoencoderKL of SD-VAE's architecture with weights of one seed: the same in every process."""
     from diffusers import AutoencoderKL
 
     with torch.random.fork_rng(devices=[]):

@@ -1,0 +1,1 @@
+"""Measurements of speed, memory and quality. Run a module from the repository root: `python -m benchmarks.NAME --help`."""

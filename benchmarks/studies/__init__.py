@@ -1,0 +1,1 @@
+"""One question per script, answered by one CSV of the same name in benchmarks/results."""
