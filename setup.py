@@ -40,7 +40,6 @@ def extensions() -> list[Extension]:
             "fastdit.kernels._cpp",
             sorted(str(path) for path in Path("csrc").glob("*.cpp")),
             depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
-            include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu", "c10"],
             define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
@@ -50,6 +49,8 @@ def extensions() -> list[Extension]:
                 "-O3",
                 "-g0",
                 "-fno-math-errno",
+                "-Wshadow",
+                *(f"-isystem{path}" for path in include_paths()),  # no warnings of torch's headers
                 "-Wno-psabi",
                 "-Wno-maybe-uninitialized",
                 "-Wno-uninitialized",

@@ -6,17 +6,15 @@ B batch, T tokens, H width, F SwiGLU hidden.
 import torch
 
 from benchmarks.harness import DEVICE, DTYPE
-from fastdit import flops
+from fastdit import flops, kernels
 from fastdit.config import ModelConfig
 from fastdit.model import DiT
 from fastdit.planning.machine_rates import copy_rate, matmul_rate
 
-# Elements that each op must read or write, forward and backward, per element of its result's [B,T,H] (swiglu: [B,T,F]; flow: the
-# latent). The modulation and the statistics, 1/T and 1/H of it, are left out. Data have no gradient.
+# Elements that each op must read or write, (forward, backward): kernels.BYTES are those of bf16, counter_normal's of fp32.
 MOVED = {
-    "modulate": (2, 3), "gated_residual": (3, 3), "gated_residual_modulate": (4, 6), "qk_norm_rope": (4, 8), "swiglu": (3, 5),
-    "flow_interpolate": (3, 0), "flow_matching_loss": (4, 2), "counter_normal": (1, 0),
-}  # fmt: skip
+    op: tuple(n // (4 if op == "counter_normal" else 2) for n in kernels.BYTES[op]) for op in kernels.OPS if op != "counter_uniform"
+}
 
 
 class Limits:

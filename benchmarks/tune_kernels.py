@@ -26,7 +26,7 @@ OPS = ("modulate", "gated_residual", "gated_residual_modulate")
 GAIN = 1.02  # a candidate must beat the default by 2 %; less is noise
 
 
-def candidates(kernel: str, width: int, arch: int) -> Iterator[tuning.Launch]:
+def candidates(kernel: str, width: int, arch: int) -> Iterator[tuning.LaunchConfig]:
     """Yield the default, then its neighbours: warps, stages, rows of a forward, blocks of a backward, limits on registers."""
     default = tuning.default_launch(kernel, width, arch)
     seen = [default]
@@ -44,7 +44,7 @@ def candidates(kernel: str, width: int, arch: int) -> Iterator[tuning.Launch]:
     yield from seen
 
 
-def use(kernel: str, width: int, arch: int, launch: tuning.Launch | None) -> None:
+def use(kernel: str, width: int, arch: int, launch: tuning.LaunchConfig | None) -> None:
     """Make `launch` the launch of `kernel` (None: the default)."""
     tuning.TUNED.pop((kernel, width, arch), None)
     if launch is not None:
@@ -59,7 +59,7 @@ def milliseconds(op: str, direction: str, width: int, batch: int) -> float:
         return statistics.median(Replayed(directions(function, inputs, True)[direction])()) * 1e3
 
 
-def tune(op: str, direction: str, width: int, batch: int, arch: int) -> tuple[tuning.Launch, float, float]:
+def tune(op: str, direction: str, width: int, batch: int, arch: int) -> tuple[tuning.LaunchConfig, float, float]:
     """Return the best launch, its milliseconds and the default's."""
     kernel, times = f"{op}_{direction}", {}
     for launch in candidates(kernel, width, arch):

@@ -1,6 +1,6 @@
 // adamw_step: AdamW on fp32 masters, their moving averages and their copies in the model's precision, in one pass and in place.
-// P parameters, k averages. Rounded as torch's fused AdamW on a CPU is in whole vectors; its second moments of the last elements,
-// which fill no vector, are summed in another order.
+// P parameters, k averages. Rounded as torch's fused AdamW on a CPU rounds full vectors; torch sums the second moments of the last
+// elements, which fill no vector, in another order.
 #include "ops.h"
 #include "parallel.h"
 
@@ -31,7 +31,7 @@ INLINE Part root(Part a) {
 #endif
 }
 
-// A product that the compiler must round before what is made of it.
+// A product that the compiler must round, and not fuse with an addition.
 INLINE Part rounded(Part product) {
 #if defined(__x86_64__)
   asm("" : "+x"(product));
@@ -41,7 +41,7 @@ INLINE Part rounded(Part product) {
   return product;
 }
 
-// weight: of lerp from a to b; the smaller part is what is multiplied.
+// a + weight·(b − a), with the smaller of weight and 1 − weight as the factor.
 INLINE Part lerp(Part a, Part b, float weight) {
   return weight < 0.5f ? fma(weight - Part{}, b - a, a) : fma((weight - 1.0f) - Part{}, b - a, b);
 }
@@ -101,7 +101,8 @@ void adamw_step(View blocks, View table, View changing, View gradient, View copy
       parallel(blocks.size[0], 16, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; unit++) {
           const int64_t parameter = units[2 * unit], first = units[2 * unit + 1] * BLOCK;
-          update<G, C>(addresses + parameter, P, first, numbers, (const G*)numbers[gradients + parameter], scale, averages, NUMBERS);
+          update<G, C>(addresses + parameter, P, first, numbers, (const G*)numbers[gradients + parameter], scale, averages,
+                       NUMBERS);
         }
       });
     });

@@ -26,20 +26,20 @@ void flow_interpolate_forward(View x0, View noise, View t, View out) {
   });
 }
 
-void flow_interpolate_backward(View grad, View t, View grad_x0, View grad_noise) {
-  const int64_t B = grad.size[0], W = grad.size[1], blocks = (W + BLOCK - 1) / BLOCK;
+void flow_interpolate_backward(View dout, View t, View dx0, View dnoise) {
+  const int64_t B = dout.size[0], W = dout.size[1], blocks = (W + BLOCK - 1) / BLOCK;
   parallel(B * blocks, 8, [&](int64_t begin, int64_t end) {
     Floats g[BLOCK / LANES], x[BLOCK / LANES];
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t b = unit / blocks, c = unit % blocks * BLOCK, n = length(W, c);
       const float time = read_one(t, t.at(b));
-      read(grad, grad.at(b) + c, n, g);
+      read(dout, dout.at(b) + c, n, g);
       for (int64_t i = 0; i < vectors(n); i++) {
         x[i] = (1.0f - time) * g[i];
         g[i] *= time;
       }
-      write(grad_x0, b * W + c, n, x);
-      write(grad_noise, b * W + c, n, g);
+      write(dx0, b * W + c, n, x);
+      write(dnoise, b * W + c, n, g);
     }
   });
 }
@@ -67,17 +67,17 @@ void flow_matching_loss_forward(View v, View x0, View noise, View weight, View l
   });
 }
 
-void flow_matching_loss_backward(View grad, View error, View weight, View grad_v) {
+void flow_matching_loss_backward(View dloss, View error, View weight, View dv) {
   const int64_t B = error.size[0], W = error.size[1], blocks = (W + BLOCK - 1) / BLOCK;
   parallel(B * blocks, 8, [&](int64_t begin, int64_t end) {
     Floats e[BLOCK / LANES];
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t b = unit / blocks, c = unit % blocks * BLOCK, n = length(W, c);
-      float factor = read_one(grad, grad.at(b)) * (2.0f / W);
+      float factor = read_one(dloss, dloss.at(b)) * (2.0f / W);
       if (weight.given()) factor *= read_one(weight, weight.at(b));
       read(error, b * W + c, n, e);
       for (int64_t i = 0; i < vectors(n); i++) e[i] *= factor;
-      write(grad_v, b * W + c, n, e);
+      write(dv, b * W + c, n, e);
     }
   });
 }

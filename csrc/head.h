@@ -1,5 +1,5 @@
-// RMSNorm and rotation of a head of q or k. D head dim, h = D/2. The halves of a head lie in vectors of their own, padded with zeros:
-// the rotation pairs element j with j + h.
+// RMSNorm and rotation of a head of q or k. D head dim, h = D/2. The halves of a head lie in vectors of their own, padded with
+// zeros: the rotation pairs element j with j + h.
 #pragma once
 
 #include "vector.h"
@@ -28,7 +28,7 @@ INLINE void write_halves(T* p, int64_t h, const Half& in) {
   }
 }
 
-// The norm weights of q and k, of any type, where there are any.
+// The norm weights of q and k, of any type; one that is not given leaves its `out` as it is.
 INLINE void read_weights(const View (&weights)[2], int64_t h, Half (&out)[2]) {
   for (int which = 0; which < 2; which++) {
     if (!weights[which].given()) continue;

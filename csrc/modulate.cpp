@@ -17,8 +17,8 @@ INLINE Rows rows_of(int64_t unit, int64_t parts, int64_t T) {
   return {b, first, first + ROWS < T ? first + ROWS : T};
 }
 
-// d = rstd·(g − mean(g) − x̂·mean(g·x̂)) with g = dy·scale, a vector of d at a time to `use(i, d)`; adds to dshift and dscale. dy and
-// x̂ are kept in `grad` and `normed`. Dead lanes: dy is 0 there, and so is every product.
+// d = rstd·(g − mean(g) − x̂·mean(g·x̂)) with g = dy·scale, one vector of d at a time to `use(i, d)`; adds to dshift and dscale. dy
+// and x̂ are kept in `grad` and `normed`. Dead lanes: dy is 0 there, and so is every product.
 template <class T, class F>
 INLINE void norm_backward(const T* dy, const T* x, float mean, float rstd, const Floats* scale, int64_t H, Floats* grad,
                           Floats* normed, Floats* dshift, Floats* dscale, const F& use) {
@@ -90,8 +90,8 @@ void modulate_backward(View dy, View x, View stats, View scale, View dx, View dm
   reduce_partials(partials, B, parts, 2, H, dmodulation);
 }
 
-void gated_residual_modulate_forward(View x, View branch, View gate, View shift, View scale, View bias, double eps, View r,
-                                     View y, View stats) {
+void gated_residual_modulate_forward(View x, View branch, View gate, View shift, View scale, View bias, double eps, View r, View y,
+                                     View stats) {
   const int64_t B = x.size[0], T = x.size[1], H = x.size[2], V = vectors(H), parts = (T + ROWS - 1) / ROWS;
   float* means = pointer<float>(stats);
   with_type(x.type, [&](auto type) {
@@ -121,8 +121,8 @@ void gated_residual_modulate_forward(View x, View branch, View gate, View shift,
   });
 }
 
-void gated_residual_modulate_backward(View dr, View dy, View r, View branch, View stats, View gate, View scale, View bias,
-                                      View dx, View dbranch, View dmodulation, View dbias) {
+void gated_residual_modulate_backward(View dr, View dy, View r, View branch, View stats, View gate, View scale, View bias, View dx,
+                                      View dbranch, View dmodulation, View dbias) {
   const int64_t B = r.size[0], T = r.size[1], H = r.size[2], V = vectors(H), parts = (T + ROWS - 1) / ROWS;
   const float* means = pointer<float>(stats);
   Scratch partials(B * parts * 3 * V);  // dgate, dshift, dscale
@@ -146,11 +146,11 @@ void gated_residual_modulate_backward(View dr, View dy, View r, View branch, Vie
                         sums + V, sums + 2 * V, [&](int64_t i, Floats d) INLINE_LAMBDA {
                           const int64_t c = i * LANES, n = H - c;
                           if (more) d += load_some(more + c, n);
-                          const Floats dbranch = d * gates[i];
+                          const Floats gated = d * gates[i];
                           sums[i] += d * (load_some(added + c, n) + biases[i]);
-                          if (total) total[i] += dbranch;
+                          if (total) total[i] += gated;
                           store_some(out + c, d, n);
-                          store_some(out_branch + c, dbranch, n);
+                          store_some(out_branch + c, gated, n);
                         });
         }
       }

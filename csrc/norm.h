@@ -41,8 +41,7 @@ INLINE float squares(const Row& row, float mean, int64_t H) {
 // y = (x − mean)·rstd·scale + shift.
 template <class Row, class T>
 INLINE void write_norm(const Row& row, float mean, float rstd, int64_t H, const Floats* scale, const Floats* shift, T* y) {
-  for (int64_t i = 0; i < vectors(H); i++)
-    store_some(y + i * LANES, (row(i) - mean) * rstd * scale[i] + shift[i], H - i * LANES);
+  for (int64_t i = 0; i < vectors(H); i++) store_some(y + i * LANES, (row(i) - mean) * rstd * scale[i] + shift[i], H - i * LANES);
 }
 
 // LN(row)·scale + shift to y; mean and 1/σ of the row, in two steps: E[x²] − mean² would cancel. `total` is the row's sum.

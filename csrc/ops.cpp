@@ -1,5 +1,5 @@
-// Registers the kernels with torch through its stable ABI: one binary for every torch from 2.11 on. kernels/<op>.py allocates what
-// they write, and calls them as torch.ops.fastdit_cpp.<op>.
+// Registers the kernels with torch through its stable ABI: one binary for every torch from 2.11 on. kernels/<op>.py allocates
+// the tensors that they write, and calls them as torch.ops.fastdit_cpp.<op>.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>
@@ -40,7 +40,7 @@ View view(const std::optional<Tensor>& optional) {
   return out;
 }
 
-// What torch passes for a parameter of a kernel, and back.
+// The type that torch passes for a kernel's parameter, and the conversion to it.
 template <class P>
 struct Given {
   using type = P;
@@ -68,7 +68,7 @@ bool may_use_tiles() {
 
 // The best instruction set here; FASTDIT_ISA=avx512, avx2 or baseline lowers it, for tests.
 Isa isa() {
-  static const Isa found = [] {
+  static const Isa chosen = [] {
     Isa best = Isa::baseline;
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -81,10 +81,10 @@ Isa isa() {
     if (limit && !strcmp(limit, "avx512")) best = std::min(best, Isa::avx512);
     return best;
   }();
-  return found;
+  return chosen;
 }
 
-// Its place in kernels/library.py's INSTRUCTION_SETS.
+// Its index in INSTRUCTION_SETS of kernels/library.py.
 int64_t isa_number() { return (int64_t)isa(); }
 
 // The same function for each instruction set, from the least one on.
@@ -128,27 +128,26 @@ STABLE_TORCH_LIBRARY(fastdit_cpp, m) {
       "Tensor(a!)? scratch, Tensor(b!)? r, Tensor(c!)? y_out) -> ()");
   m.def("swiglu_forward(Tensor? packed, Tensor? bias, Tensor(a!)? out) -> ()");
   m.def(
-      "swiglu_backward(Tensor? grad, Tensor? packed, Tensor? bias, Tensor(a!)? grad_packed, Tensor(b!)? grad_bias, Tensor(c!)? "
+      "swiglu_backward(Tensor? dout, Tensor? packed, Tensor? bias, Tensor(a!)? dpacked, Tensor(b!)? dbias, Tensor(c!)? "
       "out) -> ()");
   m.def("flow_interpolate_forward(Tensor? x0, Tensor? noise, Tensor? t, Tensor(a!)? out) -> ()");
-  m.def("flow_interpolate_backward(Tensor? grad, Tensor? t, Tensor(a!)? grad_x0, Tensor(b!)? grad_noise) -> ()");
+  m.def("flow_interpolate_backward(Tensor? dout, Tensor? t, Tensor(a!)? dx0, Tensor(b!)? dnoise) -> ()");
   m.def(
       "flow_matching_loss_forward(Tensor? v, Tensor? x0, Tensor? noise, Tensor? weight, Tensor(a!)? loss, Tensor(b!)? error) -> "
       "()");
-  m.def("flow_matching_loss_backward(Tensor? grad, Tensor? error, Tensor? weight, Tensor(a!)? grad_v) -> ()");
+  m.def("flow_matching_loss_backward(Tensor? dloss, Tensor? error, Tensor? weight, Tensor(a!)? dv) -> ()");
   m.def("counter_random_forward(Tensor? ids, int key0, int key1, int stream, bool normal, Tensor(a!)? out) -> ()");
   m.def("isa() -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastdit_cpp, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&fastdit::isa_number));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastdit_cpp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&fastdit::isa_number)); }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdit_cpp, CPU, m) {
 #if defined(__x86_64__)
-#define IMPLEMENT(name, parameters)                                                                                 \
-  m.impl(#name, TORCH_BOX((&fastdit::Op<&fastdit::baseline::name, &fastdit::avx2::name, &fastdit::avx512::name, \
-                                        &fastdit::amx::name>::call)));
+#define IMPLEMENT(name, parameters) \
+  m.impl(#name,                     \
+         TORCH_BOX(                 \
+             (&fastdit::Op<&fastdit::baseline::name, &fastdit::avx2::name, &fastdit::avx512::name, &fastdit::amx::name>::call)));
 #else
 #define IMPLEMENT(name, parameters) m.impl(#name, TORCH_BOX((&fastdit::Op<&fastdit::baseline::name>::call)));
 #endif

@@ -5,7 +5,7 @@
 namespace fastdit::FASTDIT_ISA {
 namespace {
 
-// The two halves of a bias [2F], each in whole vectors; zeros where there is none.
+// The two halves of a bias [2F], each padded to full vectors; zeros without a bias.
 struct Bias {
   Scratch scratch;
   Floats *value, *gate;
@@ -37,8 +37,7 @@ void forward(const View& packed, const View& bias, const View& out) {
 
 // A unit is ROWS rows, so that the order of the sums does not depend on the number of threads.
 template <class T>
-void backward(const View& grad, const View& packed, const View& bias, const View& grad_packed, const View& grad_bias,
-              const View& out) {
+void backward(const View& dout, const View& packed, const View& bias, const View& dpacked, const View& dbias, const View& out) {
   const int64_t M = packed.size[0], F = packed.size[1] / 2, V = vectors(F), parts = (M + ROWS - 1) / ROWS;
   const Bias added(bias, F);
   Scratch partials(bias.given() ? parts * 2 * V : 0);
@@ -46,8 +45,8 @@ void backward(const View& grad, const View& packed, const View& bias, const View
     for (int64_t unit = begin; unit < end; unit++) {
       Floats* sums = bias.given() ? partials.data() + unit * 2 * V : nullptr;
       for (int64_t m = unit * ROWS; m < (unit + 1) * ROWS && m < M; m++) {
-        const T *value = pointer<T>(packed, packed.at(m)), *gate = value + F, *dy = pointer<T>(grad, grad.at(m));
-        T *dvalue = pointer<T>(grad_packed, m * 2 * F), *dgate = dvalue + F, *y = out.given() ? pointer<T>(out, m * F) : nullptr;
+        const T *value = pointer<T>(packed, packed.at(m)), *gate = value + F, *dy = pointer<T>(dout, dout.at(m));
+        T *dvalue = pointer<T>(dpacked, m * 2 * F), *dgate = dvalue + F, *y = out.given() ? pointer<T>(out, m * F) : nullptr;
         for (int64_t i = 0, c = 0; c < F; i++, c += LANES) {
           const int64_t n = F - c;
           const Floats v = load_some(value + c, n) + added.value[i], g = load_some(gate + c, n) + added.gate[i];
@@ -63,7 +62,7 @@ void backward(const View& grad, const View& packed, const View& bias, const View
       }
     }
   });
-  if (bias.given()) reduce_partials(partials, 1, parts, 2, F, grad_bias);
+  if (bias.given()) reduce_partials(partials, 1, parts, 2, F, dbias);
 }
 
 }  // namespace
@@ -72,8 +71,8 @@ void swiglu_forward(View packed, View bias, View out) {
   with_type(packed.type, [&](auto type) { forward<decltype(type)>(packed, bias, out); });
 }
 
-void swiglu_backward(View grad, View packed, View bias, View grad_packed, View grad_bias, View out) {
-  with_type(packed.type, [&](auto type) { backward<decltype(type)>(grad, packed, bias, grad_packed, grad_bias, out); });
+void swiglu_backward(View dout, View packed, View bias, View dpacked, View dbias, View out) {
+  with_type(packed.type, [&](auto type) { backward<decltype(type)>(dout, packed, bias, dpacked, dbias, out); });
 }
 
 }  // namespace fastdit::FASTDIT_ISA

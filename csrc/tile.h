@@ -1,8 +1,8 @@
-// Products of bf16 matrices in blocks of 32 x 32 fp32 sums: four tiles of 16 x 16, in AMX's tile registers where this is compiled for
-// them. Elsewhere plain vectors do the same, for the tests: oneDNN is faster there.
+// Products of bf16 matrices in blocks of 32 x 32 fp32 sums: four tiles of 16 x 16, in AMX's tile registers where this is compiled
+// for them. Elsewhere plain vectors do the same, for the tests: oneDNN is faster there.
 //
-// A packed matrix W [N,K] (kernels/dit_block.py packs it) is N/32 panels of K/32 pieces of 32 x 32: two tiles one after the other, for
-// 16 of the panel's rows each, whose dword (i, j) is W's elements 2i and 2i+1 of row j. That is what TDPBF16PS multiplies with.
+// A packed matrix W [N,K] (kernels/dit_block.py packs it) is N/32 panels of K/32 pieces of 32 x 32: two tiles one after the other,
+// for 16 of the panel's rows each, whose dword (i, j) is W's elements 2i and 2i+1 of row j. TDPBF16PS multiplies with this layout.
 #pragma once
 
 #include <algorithm>
@@ -50,7 +50,7 @@ inline constexpr TileConfig TILE_CONFIG;
 // A thread's block of sums, in registers and where they are stored. One at a time: the registers are the thread's.
 class Block {
  public:
-  // By hand: GCC 12's _tile_loadconfig is said to read 8 bytes, and what fills the rest may move behind it.
+  // By hand: GCC 12's _tile_loadconfig is said to read 8 bytes, and the compiler may move the stores of the rest behind it.
   Block() { asm volatile("ldtilecfg %0" ::"m"(TILE_CONFIG)); }
   ~Block() { _tile_release(); }
   Block(const Block&) = delete;
@@ -115,8 +115,7 @@ class Block {
 
   INLINE const Sums& store() const {
     for (int64_t tile = 0; tile < 4; tile++)
-      for (int64_t i = 0; i < TILE; i++)
-        fastdit::FASTDIT_ISA::store(sums_.data + tile * Sums::APART + i * TILE, tiles_[tile][i]);
+      for (int64_t i = 0; i < TILE; i++) fastdit::FASTDIT_ISA::store(sums_.data + tile * Sums::APART + i * TILE, tiles_[tile][i]);
     return sums_;
   }
 
@@ -141,8 +140,8 @@ struct Ahead {
   }
 };
 
-// Blocks of a·Wᵀ one after the other. What becomes of the sums of one, finish(row, column, begin, end, sums) for some of its rows at a
-// time, happens while the next one is computed.
+// Blocks of a·Wᵀ one after the other. finish(row, column, begin, end, sums) uses the sums of a block, rows begin .. end at a time,
+// while the next block is computed.
 template <class Finish>
 class Blocks {
  public:
@@ -151,10 +150,10 @@ class Blocks {
 
   Ahead weights_ahead, rows_ahead, stream_ahead;
 
-  // a: 32 rows, `stride` elements apart, of 32·steps columns; pieces: one panel of W. row, column: what `finish` is told.
+  // a: 32 rows, `stride` elements apart, of 32·steps columns; pieces: one panel of W. row, column: arguments of `finish`.
   INLINE void next(const BFloat16* a, int64_t stride, const BFloat16* pieces, int64_t steps, int64_t row, int64_t column) {
     const int64_t rows_a_step = (BLOCK + steps - 1) / steps;
-    asm volatile("" ::: "memory");  // GCC does not know that tile loads read memory: what they read must be there
+    asm volatile("" ::: "memory");  // GCC does not know that tile loads read memory: stores to it must come first
     block_.zero();
     for (int64_t k = 0; k < steps; k++) {
       block_.add(a + k * BLOCK, stride, pieces + k * PIECE);

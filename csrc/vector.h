@@ -59,7 +59,7 @@ struct Floats {
     for (int i = 0; i < PARTS; i++) a.part[i] = a.part[i] symbol b.part[i]; \
     return a;                                                               \
   }                                                                         \
-  INLINE Floats& operator symbol##=(Floats & a, const Floats & b) { return a = a symbol b; }
+  INLINE Floats& operator symbol## = (Floats & a, const Floats& b) { return a = a symbol b; }
 LANEWISE(+)
 LANEWISE(-)
 LANEWISE(*)
@@ -141,7 +141,7 @@ INLINE Floats load(const BFloat16* p) {
   uint32_t bits[LANES];
   for (int i = 0; i < LANES; i++) bits[i] = (uint32_t)p[i].bits << 16;
   Floats v;
-  memcpy(&v, bits, sizeof v);
+  memcpy((void*)&v, bits, sizeof v);
   return v;
 }
 INLINE void store(BFloat16* p, const Floats& v) {
@@ -189,7 +189,7 @@ INLINE void store(T* p, const Floats& v, int64_t n) {
   memcpy(p, all, n * sizeof(T));
 }
 
-// Whole vectors, and the rest of a row.
+// A full vector, or the rest of a row.
 template <class T>
 INLINE Floats load_some(const T* p, int64_t n) {
   return n >= LANES ? load(p) : load(p, n);
@@ -282,7 +282,7 @@ INLINE float sum(const Floats& v) {
 #endif
 }
 
-// A NaN of a stays one.
+// A NaN of a stays NaN.
 INLINE Floats max(Floats a, const Floats& b) {
   for (int i = 0; i < PARTS; i++) a.part[i] = b.part[i] > a.part[i] ? b.part[i] : a.part[i];
   return a;
@@ -301,7 +301,7 @@ INLINE float max(const Floats& v) {
   return all[0];
 }
 
-// e^x within 2 units of the last place: 2^n times Taylor's polynomial of 2^f, |f| <= 1/2. Infinite above 88.7; below -87.3 it is 0
+// e^x within 2 units in the last place: 2^n times Taylor's polynomial of 2^f, |f| <= 1/2. Infinite above 88.7; below -87.3 it is 0
 // (AVX-512) or stops at 1.2e-38.
 INLINE Floats exp(Floats x) {
   constexpr float LOG2E = 1.44269504f,
@@ -328,7 +328,7 @@ INLINE Floats exp(Floats x) {
   return x;
 }
 
-// 2^x for x from -126 to 127, within 1.1e-4 of itself: for what is rounded to bf16, by 2e-3.
+// 2^x for x from -126 to 127, with a relative error of 1.1e-4: for results that are rounded to bf16, which errs by 2e-3.
 INLINE Floats rough_exp2(Floats x) {
   // The polynomial of degree 3 with the least largest relative error on |f| <= 1/2.
   constexpr float C[] = {5.5009102e-2f, 2.4221098e-1f, 6.9328289e-1f, 1.0f};
@@ -342,7 +342,7 @@ INLINE Floats rough_exp2(Floats x) {
   return x;
 }
 
-// x·sigmoid(x) within 2e-4 of itself, as rough_exp2 is meant; x·2^-126 below -87.
+// x·sigmoid(x) with a relative error of 2e-4, for the same results; x·2^-126 below -87.
 INLINE Floats rough_silu(const Floats& x) {
   Floats denominator = Floats(1.0f) + rough_exp2(min(max(x * -1.44269504f, -126.0f), 126.0f));
 #if defined(__AVX512F__)

@@ -1,4 +1,4 @@
-// What a kernel is given: plain memory, no torch.
+// The arguments of kernels: plain memory, no torch.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace fastdit {
 
 enum class Type { fp32, bf16, fp16 };
 
-// A tensor: sizes and strides in elements. `data` is null for an optional one that is not given.
+// A tensor: sizes and strides in elements. `data` is null if an optional tensor is not given.
 struct View {
   void* data = nullptr;
   Type type = Type::fp32;
@@ -18,7 +18,7 @@ struct View {
 };
 
 // Defined by the host: calls body(begin, end, context) on disjoint ranges that cover 0 .. units, on the threads of torch's own pool
-// (std::thread in the race test). grain: units that one thread takes at least.
+// (std::thread in the race test). grain: least number of units per thread.
 void parallel_for(int64_t units, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
 }  // namespace fastdit

@@ -1,11 +1,10 @@
 """adamw_step: one step of an optimizer as one pass over its tensors: AdamW, moving averages, the model's own weights.
 
-P parameters, k moving averages, C blocks of BLOCK elements. Bytes per parameter with bf16 gradients and weights and one average: 36
-(gradient 2, master, two moments and average 8 each, weight 2). It works in place, as an optimizer does, and on the addresses of
-tensors: it is no library op, and nothing differentiates or traces it. One launch, which neither waits nor uses atomics.
+P parameters, k moving averages, C blocks of BLOCK elements. It works in place, as an optimizer does, and on the addresses of
+tensors: it is no library op, and nothing differentiates or traces it. One launch, which does not wait and uses no atomics.
 
-Elements are rounded as torch's fused AdamW on a CPU with FMA rounds them (but for the last ones of a tensor whose size is no
-multiple of 16, whose second moments may differ by a unit of the last place), and averages as torch.lerp.
+Elements are rounded as torch's fused AdamW on a CPU with FMA rounds them (except the last ones of a tensor whose size is no
+multiple of 16: their second moments may differ by a unit in the last place), and averages as torch.lerp.
 """
 
 import math
@@ -20,16 +19,18 @@ from torch import Tensor
 from .dispatch import backend_in_use
 from .library import cpp, launch
 
-BLOCK = 1024  # elements of a Triton program, and of a C++ unit
-_NUMBERS = 7  # that all steps have, before the averages' weights
+# per parameter, with bf16 gradients and weights and one average: gradient 2, master, two moments and average 8 each, weight 2
+BYTES = (36, 0)
+BLOCK = 1024  # elements per Triton program, and per C++ unit
+_NUMBERS = 7  # numbers of every step, before the averages' weights
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class AdamWTensors:
     """The tensors of P parameters that `adamw_step` works on, and their addresses on the device.
 
-    The tensors must stay where they are. All steps of one object belong on one stream: what a step uploads replaces what the step
-    before it read.
+    The tensors must not move. All steps of one object must run on one stream: the upload of a step overwrites what the step before
+    it read.
     """
 
     def __init__(
@@ -37,13 +38,17 @@ class AdamWTensors:
         copies: Sequence[Tensor] | None = None, averages: Sequence[Sequence[Tensor]] = (),
     ) -> None:  # fmt: skip
         """masters, exp_avgs, exp_avg_sqs, and each of the k averages: P contiguous tensors, fp32 (fp64: reference only). copies: P
-        tensors of one lower precision that follow the masters, or None. Raises ValueError."""
-        self.masters, self.exp_avgs, self.exp_avg_sqs = list(masters), list(exp_avgs), list(exp_avg_sqs)
-        self.copies, self.averages = None if copies is None else list(copies), [list(average) for average in averages]
-        own = {"exp_avgs": self.exp_avgs, "exp_avg_sqs": self.exp_avg_sqs}
-        own |= {f"averages[{i}]": average for i, average in enumerate(self.averages)}
+        tensors of one lower precision, updated with the masters, or None. Raises ValueError for other lengths, dtypes and
+        layouts."""
+        self.masters = list(masters)
+        self.exp_avgs = list(exp_avgs)
+        self.exp_avg_sqs = list(exp_avg_sqs)
+        self.copies = None if copies is None else list(copies)
+        self.averages = [list(average) for average in averages]
+        states = {"exp_avgs": self.exp_avgs, "exp_avg_sqs": self.exp_avg_sqs}
+        states |= {f"averages[{i}]": average for i, average in enumerate(self.averages)}
         _check("masters", self.masters, self.masters, (torch.float32, torch.float64))
-        for name, tensors in own.items():
+        for name, tensors in states.items():
             _check(name, tensors, self.masters, (self.masters[0].dtype,))
         if self.copies is not None:
             _check("copies", self.copies, self.masters, tuple(_TYPES))
@@ -54,25 +59,24 @@ class AdamWTensors:
         """`table` int64 [4+1+k, P]: addresses of master and moments, number of elements, address of copy (or 0) and averages.
         `blocks` int32 [C,2]: parameter and block in it. `changing` int64 [7+k+P]: what `upload` writes."""
         sizes = [master.numel() for master in self.masters]
-        address = lambda tensors: [t.data_ptr() for t in tensors]
-        copies = [0] * len(sizes) if self.copies is None else address(self.copies)
-        rows = [address(self.masters), address(self.exp_avgs), address(self.exp_avg_sqs), sizes, copies]
+        copies = [0] * len(sizes) if self.copies is None else _addresses(self.copies)
+        rows = [_addresses(self.masters), _addresses(self.exp_avgs), _addresses(self.exp_avg_sqs), sizes, copies]
         blocks = [(i, block) for i, size in enumerate(sizes) for block in range(-(-size // BLOCK))]
-        self.table = torch.tensor(rows + [address(average) for average in self.averages], device=self.device)
+        self.table = torch.tensor(rows + [_addresses(average) for average in self.averages], device=self.device)
         self.blocks = torch.tensor(blocks, dtype=torch.int32, device=self.device).view(-1, 2)
         count = _NUMBERS + len(self.averages) + len(sizes)
         self.changing = torch.empty(count, dtype=torch.int64, device=self.device)
         self._uploaded: list[int] = []
 
     def upload(self, numbers: list[float], gradients: Sequence[Tensor]) -> None:
-        """Write a step's numbers, as the bits of fp32, and the addresses of its gradients, unless they are there. On CUDA from
-        pinned memory, without waiting: the allocator of pinned memory keeps it until the copy is done.
+        """Write a step's numbers, as the bits of fp32, and the addresses of its gradients, unless they are on the device already.
+        On CUDA the copy is from pinned memory and does not wait: the allocator of pinned memory holds it until the copy is done.
 
-        Raises RuntimeError where a CUDA graph is captured: it would copy the same again in every replay, from memory that is gone.
+        Raises RuntimeError during the capture of a CUDA graph, whose replays would copy again from memory that is freed by then.
         """
         numbers = numbers + [0.0] * (_NUMBERS + len(self.averages) - len(numbers))
         bits = np.array(numbers).astype(np.float32).view(np.int32).tolist()
-        values = bits + [g.data_ptr() for g in gradients]
+        values = bits + _addresses(gradients)
         if values == self._uploaded:
             return
         cuda = self.device.type == "cuda"
@@ -80,6 +84,10 @@ class AdamWTensors:
             raise RuntimeError("adamw_step: a new upload cannot be captured: take the same step, in place, before the capture")
         self.changing.copy_(torch.tensor(values, device="cpu", pin_memory=cuda), non_blocking=True)
         self._uploaded = values
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
 
 
 def _check(name: str, tensors: Sequence[Tensor], masters: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -119,84 +127,86 @@ def adamw_step_reference(
 
 
 @triton.jit
-def _number(changing, i):
-    return tl.load(changing + i).to(tl.int32).to(tl.float32, bitcast=True)
+def _number(changing_ptr, i):
+    return tl.load(changing_ptr + i).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _elements(address, at, TYPE: tl.constexpr, WHOLE: tl.constexpr):
-    """Pointers to the elements `at` of a tensor of TYPE at an address; WHOLE: which is a multiple of 16 bytes."""
-    first = address.to(tl.pointer_type(TYPE))
-    if WHOLE:
-        first = tl.multiple_of(first, 16)
-    return first + at
+def _element_ptrs(address, element, TYPE: tl.constexpr, FULL: tl.constexpr):
+    """Pointers to the given elements of a tensor of TYPE at an address, which is a multiple of 16 bytes if FULL."""
+    first_ptr = address.to(tl.pointer_type(TYPE))
+    if FULL:
+        first_ptr = tl.multiple_of(first_ptr, 16)
+    return first_ptr + element
 
 
 @triton.jit
-def _load(elements, mask, WHOLE: tl.constexpr):
-    values = tl.load(elements) if WHOLE else tl.load(elements, mask=mask, other=0.0)
+def _load(ptr, mask, FULL: tl.constexpr):
+    values = tl.load(ptr) if FULL else tl.load(ptr, mask=mask, other=0.0)
     return values.to(tl.float32)
 
 
 @triton.jit
-def _store(elements, values, mask, WHOLE: tl.constexpr):
-    if WHOLE:
-        tl.store(elements, values)
+def _store(ptr, values, mask, FULL: tl.constexpr):
+    if FULL:
+        tl.store(ptr, values)
     else:
-        tl.store(elements, values, mask=mask)
+        tl.store(ptr, values, mask=mask)
 
 
 @triton.jit
 def _update_block(
-    row, changing, address, start, n, scale, P, FIRST: tl.constexpr, GRADIENT: tl.constexpr, COPY: tl.constexpr,
-    AVERAGES: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    row_ptr, changing_ptr, address, start, n, scale, P, FIRST: tl.constexpr, GRADIENT: tl.constexpr, COPY: tl.constexpr,
+    AVERAGES: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Elements start .. start+BLOCK of one parameter of n; WHOLE: none is past the end, and all tensors are aligned."""
-    at = start + tl.arange(0, BLOCK)
-    mask = at < n
-    master = _elements(tl.load(row), at, tl.float32, WHOLE)
-    exp_avg = _elements(tl.load(row + P), at, tl.float32, WHOLE)
-    exp_avg_sq = _elements(tl.load(row + 2 * P), at, tl.float32, WHOLE)
-    g = tl.div_rn(_load(_elements(address, at, GRADIENT, WHOLE), mask, WHOLE), scale)
-    p, m, v = _load(master, mask, WHOLE), _load(exp_avg, mask, WHOLE), _load(exp_avg_sq, mask, WHOLE)
-    weight = _number(changing, 4)
+    """Elements start .. start+BLOCK of a parameter of n elements. FULL: none is past the end, and all tensors are aligned to 16
+    bytes."""
+    element = start + tl.arange(0, BLOCK)
+    mask = element < n
+    master_ptr = _element_ptrs(tl.load(row_ptr), element, tl.float32, FULL)
+    exp_avg_ptr = _element_ptrs(tl.load(row_ptr + P), element, tl.float32, FULL)
+    exp_avg_sq_ptr = _element_ptrs(tl.load(row_ptr + 2 * P), element, tl.float32, FULL)
+    g = tl.div_rn(_load(_element_ptrs(address, element, GRADIENT, FULL), mask, FULL), scale)
+    p, m, v = _load(master_ptr, mask, FULL), _load(exp_avg_ptr, mask, FULL), _load(exp_avg_sq_ptr, mask, FULL)
+    weight = _number(changing_ptr, 4)
     m = tl.fma(g - m, tl.where(weight < 0.5, weight, weight - 1), tl.where(weight < 0.5, m, g))
-    v = tl.fma(g * _number(changing, 6), g, v * _number(changing, 5))
-    denominator = tl.div_rn(tl.sqrt_rn(v), _number(changing, 2)) + _number(changing, 3)
-    p = p * _number(changing, 0) - tl.div_rn(_number(changing, 1) * m, denominator)
-    _store(exp_avg, m, mask, WHOLE)
-    _store(exp_avg_sq, v, mask, WHOLE)
-    _store(master, p, mask, WHOLE)
+    v = tl.fma(g * _number(changing_ptr, 6), g, v * _number(changing_ptr, 5))
+    denominator = tl.div_rn(tl.sqrt_rn(v), _number(changing_ptr, 2)) + _number(changing_ptr, 3)
+    p = p * _number(changing_ptr, 0) - tl.div_rn(_number(changing_ptr, 1) * m, denominator)
+    _store(exp_avg_ptr, m, mask, FULL)
+    _store(exp_avg_sq_ptr, v, mask, FULL)
+    _store(master_ptr, p, mask, FULL)
     if COPY is not None:
-        _store(_elements(tl.load(row + 4 * P), at, COPY, WHOLE), p.to(COPY), mask, WHOLE)
+        _store(_element_ptrs(tl.load(row_ptr + 4 * P), element, COPY, FULL), p.to(COPY), mask, FULL)
     for k in tl.static_range(AVERAGES):
-        average = _elements(tl.load(row + (5 + k) * P), at, tl.float32, WHOLE)
-        weight = _number(changing, FIRST + k)
-        a = _load(average, mask, WHOLE)
+        average_ptr = _element_ptrs(tl.load(row_ptr + (5 + k) * P), element, tl.float32, FULL)
+        weight = _number(changing_ptr, FIRST + k)
+        a = _load(average_ptr, mask, FULL)
         a = tl.fma(p - a, tl.where(weight < 0.5, weight, weight - 1), tl.where(weight < 0.5, a, p))
-        _store(average, a, mask, WHOLE)
+        _store(average_ptr, a, mask, FULL)
 
 
 @triton.jit(do_not_specialize=["P", "gradients"])
-def _adamw_kernel(
-    blocks, table, changing, grad_scale, found_inf, P, gradients, FIRST: tl.constexpr, GRADIENT: tl.constexpr, COPY: tl.constexpr,
-    AVERAGES: tl.constexpr, BLOCK: tl.constexpr,
+def adamw_step_kernel(
+    blocks_ptr, table_ptr, changing_ptr, grad_scale_ptr, found_inf_ptr, P, gradients, FIRST: tl.constexpr, GRADIENT: tl.constexpr,
+    COPY: tl.constexpr, AVERAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one block. Nothing is written where found_inf is not 0. gradients: where in `changing` they begin."""
+    """A program takes one block. Nothing is written unless found_inf is 0. gradients: index of the first gradient's address in
+    `changing`."""
     pid, P = tl.program_id(0).to(tl.int64), P.to(tl.int64)
-    skipped, scale = tl.load(found_inf) != 0, tl.load(grad_scale)
-    parameter = tl.load(blocks + 2 * pid).to(tl.int64)
-    start = tl.load(blocks + 2 * pid + 1).to(tl.int64) * BLOCK
-    row, n = table + parameter, tl.load(table + parameter + 3 * P)
-    address = tl.load(changing + (gradients.to(tl.int64) + parameter))
-    bits = address | tl.load(row) | tl.load(row + P) | tl.load(row + 2 * P) | tl.load(row + 4 * P)
+    skipped, scale = tl.load(found_inf_ptr) != 0, tl.load(grad_scale_ptr)
+    parameter = tl.load(blocks_ptr + 2 * pid).to(tl.int64)
+    start = tl.load(blocks_ptr + 2 * pid + 1).to(tl.int64) * BLOCK
+    row_ptr, n = table_ptr + parameter, tl.load(table_ptr + parameter + 3 * P)
+    address = tl.load(changing_ptr + (gradients.to(tl.int64) + parameter))
+    bits = address | tl.load(row_ptr) | tl.load(row_ptr + P) | tl.load(row_ptr + 2 * P) | tl.load(row_ptr + 4 * P)
     for k in tl.static_range(AVERAGES):
-        bits |= tl.load(row + (5 + k) * P)
+        bits |= tl.load(row_ptr + (5 + k) * P)
     if skipped == 0:
         if (bits % 16 == 0) & (start + BLOCK <= n):
-            _update_block(row, changing, address, start, n, scale, P, FIRST, GRADIENT, COPY, AVERAGES, BLOCK, True)
+            _update_block(row_ptr, changing_ptr, address, start, n, scale, P, FIRST, GRADIENT, COPY, AVERAGES, BLOCK, True)
         else:
-            _update_block(row, changing, address, start, n, scale, P, FIRST, GRADIENT, COPY, AVERAGES, BLOCK, False)
+            _update_block(row_ptr, changing_ptr, address, start, n, scale, P, FIRST, GRADIENT, COPY, AVERAGES, BLOCK, False)
 
 
 def adamw_step(
@@ -205,11 +215,12 @@ def adamw_step(
 ) -> None:  # fmt: skip
     """Take step number `step` (from 1) of AdamW (Loshchilov and Hutter, arXiv:1711.05101, algorithm 2), in place.
 
-    gradients: P contiguous tensors, bf16, fp16 or fp32. grad_scale: fp32 scalar on the device that they are divided by; found_inf:
-    one that leaves everything as it is unless it is 0. weights: of each average, a <- a + weight·(master - a) with the new master;
-    none leaves the averages out of this step. The bias corrections are computed on the host in double precision.
-    Waits for nothing. A CUDA graph may capture the same step that was taken just before it: it holds the launch alone.
-    Raises ValueError for other lengths, dtypes, layouts and devices.
+    gradients: P contiguous tensors, bf16, fp16 or fp32. grad_scale: fp32 scalar on the device, the divisor of the gradients.
+    found_inf: fp32 scalar on the device; unless it is 0 nothing is written. weights: one number per average, for a <- a +
+    weight·(master - a) with the new master; empty: this step leaves the averages as they are. The bias corrections are computed on
+    the host in double precision. The call does not wait for the device. A CUDA graph may capture a step only right after the same
+    step was taken outside of it: the graph then holds the launch and no upload. Raises ValueError for other lengths, dtypes,
+    layouts and devices.
     """
     _check("gradients", gradients, tensors.masters, tuple(_TYPES))
     if weights and len(weights) != len(tensors.averages):
@@ -223,14 +234,14 @@ def adamw_step(
     elif tensors.masters[0].dtype == torch.float64:
         raise ValueError(f"adamw_step: the {backend} kernels do not compute in float64: use kernels.backend('reference')")
     elif len(tensors.blocks):
-        for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):  # whose memory the kernels read as fp32
+        for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):  # the kernels read their memory as fp32
             if scalar.numel() != 1 or scalar.dtype != torch.float32 or scalar.device != tensors.device:
                 raise ValueError(
                     f"adamw_step: {name} is {scalar.dtype} {list(scalar.shape)} on {scalar.device}, but one torch.float32 on "
                     f"{tensors.device} is needed"
                 )
         _run(backend, tensors, gradients, grad_scale, found_inf, weights, **hyperparameters)
-    # what autograd kept of the weights is not what it was
+    # so that a backward through weights that autograd saved before this step raises an error
     torch.autograd.graph.increment_version([*tensors.masters, *(tensors.copies or ())])
 
 
@@ -245,7 +256,7 @@ def _run(
         cpp.adamw_step(tensors.blocks, tensors.table, tensors.changing, gradients[0], copy, grad_scale, found_inf, len(weights))
         return
     launch(
-        _adamw_kernel, (len(tensors.blocks),), tensors.table, tensors.blocks, tensors.table, tensors.changing, grad_scale,
+        adamw_step_kernel, (len(tensors.blocks),), tensors.table, tensors.blocks, tensors.table, tensors.changing, grad_scale,
         found_inf, len(tensors.masters), _NUMBERS + len(tensors.averages), _NUMBERS, _TYPES[gradients[0].dtype],
         None if copy is None else _TYPES[copy.dtype], len(weights), BLOCK, num_warps=4,
     )  # fmt: skip

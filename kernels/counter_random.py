@@ -1,4 +1,4 @@
-"""counter_normal, counter_uniform: random numbers that depend on their name alone, not on batch, rank, order or device.
+"""counter_normal, counter_uniform: random numbers that depend only on their key and counter, not on batch, rank, order or device.
 
 Philox-4x32-10 (Salmon et al., SC 2011, doi:10.1145/2063384.2063405) with key = the 64 bits of `seed` and counter =
 (block, stream, low and high half of the row's id). A block of four words serves the elements 4·block .. 4·block + 3 of the row.
@@ -14,7 +14,8 @@ from torch import Tensor
 from .dispatch import backend_in_use
 from .library import cdiv, cpp, find, launch, register
 
-BLOCK = 256  # counters a program, four elements each: 2 a thread on 4 warps, stored as 128 bits
+BYTES = (4, 0)  # per number: they are fp32, and depend on no tensor that has a gradient
+BLOCK = 256  # counters per program, four elements each: 2 per thread on 4 warps, stored as 128 bits
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -28,7 +29,7 @@ def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox-4x32. counter: four int64 tensors, key: two ints, all in [0, 2^32). Returns four words alike."""
+    """Ten rounds of Philox-4x32. counter: four int64 tensors, key: two ints, all in [0, 2^32). Returns four words, int64 too."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -40,14 +41,14 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def _words(seed: int, stream: int, ids: Tensor, numel: int) -> Tensor:
-    """The random words of each row in order: int64 [B, 4·ceil(numel/4)] in [0, 2^32)."""
+    """Return the random words of each row in order: int64 [B, 4·ceil(numel/4)] in [0, 2^32)."""
     block = torch.arange((numel + 3) // 4, device=ids.device)
     counter = torch.broadcast_tensors(block, block.new_full((), stream), (ids & _MASK)[:, None], ((ids >> 32) & _MASK)[:, None])
     return torch.stack(philox(counter, (seed & _MASK, (seed >> 32) & _MASK)), dim=-1).flatten(1)
 
 
 def _unit(words: Tensor) -> Tensor:
-    """The top 24 bits of each word as fp32 in [0, 1): every value is exact."""
+    """Return the top 24 bits of each word as fp32 in [0, 1): every value is exact."""
     return (words >> 8).float() * 2.0**-24
 
 
@@ -69,10 +70,10 @@ def counter_normal_reference(seed: int, stream: int, ids: Tensor, shape: tuple[i
 
 @triton.jit
 def _cos_sin(u):
-    """cos and sin of 2π·u for u in [0, 1), a multiple of 2^-24, within 1e-7 (all 2^24 of them).
+    """Return cos and sin of 2π·u for u in [0, 1), a multiple of 2^-24, within 1e-7 (all 2^24 of them).
 
-    By quarter turns, u = (k + r)/4 with |r| <= 1/2, which is exact, and the Taylor series of cos and sin of π/2·r to r^8 and r^9.
-    The library's functions take any argument, and their slow path for large ones costs every thread 32 bytes of stack.
+    In quarter turns: u = (k + r)/4 with |r| <= 1/2, which is exact, and the Taylor series of cos and sin of π/2·r to r^8 and r^9.
+    The library's functions take any argument, and their slow path for large ones costs 32 bytes of stack per thread.
     """
     k = (4 * u + 0.5).to(tl.int32)
     r = 4 * u - k.to(tl.float32)
@@ -86,20 +87,20 @@ def _cos_sin(u):
 
 
 @triton.jit(do_not_specialize=["key0", "key1", "stream"])
-def counter_random_kernel(
-    ids_ptr, out_ptr, ids_b, key0, key1, stream, WIDTH: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr
+def counter_random_forward_kernel(
+    ids_ptr, out_ptr, ids_stride_b, key0, key1, stream, WIDTH: tl.constexpr, NORMAL: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Elements of BLOCK consecutive counters of one row; rows and blocks share grid axis 0, because axis 1 ends at 65535.
 
     The words are those of `philox`, bit for bit. key0, key1 and stream are 32 bits each, passed as signed ints.
     """
     blocks = tl.cdiv(WIDTH, 4 * BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    start = (program % blocks) * BLOCK
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // blocks
+    start = (pid % blocks) * BLOCK
     counter = (start + tl.arange(0, BLOCK)).to(tl.uint32)
     zero = tl.zeros([BLOCK], tl.uint32)
-    name = tl.load(ids_ptr + row * ids_b)
+    name = tl.load(ids_ptr + row * ids_stride_b)
     w0, w1, w2, w3 = tl.philox_impl(
         counter,
         zero + stream.to(tl.uint32, bitcast=True),
@@ -122,33 +123,34 @@ def counter_random_kernel(
 
 
 def _signed(word: int) -> int:
-    """The same 32 bits as a signed int, so that Triton types every word alike and compiles one kernel."""
+    """Return the same 32 bits as a signed int: Triton then gives every word one type, and compiles one kernel."""
     return word - 2**32 if word >= 2**31 else word
 
 
-def _fake(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], normal: bool) -> Tensor:
+def _forward_fake(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], normal: bool) -> Tensor:
     return ids.new_empty((len(ids), *shape), dtype=torch.float32)
 
 
 @register(
     "counter_random_forward_triton(Tensor ids, SymInt key0, SymInt key1, SymInt stream, SymInt[] shape, bool normal) -> Tensor",
-    _fake,
+    _forward_fake,
 )
-def _triton(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], normal: bool) -> Tensor:
-    out = _fake(ids, key0, key1, stream, shape, normal)
+def _forward_triton(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], normal: bool) -> Tensor:
+    out = _forward_fake(ids, key0, key1, stream, shape, normal)
     if out.numel():
         W = out.numel() // len(ids)
         grid = (len(ids) * cdiv(W, 4 * BLOCK),)
         words = _signed(key0), _signed(key1), _signed(stream)
-        launch(counter_random_kernel, grid, ids, ids, out, ids.stride(0), *words, W, normal, BLOCK, num_warps=4)
+        launch(counter_random_forward_kernel, grid, ids, ids, out, ids.stride(0), *words, W, normal, BLOCK, num_warps=4)
     return out
 
 
 @register(
-    "counter_random_forward_cpp(Tensor ids, SymInt key0, SymInt key1, SymInt stream, SymInt[] shape, bool normal) -> Tensor", _fake
+    "counter_random_forward_cpp(Tensor ids, SymInt key0, SymInt key1, SymInt stream, SymInt[] shape, bool normal) -> Tensor",
+    _forward_fake,
 )
-def _cpp(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], normal: bool) -> Tensor:
-    out = _fake(ids, key0, key1, stream, shape, normal)
+def _forward_cpp(ids: Tensor, key0: int, key1: int, stream: int, shape: list[int], normal: bool) -> Tensor:
+    out = _forward_fake(ids, key0, key1, stream, shape, normal)
     if out.numel():
         cpp.counter_random_forward(ids, key0, key1, stream, normal, out.view(len(ids), -1))
     return out
@@ -163,26 +165,26 @@ def _draw(op: str, seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) 
     if math.prod(shape) > 2**34:
         raise ValueError(f"{op}: a row of shape {list(shape)} has more than 2^34 elements, where the counter would wrap")
     normal = op == "counter_normal"
-    chosen = backend_in_use(ids.device)
-    if chosen == "reference":
+    backend = backend_in_use(ids.device)
+    if backend == "reference":
         reference = counter_normal_reference if normal else counter_uniform_reference
         return reference(seed, stream, ids, shape)
-    return find("counter_random_forward", chosen)(ids, seed & _MASK, seed >> 32, stream, list(shape), normal)
+    return find("counter_random_forward", backend)(ids, seed & _MASK, seed >> 32, stream, list(shape), normal)
 
 
 def counter_uniform(seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uniform numbers in [0, 1), 24 bits each: fp32 [B, *shape] on the device of ids.
+    """Return uniform numbers in [0, 1), 24 bits each: fp32 [B, *shape] on the device of ids.
 
-    seed in [0, 2^64); stream in [0, 2^32) separates uses; ids int64 [B]. Element e of row i depends on
-    (seed, stream, ids[i], e) alone. Raises ValueError for values outside these ranges.
+    seed in [0, 2^64); stream in [0, 2^32), one per purpose; ids int64 [B]. Element e of row i depends only on
+    (seed, stream, ids[i], e). Raises ValueError for values outside these ranges.
     """
     return _draw("counter_uniform", seed, stream, ids, shape)
 
 
 def counter_normal(seed: int, stream: int, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers by Box-Muller (at most 5.77 in magnitude): fp32 [B, *shape] on the device of ids.
+    """Return standard normal numbers by Box-Muller (at most 5.77 in magnitude): fp32 [B, *shape] on the device of ids.
 
-    Words 2j and 2j+1 of a row give its elements 2j (cosine) and 2j+1 (sine). Arguments, dependence and errors as
+    Words 2j and 2j+1 of a row give its elements 2j (cosine) and 2j+1 (sine). Arguments, dependence and errors are those of
     `counter_uniform`; the words are equal on every device, the values to rounding of log, sqrt, cos and sin.
     """
     return _draw("counter_normal", seed, stream, ids, shape)

@@ -41,17 +41,17 @@ def backend(name: str) -> Iterator[None]:
 
 
 def keep_backend() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """For torch.utils.checkpoint(…, context_fn=keep_backend): what is recomputed runs on the backend of its forward, also when
-    the backward runs outside of the `with backend(…)` block."""
+    """Return the contexts for torch.utils.checkpoint(…, context_fn=keep_backend): the recomputation runs on the backend of the
+    forward, even if the backward runs outside of the `with backend(…)` block."""
     return nullcontext(), backend(_setting)
 
 
 def backend_in_use(device: torch.device) -> str:
-    """The backend that ops run on tensors of `device`: "triton", "cpp" or "reference".
+    """Return the backend of ops on tensors of `device`: "triton", "cpp" or "reference".
 
-    `auto` is Triton on CUDA, C++ on a CPU if the extension was built, and else the reference. On the meta device any backend that
-    is asked for gives its shapes. Raises RuntimeError when the backend asked for cannot run there, ValueError when FASTDIT_KERNELS
-    names none.
+    `auto` is Triton on CUDA, C++ on a CPU if the extension was built, and else the reference. On the meta device every backend
+    gives its shapes. Raises RuntimeError if the chosen backend cannot run on `device`, ValueError if FASTDIT_KERNELS names no
+    backend.
     """
     _check_name(_setting)
     if device.type == "meta":
@@ -68,16 +68,17 @@ def backend_in_use(device: torch.device) -> str:
 
 
 def choose_backend(op: str, *tensors: Tensor | None) -> str:
-    """The backend for one call of `op`: `backend_in_use`, and ValueError for fp64 where only the reference computes in it."""
+    """Return the backend for one call of `op`. Raises the errors of `backend_in_use`, and ValueError for fp64 unless the backend is
+    the reference."""
     given = [t for t in tensors if t is not None]
-    chosen = backend_in_use(given[0].device)
-    if chosen != "reference" and any(t.dtype == torch.float64 for t in given):
-        raise ValueError(f"{op}: the {chosen} kernels do not compute in float64: use float32 or kernels.backend('reference')")
-    return chosen
+    name = backend_in_use(given[0].device)
+    if name != "reference" and any(t.dtype == torch.float64 for t in given):
+        raise ValueError(f"{op}: the {name} kernels do not compute in float64: use float32 or kernels.backend('reference')")
+    return name
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of an op's maths: fp32, or fp64 when it is given fp64 (references only)."""
+    """Return the dtype that an op computes in: fp32, or fp64 for fp64 inputs (references only)."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -107,7 +108,7 @@ def check_tokens(op: str, name: str, x: Tensor) -> tuple[int, int, int]:
 
 
 def check_no_grad(op: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError when a tensor that the op does not differentiate requires grad."""
+    """Raise ValueError if a tensor that the op does not differentiate requires grad."""
     for name, t in tensors.items():
         if t is not None and t.requires_grad:
             raise ValueError(f"{op}: {name} requires grad, but the op does not differentiate it: pass {name}.detach()")

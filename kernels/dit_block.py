@@ -1,8 +1,8 @@
-"""dit_block: a whole DiT block for sampling, without gradients, on a CPU's bf16 matrix units (AMX).
+"""dit_block: a DiT block as one op for sampling, without gradients, on a CPU's bf16 matrix units (AMX).
 
-B batch, T tokens, H width, N heads, F SwiGLU hidden. Op by op, a block takes the results of its matmuls from memory and back eight
-times, and AMX makes that most of its time. Here what follows a matmul works on its fp32 sums, and mostly while the next sums are
-computed. Rounded to bf16 are the inputs of the matmuls and the two streams alone.
+B batch, T tokens, H width, N heads, F SwiGLU hidden. As separate ops, a block writes and reads the results of its matmuls eight
+times, which is most of its time if AMX multiplies. Here the ops after a matmul work on its fp32 sums, mostly while the next sums
+are computed. Only the inputs of the matmuls and the two streams are rounded to bf16.
 """
 
 from typing import NamedTuple
@@ -17,11 +17,11 @@ from .library import INSTRUCTION_SETS, cpp, inner_contiguous
 from .qk_norm_rope import qk_norm_rope_reference
 from .swiglu import swiglu_reference
 
-TILE, BLOCK = 16, 32  # of rows and columns that AMX and csrc/tile.h multiply at once
+TILE, BLOCK = 16, 32  # rows and columns that AMX, and csrc/tile.h, multiply at once
 
 
 class BlockWeights(NamedTuple):
-    """Linear weights [out, in] and biases [out] of a block, as fastdit's model has them; q_weight and k_weight [D] or None."""
+    """Linear weights [out, in] and biases [out] of a block, in the layout of fastdit's model; q_weight and k_weight [D] or None."""
 
     qkv: Tensor
     q_weight: Tensor | None
@@ -37,7 +37,7 @@ def dit_block_reference(
     x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], weights: BlockWeights, cos: Tensor | None, sin: Tensor | None, heads: int,
     qk_eps: float, eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`dit_block` in plain PyTorch, weights as they are: every matmul and op rounds to the dtype of x."""
+    """`dit_block` in plain PyTorch, with weights that are not packed: every matmul and op rounds to the dtype of x."""
     gate1, shift2, scale2, gate2, next_shift, next_scale = modulation
     qkv = F.linear(y, weights.qkv)
     q, k, v = qk_norm_rope_reference(qkv, weights.q_weight, weights.k_weight, cos, sin, heads, qk_eps)
@@ -50,33 +50,34 @@ def dit_block_reference(
 
 
 def dit_block_fits(tokens: int, width: int, heads: int, hidden: int) -> bool:
-    """Whether `dit_block` takes blocks of these sizes: all multiples of 32, heads of 32, 64, 96 or 128."""
+    """Return whether `dit_block` takes blocks of these sizes: all multiples of 32, heads of 32, 64, 96 or 128."""
     if min(width, heads, hidden) <= 0 or width % heads or width // heads > 128:
         return False
     return not any(n % BLOCK for n in (tokens, width, hidden, width // heads))
 
 
 def dit_block_is_fast(device: torch.device) -> bool:
-    """Whether `dit_block` is faster in bf16 than the model's own way: where the C++ kernels run on AMX."""
+    """Return whether `dit_block` is faster in bf16 than the model's separate ops, which is so if the C++ kernels run on AMX."""
     return device.type == "cpu" and backend_in_use(device) == "cpp" and INSTRUCTION_SETS[cpp.isa()] == "AMX"
 
 
 def _pack(weight: Tensor) -> Tensor:
-    """[N,K] in the order in which csrc/tile.h multiplies: [N/32, K/32, 2, 16, 16, 2], the innermost pairs along K."""
+    """Return [N,K] in the order in which csrc/tile.h multiplies: [N/32, K/32, 2, 16, 16, 2], the innermost pairs along K."""
     N, K = weight.shape
     tiles = weight.bfloat16().view(N // BLOCK, 2, TILE, K // BLOCK, TILE, 2)
     return tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
 
 
 class PackedBlockWeights(BlockWeights):
-    """What `pack_dit_block` makes: matrices in bf16 in the kernel's order, vectors in fp32. Nothing else may make one."""
+    """The result of `pack_dit_block`, its only maker: matrices in bf16 in the kernel's order, vectors in fp32."""
 
 
 @torch.no_grad()
 def pack_dit_block(weights: BlockWeights) -> PackedBlockWeights:
-    """The weights as `dit_block` takes them: a copy. Each 16 values of `up` stand beside their gates.
+    """Return a copy of the weights in the layout that `dit_block` takes: each 16 rows of values of `up` beside those of their
+    gates.
 
-    Raises ValueError for shapes that are no block's, and for widths that are no multiples of 32.
+    Raises ValueError for shapes that do not fit together, and for widths that are no multiples of 32.
     """
     H, hidden = weights.down.shape
     if not dit_block_fits(BLOCK, H, H // BLOCK, hidden):
@@ -96,7 +97,7 @@ def pack_dit_block(weights: BlockWeights) -> PackedBlockWeights:
 def _check_inputs(
     x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], weights: PackedBlockWeights, tables: tuple[Tensor | None, ...], heads: int
 ) -> None:
-    """Raise what `dit_block` says that it raises."""
+    """Raise the errors of `dit_block`."""
     B, T, H = check_tokens("dit_block", "x", x)
     if not isinstance(weights, PackedBlockWeights):
         raise ValueError("dit_block: weights must come from pack_dit_block")
@@ -108,7 +109,7 @@ def _check_inputs(
         raise ValueError(f"dit_block: x is {x.dtype} and y {y.dtype} on {x.device}, but both must be bfloat16 on a CPU")
     if (backend := backend_in_use(x.device)) != "cpp":
         raise RuntimeError(
-            f"dit_block: kernel backend {backend!r} is in use, but there is C++ alone: use 'cpp' or 'auto', and build it"
+            f"dit_block: kernel backend {backend!r} is in use, but only C++ has this op: use 'cpp' or 'auto', and build it"
         )
     check_shape("dit_block", "y", y, (B, T, H))
     if len(modulation) != 6:
@@ -135,13 +136,13 @@ def dit_block(
     x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], weights: PackedBlockWeights, cos: Tensor | None, sin: Tensor | None,
     heads: int, qk_eps: float, eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A block of fastdit's model (DiT, arXiv:2212.09748, section 3.2, with SwiGLU and QK-norm), by the C++ kernels.
+    """Run a block of fastdit's model (DiT, arXiv:2212.09748, section 3.2, with SwiGLU and QK-norm), by the C++ kernels.
 
     x (residual stream) and y (its modulated norm) bf16 [B,T,H]; modulation: gate, shift, scale, gate, shift, scale, each [B,H], the
-    last two of the next block; weights: from `pack_dit_block`; cos and sin of angles, fp32 [T,D/2], or None. Returns the next
-    block's x and y. Sums, norms and softmax are fp32. On processors without AMX the same results come slowly, by plain vectors,
-    for tests. No gradients, and not for torch.compile. Raises ValueError for other dtypes and shapes, and for sizes that
-    `dit_block_fits` refuses, RuntimeError where the C++ kernels are not in use.
+    last two for the norm of the next block; weights: from `pack_dit_block`; cos and sin of angles, fp32 [T,D/2], or None. Returns
+    the next block's x and y. Sums, norms and softmax are fp32. Without AMX the results are the same but slow, by plain vectors, for
+    tests. No gradients, and no torch.compile. Raises ValueError for other dtypes and shapes, and for sizes that `dit_block_fits`
+    refuses, RuntimeError if the C++ kernels are not in use.
     """
     _check_inputs(x, y, modulation, weights, (cos, sin), heads)
     r, y_out = (x.new_empty(x.shape) for _ in range(2))

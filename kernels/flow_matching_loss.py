@@ -1,9 +1,8 @@
-"""flow_matching_loss: squared error of the velocity, a value a sample. B batch, C/h/w the latent, W = C·h·w its elements.
+"""flow_matching_loss: squared error of the velocity, one value per sample. B batch, C/h/w the latent, W = C·h·w its elements.
 
-One pass forward (reads v, x0 and noise, writes the error: 8 bytes an element in bf16) and one backward (4 bytes: error in,
-gradient out), with no fp32 temporaries. Saved: the error v − (noise − x0) in the dtype of v, instead of v, x0 and noise. It is
-the gradient up to the factor 2·weight/W of the sample, which stays in fp32 and is multiplied in by the backward: folded in
-early, a fp16 gradient of a mean over thousands of elements would lose its last bits to subnormals.
+One pass forward and one backward, without fp32 temporaries. Saved for the backward: the error v − (noise − x0) in the dtype of v,
+instead of v, x0 and noise. It is the gradient up to the factor 2·weight/W of the sample, which stays in fp32 and is multiplied in
+by the backward: folded in early, an fp16 gradient of a mean over thousands of elements would lose its last bits to subnormals.
 """
 
 import torch
@@ -16,7 +15,8 @@ from .dispatch import check_float, check_no_grad, check_shape, choose_backend, c
 from .flow_interpolate import check_samples, per_sample
 from .library import cdiv, cpp, find, launch, register
 
-BLOCK = 1024  # 8 elements a thread on 4 warps: 128-bit accesses of bf16
+BYTES = (8, 4)  # per element of v in bf16: v, x0, noise, error; error, dv
+BLOCK = 1024  # 8 elements per thread on 4 warps: 128-bit accesses of bf16
 
 
 def flow_matching_loss_reference(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -29,50 +29,50 @@ def flow_matching_loss_reference(v: Tensor, x0: Tensor, noise: Tensor, weight: T
 
 @triton.jit
 def flow_matching_loss_forward_kernel(
-    v_ptr, x0_ptr, noise_ptr, weight_ptr, loss_ptr, error_ptr, v_b, x0_b, noise_b, weight_b,
+    v_ptr, x0_ptr, noise_ptr, weight_ptr, loss_ptr, error_ptr, v_stride_b, x0_stride_b, noise_stride_b, weight_stride_b,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One sample a program: a latent is a few thousand elements, so what this saves is launches, and one pass needs no second
+    """One sample per program: a latent has a few thousand elements, so launches are what counts, and one pass needs no second
     kernel for the sum. WIDTH is a constant of the model."""
     b = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, WIDTH, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        mask = column < WIDTH
-        v = tl.load(v_ptr + (b * v_b + column), mask=mask, other=0.0).to(tl.float32)
-        x0 = tl.load(x0_ptr + (b * x0_b + column), mask=mask, other=0.0).to(tl.float32)
-        noise = tl.load(noise_ptr + (b * noise_b + column), mask=mask, other=0.0).to(tl.float32)
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < WIDTH
+        v = tl.load(v_ptr + (b * v_stride_b + columns), mask=mask, other=0.0).to(tl.float32)
+        x0 = tl.load(x0_ptr + (b * x0_stride_b + columns), mask=mask, other=0.0).to(tl.float32)
+        noise = tl.load(noise_ptr + (b * noise_stride_b + columns), mask=mask, other=0.0).to(tl.float32)
         error = v - (noise - x0)
         total += error * error
         if error_ptr is not None:
-            tl.store(error_ptr + (b * WIDTH + column), error.to(error_ptr.dtype.element_ty), mask=mask)
+            tl.store(error_ptr + (b * WIDTH + columns), error.to(error_ptr.dtype.element_ty), mask=mask)
     loss = tl.sum(total, axis=0) / WIDTH
     if weight_ptr is not None:
-        loss *= tl.load(weight_ptr + b * weight_b).to(tl.float32)
+        loss *= tl.load(weight_ptr + b * weight_stride_b).to(tl.float32)
     tl.store(loss_ptr + b, loss)
 
 
 @triton.jit
 def flow_matching_loss_backward_kernel(
-    grad_ptr, error_ptr, weight_ptr, grad_v_ptr, grad_b, weight_b, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    dloss_ptr, error_ptr, weight_ptr, dv_ptr, dloss_stride_b, weight_stride_b, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """dv = dloss·weight·2/W·error. The factor is read on the device: no host sync, whatever scales the loss."""
-    program = tl.program_id(0).to(tl.int64)
-    b = program // tl.cdiv(WIDTH, BLOCK)
-    column = (program % tl.cdiv(WIDTH, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < WIDTH
-    factor = tl.load(grad_ptr + b * grad_b) * (2.0 / WIDTH)
+    """dv = dloss·weight·2/W·error. The factor is read on the device, so no scaling of the loss needs a host sync."""
+    pid = tl.program_id(0).to(tl.int64)
+    b = pid // tl.cdiv(WIDTH, BLOCK)
+    columns = (pid % tl.cdiv(WIDTH, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    factor = tl.load(dloss_ptr + b * dloss_stride_b) * (2.0 / WIDTH)
     if weight_ptr is not None:
-        factor *= tl.load(weight_ptr + b * weight_b).to(tl.float32)
-    error = tl.load(error_ptr + b * WIDTH + column, mask=mask).to(tl.float32)
-    tl.store(grad_v_ptr + b * WIDTH + column, (factor * error).to(grad_v_ptr.dtype.element_ty), mask=mask)
+        factor *= tl.load(weight_ptr + b * weight_stride_b).to(tl.float32)
+    error = tl.load(error_ptr + b * WIDTH + columns, mask=mask).to(tl.float32)
+    tl.store(dv_ptr + b * WIDTH + columns, (factor * error).to(dv_ptr.dtype.element_ty), mask=mask)
 
 
 def _forward_fake(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None, with_error: bool) -> tuple[Tensor, Tensor]:
     return v.new_empty(v.shape[:1], dtype=torch.float32), v.new_empty(v.shape if with_error else 0)
 
 
-def _backward_fake(grad: Tensor, error: Tensor, weight: Tensor | None) -> Tensor:
+def _backward_fake(dloss: Tensor, error: Tensor, weight: Tensor | None) -> Tensor:
     return error.new_empty(error.shape)
 
 
@@ -92,15 +92,15 @@ def _forward_triton(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None,
     return loss, error
 
 
-@register("flow_matching_loss_backward_triton(Tensor grad, Tensor error, Tensor? weight) -> Tensor", _backward_fake)
-def _backward_triton(grad: Tensor, error: Tensor, weight: Tensor | None) -> Tensor:
-    grad_v = _backward_fake(grad, error, weight)
+@register("flow_matching_loss_backward_triton(Tensor dloss, Tensor error, Tensor? weight) -> Tensor", _backward_fake)
+def _backward_triton(dloss: Tensor, error: Tensor, weight: Tensor | None) -> Tensor:
+    dv = _backward_fake(dloss, error, weight)
     if error.numel():
         B, W = len(error), error.numel() // len(error)
         grid = (B * cdiv(W, BLOCK),)
-        strides = grad.stride(0), 0 if weight is None else weight.stride(0)
-        launch(flow_matching_loss_backward_kernel, grid, error, grad, error, weight, grad_v, *strides, W, BLOCK, num_warps=4)
-    return grad_v
+        strides = dloss.stride(0), 0 if weight is None else weight.stride(0)
+        launch(flow_matching_loss_backward_kernel, grid, error, dloss, error, weight, dv, *strides, W, BLOCK, num_warps=4)
+    return dv
 
 
 @register(
@@ -115,12 +115,12 @@ def _forward_cpp(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None, wi
     return loss, error
 
 
-@register("flow_matching_loss_backward_cpp(Tensor grad, Tensor error, Tensor? weight) -> Tensor", _backward_fake)
-def _backward_cpp(grad: Tensor, error: Tensor, weight: Tensor | None) -> Tensor:
-    grad_v = _backward_fake(grad, error, weight)
+@register("flow_matching_loss_backward_cpp(Tensor dloss, Tensor error, Tensor? weight) -> Tensor", _backward_fake)
+def _backward_cpp(dloss: Tensor, error: Tensor, weight: Tensor | None) -> Tensor:
+    dv = _backward_fake(dloss, error, weight)
     if error.numel():
-        cpp.flow_matching_loss_backward(grad, error.flatten(1), weight, grad_v)
-    return grad_v
+        cpp.flow_matching_loss_backward(dloss, error.flatten(1), weight, dv)
+    return dv
 
 
 class _FlowMatchingLoss(torch.autograd.Function):
@@ -133,16 +133,17 @@ class _FlowMatchingLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return find("flow_matching_loss_backward", ctx.backend)(grad, *ctx.saved_tensors), None, None, None, None, None
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return find("flow_matching_loss_backward", ctx.backend)(dloss, *ctx.saved_tensors), None, None, None, None, None
 
 
 def flow_matching_loss(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean over each sample of weight·(v − (noise − x0))²: the flow-matching loss for the straight path (arXiv:2210.02747).
+    """Return the mean over each sample of weight·(v − (noise − x0))²: the flow-matching loss for the straight path
+    (arXiv:2210.02747).
 
     v, x0, noise [B,C,h,w]; weight [B] or None (ones). Returns [B] in fp32; differentiates v only, in the dtype of v.
-    Triton copies samples that are strided inside (channels-last).
-    Raises ValueError for other shapes, any other input that requires grad, integer tensors, tensors on two devices, or fp64
+    Samples whose elements are strided (channels-last) are copied.
+    Raises ValueError for other shapes, any other input that requires dloss, integer tensors, tensors on two devices, or fp64
     outside the reference.
     """
     op = "flow_matching_loss"
@@ -153,7 +154,7 @@ def flow_matching_loss(v: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | No
     if weight is not None:
         check_shape(op, "weight", weight, tuple(v.shape[:1]))
     check_no_grad(op, x0=x0, noise=noise, weight=weight)
-    chosen = choose_backend(op, v, x0, noise, weight)
-    if chosen == "reference":
+    backend = choose_backend(op, v, x0, noise, weight)
+    if backend == "reference":
         return flow_matching_loss_reference(v, x0, noise, weight)
-    return _FlowMatchingLoss.apply(v, x0, noise, weight, chosen, v.requires_grad and torch.is_grad_enabled())
+    return _FlowMatchingLoss.apply(v, x0, noise, weight, backend, v.requires_grad and torch.is_grad_enabled())

@@ -1,11 +1,10 @@
 """gated_residual_modulate: a residual add and the next adaLN in one op. B batch, T tokens, H width, S parts.
 
 r is rounded to its dtype before the norm, so that forward and backward normalise the same numbers. With g = dy·(1 + scale) and
-r̂ = (r − mean)·rstd, d = dr + rstd·(g − mean(g) − r̂·mean(g·r̂)) is the gradient at r: the residual gradient dr is added here
-and not in a pass of its own. dx = d, dbranch = gate·d, dgate = Σ_t d·branch, dscale = Σ_t dy·r̂, dshift = Σ_t dy.
+r̂ = (r − mean)·rstd, d = dr + rstd·(g − mean(g) − r̂·mean(g·r̂)) is the gradient at r: the residual gradient dr is added
+here, not in a separate pass. dx = d, dbranch = gate·d, dgate = Σ_t d·branch, dscale = Σ_t dy·r̂, dshift = Σ_t dy.
 With a bias that is added to branch: dgate = Σ_t d·branch + bias·Σ_t d and dbias = Σ_b gate·Σ_t d, a fourth sum over tokens.
-Bytes per element in bf16: forward 8 (x, branch, r, y), backward 12 (dy, dr, r, branch, dx, dbranch); saved: r, branch and
-8 bytes a row of fp32 statistics.
+Saved for the backward: r, branch, and 8 bytes of fp32 statistics per row.
 """
 
 import torch
@@ -18,8 +17,10 @@ from .dispatch import check_float, check_shape, choose_backend, compute_dtype
 from .gated_residual import check_gated_residual, gated_residual_reference
 from .library import cdiv, cpp, find, inner_contiguous, launch, load_columns, register
 from .modulate import modulate_reference
-from .partials import common_dtype, reduce_partials
+from .token_sums import common_dtype, reduce_partials
 from .tuning import check_width, chunks, launch_for
+
+BYTES = (8, 12)  # per element of x [B,T,H] in bf16: x, branch, r, y; dy, dr, r, branch, dx, dbranch
 
 
 def gated_residual_modulate_reference(
@@ -34,60 +35,64 @@ def gated_residual_modulate_reference(
 
 
 @triton.jit(do_not_specialize=["T", "parts", "count"])
-def _gated_residual_modulate_forward_kernel(
-    x, branch, bias, gate, shift, scale, r, y, stats,
-    x_batch, x_token, branch_batch, branch_token, gate_batch, shift_batch, scale_batch, T, parts, count,
+def gated_residual_modulate_forward_kernel(
+    x_ptr, branch_ptr, bias_ptr, gate_ptr, shift_ptr, scale_ptr, r_ptr, y_ptr, stats_ptr,
+    x_stride_b, x_stride_t, branch_stride_b, branch_stride_t, gate_stride_b, shift_stride_b, scale_stride_b, T, parts, count,
     H: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program takes ROWS tokens of one sample, so that gate, shift and scale are read once for all of them."""
     pid = tl.program_id(0).to(tl.int64)
     b, start = pid // parts, pid % parts * ROWS
-    gate_row, shift_row, scale_row = gate + b * gate_batch, shift + b * shift_batch, scale + b * scale_batch
-    c = tl.arange(0, TILE)
-    c_gate, c_shift, c_scale = load_columns(gate_row, c, H), load_columns(shift_row, c, H), 1.0 + load_columns(scale_row, c, H)
+    gate_row, shift_row, scale_row = gate_ptr + b * gate_stride_b, shift_ptr + b * shift_stride_b, scale_ptr + b * scale_stride_b
+    tile = tl.arange(0, TILE)
+    tile_gate = load_columns(gate_row, tile, H)
+    tile_shift, tile_scale = load_columns(shift_row, tile, H), 1.0 + load_columns(scale_row, tile, H)
     if TAIL > 0:
-        d = TILE + tl.arange(0, TAIL)
-        d_gate, d_shift, d_scale = load_columns(gate_row, d, H), load_columns(shift_row, d, H), 1.0 + load_columns(scale_row, d, H)
-    if bias is not None:
-        c_bias = load_columns(bias, c, H)
+        tail = TILE + tl.arange(0, TAIL)
+        tail_gate = load_columns(gate_row, tail, H)
+        tail_shift, tail_scale = load_columns(shift_row, tail, H), 1.0 + load_columns(scale_row, tail, H)
+    if bias_ptr is not None:
+        tile_bias = load_columns(bias_ptr, tile, H)
         if TAIL > 0:
-            d_bias = load_columns(bias, d, H)
+            tail_bias = load_columns(bias_ptr, tail, H)
     for t in tl.range(start, tl.minimum(start + ROWS, T), num_stages=STAGES):
-        x_row, branch_row, row = x + (b * x_batch + t * x_token), branch + (b * branch_batch + t * branch_token), b * T + t
-        c_branch = load_columns(branch_row, c, H)
-        if bias is not None:
-            c_branch += c_bias
-        c_r = (load_columns(x_row, c, H) + c_gate * c_branch).to(r.dtype.element_ty)
-        tl.store(r + row * H + c, c_r, mask=c < H)
-        c_r = c_r.to(tl.float32)
-        total = tl.sum(c_r, axis=0)
+        x_row, branch_row = x_ptr + (b * x_stride_b + t * x_stride_t), branch_ptr + (b * branch_stride_b + t * branch_stride_t)
+        row = b * T + t
+        tile_branch = load_columns(branch_row, tile, H)
+        if bias_ptr is not None:
+            tile_branch += tile_bias
+        tile_r = (load_columns(x_row, tile, H) + tile_gate * tile_branch).to(r_ptr.dtype.element_ty)
+        tl.store(r_ptr + row * H + tile, tile_r, mask=tile < H)
+        tile_r = tile_r.to(tl.float32)
+        total = tl.sum(tile_r, axis=0)
         if TAIL > 0:
-            d_branch = load_columns(branch_row, d, H)
-            if bias is not None:
-                d_branch += d_bias
-            d_r = (load_columns(x_row, d, H) + d_gate * d_branch).to(r.dtype.element_ty)
-            tl.store(r + row * H + d, d_r, mask=d < H)
-            d_r = d_r.to(tl.float32)
-            total += tl.sum(d_r, axis=0)
+            tail_branch = load_columns(branch_row, tail, H)
+            if bias_ptr is not None:
+                tail_branch += tail_bias
+            tail_r = (load_columns(x_row, tail, H) + tail_gate * tail_branch).to(r_ptr.dtype.element_ty)
+            tl.store(r_ptr + row * H + tail, tail_r, mask=tail < H)
+            tail_r = tail_r.to(tl.float32)
+            total += tl.sum(tail_r, axis=0)
         mean = total / H
         # Two steps, and zero again in the dead lanes: E[r²] − mean² would cancel, and 0 − mean would be counted.
-        c_r = tl.where(c < H, c_r - mean, 0.0)
-        total = tl.sum(c_r * c_r, axis=0)
+        tile_r = tl.where(tile < H, tile_r - mean, 0.0)
+        total = tl.sum(tile_r * tile_r, axis=0)
         if TAIL > 0:
-            d_r = tl.where(d < H, d_r - mean, 0.0)
-            total += tl.sum(d_r * d_r, axis=0)
+            tail_r = tl.where(tail < H, tail_r - mean, 0.0)
+            total += tl.sum(tail_r * tail_r, axis=0)
         rstd = tl.rsqrt(total / H + EPS)
-        tl.store(y + row * H + c, c_r * rstd * c_scale + c_shift, mask=c < H)
+        tl.store(y_ptr + row * H + tile, tile_r * rstd * tile_scale + tile_shift, mask=tile < H)
         if TAIL > 0:
-            tl.store(y + row * H + d, d_r * rstd * d_scale + d_shift, mask=d < H)
-        tl.store(stats + row, mean)
-        tl.store(stats + (count + row), rstd)
+            tl.store(y_ptr + row * H + tail, tail_r * rstd * tail_scale + tail_shift, mask=tail < H)
+        tl.store(stats_ptr + row, mean)
+        tl.store(stats_ptr + (count + row), rstd)
 
 
 @triton.jit(do_not_specialize=["T", "parts", "rows", "count"])
-def _gated_residual_modulate_backward_kernel(
-    dr, dy, r, branch, bias, stats, gate, scale, dx, dbranch, sums,
-    dr_batch, dr_token, dy_batch, dy_token, branch_batch, branch_token, gate_batch, scale_batch, T, parts, rows, count,
+def gated_residual_modulate_backward_kernel(
+    dr_ptr, dy_ptr, r_ptr, branch_ptr, bias_ptr, stats_ptr, gate_ptr, scale_ptr, dx_ptr, dbranch_ptr, sums_ptr,
+    dr_stride_b, dr_stride_t, dy_stride_b, dy_stride_t, branch_stride_b, branch_stride_t, gate_stride_b, scale_stride_b,
+    T, parts, rows, count,
     H: tl.constexpr, HAS_DR: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program takes `rows` tokens of one sample and stores one row of sums [B,parts,3,H]: dgate, dshift, dscale; with a bias
@@ -97,68 +102,72 @@ def _gated_residual_modulate_backward_kernel(
     """
     pid = tl.program_id(0).to(tl.int64)
     b, start = pid // parts, pid % parts * rows
-    gate_row, scale_row = gate + b * gate_batch, scale + b * scale_batch
-    c = tl.arange(0, TILE)
+    gate_row, scale_row = gate_ptr + b * gate_stride_b, scale_ptr + b * scale_stride_b
+    tile = tl.arange(0, TILE)
     if TAIL == 0:
-        c_gate, c_scale = load_columns(gate_row, c, H), 1.0 + load_columns(scale_row, c, H)
-    c_dgate, c_dshift, c_dscale = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
-    c_total = tl.zeros((TILE,), tl.float32)  # of d, for the bias
+        tile_gate, tile_scale = load_columns(gate_row, tile, H), 1.0 + load_columns(scale_row, tile, H)
+    tile_dgate = tl.zeros((TILE,), tl.float32)
+    tile_dshift, tile_dscale = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
+    tile_total = tl.zeros((TILE,), tl.float32)  # of d, for the bias
     if TAIL > 0:
-        d = TILE + tl.arange(0, TAIL)
-        d_gate, d_scale = load_columns(gate_row, d, H), 1.0 + load_columns(scale_row, d, H)
-        d_dgate, d_dshift, d_dscale = tl.zeros((TAIL,), tl.float32), tl.zeros((TAIL,), tl.float32), tl.zeros((TAIL,), tl.float32)
-        d_total = tl.zeros((TAIL,), tl.float32)
+        tail = TILE + tl.arange(0, TAIL)
+        tail_gate, tail_scale = load_columns(gate_row, tail, H), 1.0 + load_columns(scale_row, tail, H)
+        tail_dgate = tl.zeros((TAIL,), tl.float32)
+        tail_dshift, tail_dscale = tl.zeros((TAIL,), tl.float32), tl.zeros((TAIL,), tl.float32)
+        tail_total = tl.zeros((TAIL,), tl.float32)
     for t in tl.range(start, tl.minimum(start + rows, T), num_stages=STAGES):
         row = b * T + t
-        dr_row, dy_row = dr + (b * dr_batch + t * dr_token), dy + (b * dy_batch + t * dy_token)
-        branch_row = branch + (b * branch_batch + t * branch_token)
-        mean, rstd = tl.load(stats + row), tl.load(stats + (count + row))
+        dr_row, dy_row = dr_ptr + (b * dr_stride_b + t * dr_stride_t), dy_ptr + (b * dy_stride_b + t * dy_stride_t)
+        branch_row = branch_ptr + (b * branch_stride_b + t * branch_stride_t)
+        mean, rstd = tl.load(stats_ptr + row), tl.load(stats_ptr + (count + row))
         # dy is 0 in the dead lanes, and with it every product that is summed: r̂ needs no mask there.
-        c_dy, c_rhat = load_columns(dy_row, c, H), (load_columns(r + row * H, c, H) - mean) * rstd
-        c_g = c_dy * (c_scale if TAIL == 0 else 1.0 + load_columns(scale_row, c, H))
-        sum_g, sum_gr = tl.sum(c_g, axis=0), tl.sum(c_g * c_rhat, axis=0)
-        c_dshift += c_dy
-        c_dscale += c_dy * c_rhat
+        tile_dy, tile_rhat = load_columns(dy_row, tile, H), (load_columns(r_ptr + row * H, tile, H) - mean) * rstd
+        tile_g = tile_dy * (tile_scale if TAIL == 0 else 1.0 + load_columns(scale_row, tile, H))
+        sum_g, sum_gr = tl.sum(tile_g, axis=0), tl.sum(tile_g * tile_rhat, axis=0)
+        tile_dshift += tile_dy
+        tile_dscale += tile_dy * tile_rhat
         if TAIL > 0:
-            d_dy, d_rhat = load_columns(dy_row, d, H), (load_columns(r + row * H, d, H) - mean) * rstd
-            d_g = d_dy * d_scale
-            sum_g += tl.sum(d_g, axis=0)
-            sum_gr += tl.sum(d_g * d_rhat, axis=0)
-            d_dshift += d_dy
-            d_dscale += d_dy * d_rhat
-        c_d = rstd * (c_g - sum_g / H - c_rhat * (sum_gr / H))
+            tail_dy, tail_rhat = load_columns(dy_row, tail, H), (load_columns(r_ptr + row * H, tail, H) - mean) * rstd
+            tail_g = tail_dy * tail_scale
+            sum_g += tl.sum(tail_g, axis=0)
+            sum_gr += tl.sum(tail_g * tail_rhat, axis=0)
+            tail_dshift += tail_dy
+            tail_dscale += tail_dy * tail_rhat
+        tile_d = rstd * (tile_g - sum_g / H - tile_rhat * (sum_gr / H))
         if HAS_DR:
-            c_d += load_columns(dr_row, c, H)
-        c_dgate += c_d * load_columns(branch_row, c, H)
-        if bias is not None:
-            c_total += c_d
-        tl.store(dx + row * H + c, c_d, mask=c < H)
-        tl.store(dbranch + row * H + c, c_d * (c_gate if TAIL == 0 else load_columns(gate_row, c, H)), mask=c < H)
+            tile_d += load_columns(dr_row, tile, H)
+        tile_dgate += tile_d * load_columns(branch_row, tile, H)
+        if bias_ptr is not None:
+            tile_total += tile_d
+        tl.store(dx_ptr + row * H + tile, tile_d, mask=tile < H)
+        tl.store(
+            dbranch_ptr + row * H + tile, tile_d * (tile_gate if TAIL == 0 else load_columns(gate_row, tile, H)), mask=tile < H
+        )
         if TAIL > 0:
-            d_d = rstd * (d_g - sum_g / H - d_rhat * (sum_gr / H))
+            tail_d = rstd * (tail_g - sum_g / H - tail_rhat * (sum_gr / H))
             if HAS_DR:
-                d_d += load_columns(dr_row, d, H)
-            d_dgate += d_d * load_columns(branch_row, d, H)
-            if bias is not None:
-                d_total += d_d
-            tl.store(dx + row * H + d, d_d, mask=d < H)
-            tl.store(dbranch + row * H + d, d_gate * d_d, mask=d < H)
-    if bias is None:
-        out = sums + pid * (3 * H)
+                tail_d += load_columns(dr_row, tail, H)
+            tail_dgate += tail_d * load_columns(branch_row, tail, H)
+            if bias_ptr is not None:
+                tail_total += tail_d
+            tl.store(dx_ptr + row * H + tail, tail_d, mask=tail < H)
+            tl.store(dbranch_ptr + row * H + tail, tail_gate * tail_d, mask=tail < H)
+    if bias_ptr is None:
+        out = sums_ptr + pid * (3 * H)
     else:
-        out = sums + pid * (4 * H)
-        c_dgate += load_columns(bias, c, H) * c_total
-        tl.store(out + 3 * H + c, load_columns(gate_row, c, H) * c_total, mask=c < H)
+        out = sums_ptr + pid * (4 * H)
+        tile_dgate += load_columns(bias_ptr, tile, H) * tile_total
+        tl.store(out + 3 * H + tile, load_columns(gate_row, tile, H) * tile_total, mask=tile < H)
         if TAIL > 0:
-            d_dgate += load_columns(bias, d, H) * d_total
-            tl.store(out + 3 * H + d, d_gate * d_total, mask=d < H)
-    tl.store(out + c, c_dgate, mask=c < H)
-    tl.store(out + H + c, c_dshift, mask=c < H)
-    tl.store(out + 2 * H + c, c_dscale, mask=c < H)
+            tail_dgate += load_columns(bias_ptr, tail, H) * tail_total
+            tl.store(out + 3 * H + tail, tail_gate * tail_total, mask=tail < H)
+    tl.store(out + tile, tile_dgate, mask=tile < H)
+    tl.store(out + H + tile, tile_dshift, mask=tile < H)
+    tl.store(out + 2 * H + tile, tile_dscale, mask=tile < H)
     if TAIL > 0:
-        tl.store(out + d, d_dgate, mask=d < H)
-        tl.store(out + H + d, d_dshift, mask=d < H)
-        tl.store(out + 2 * H + d, d_dscale, mask=d < H)
+        tl.store(out + tail, tail_dgate, mask=tail < H)
+        tl.store(out + H + tail, tail_dshift, mask=tail < H)
+        tl.store(out + 2 * H + tail, tail_dscale, mask=tail < H)
 
 
 def _forward_fake(
@@ -172,7 +181,7 @@ def _forward_fake(
     " Tensor? bias=None) -> (Tensor r, Tensor y, Tensor stats)",
     _forward_fake,
 )
-def _forward(
+def _forward_triton(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """r, y [B,T,H] and stats fp32 [2,B,T] (mean, 1/σ of r). Copies an input only if its rows are not contiguous."""
@@ -182,13 +191,13 @@ def _forward(
     B, T, H = x.shape
     x, branch, bias = inner_contiguous(x), inner_contiguous(branch), bias if bias is None else inner_contiguous(bias)
     gate, shift, scale = inner_contiguous(gate), inner_contiguous(shift), inner_contiguous(scale)
-    how = launch_for("gated_residual_modulate_forward", H, x.device)
-    parts = cdiv(T, how.rows)
+    config = launch_for("gated_residual_modulate_forward", H, x.device)
+    parts = cdiv(T, config.rows)
     launch(
-        _gated_residual_modulate_forward_kernel, (B * parts,), x, x, branch, bias, gate, shift, scale, r, y, stats,
+        gated_residual_modulate_forward_kernel, (B * parts,), x, x, branch, bias, gate, shift, scale, r, y, stats,
         x.stride(0), x.stride(1), branch.stride(0), branch.stride(1), gate.stride(0), shift.stride(0), scale.stride(0),
-        T, parts, B * T, H, eps, how.rows, how.tile, how.tail, how.stages,
-        num_warps=how.warps, maxnreg=how.registers,
+        T, parts, B * T, H, eps, config.rows, config.tile, config.tail, config.stages,
+        num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     return r, y, stats
 
@@ -214,7 +223,7 @@ def _backward_fake(
     " Tensor shift, Tensor scale, Tensor? bias=None) -> (Tensor dx, Tensor dbranch, Tensor dmodulation, Tensor dbias)",
     _backward_fake,
 )
-def _backward(
+def _backward_triton(
     dr: Tensor | None,
     dy: Tensor,
     r: Tensor,
@@ -226,27 +235,27 @@ def _backward(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dbranch [B,T,H], (dgate, dshift, dscale) as one [B,3,H], and dbias [H] (empty without a bias); dr None counts as zero.
-    Copies dr, dy or branch only if their rows are not contiguous. Two launches, or one where a sample is not cut; three with a
+    Copies dr, dy or branch only if their rows are not contiguous. Two launches, or one if samples are not cut; three with a
     bias."""
     dx, dbranch, dmodulation, dbias = _backward_fake(dr, dy, r, branch, stats, gate, shift, scale, bias)
     if r.numel() == 0:
         return dx, dbranch, dmodulation.zero_(), dbias.zero_()
     B, T, H = r.shape
-    given = dy if dr is None else inner_contiguous(dr)  # a pointer that is never followed, where there is no dr
+    given = dy if dr is None else inner_contiguous(dr)  # without dr any valid pointer: HAS_DR keeps the kernel from reading it
     dy, branch, gate, scale = inner_contiguous(dy), inner_contiguous(branch), inner_contiguous(gate), inner_contiguous(scale)
     bias = bias if bias is None else inner_contiguous(bias)
-    how = launch_for("gated_residual_modulate_backward", H, r.device)
-    parts, rows = chunks(B, T, how.blocks, r.device)
-    whole = parts == 1 and bias is None
-    sums = dmodulation if whole else r.new_empty((B, parts, 3 if bias is None else 4, H), dtype=torch.float32)
+    config = launch_for("gated_residual_modulate_backward", H, r.device)
+    parts, rows = chunks(B, T, config.blocks, r.device)
+    in_place = parts == 1 and bias is None
+    sums = dmodulation if in_place else r.new_empty((B, parts, 3 if bias is None else 4, H), dtype=torch.float32)
     launch(
-        _gated_residual_modulate_backward_kernel, (B * parts,), r,
+        gated_residual_modulate_backward_kernel, (B * parts,), r,
         given, dy, r, branch, bias, stats, gate, scale, dx, dbranch, sums,
         given.stride(0), given.stride(1), dy.stride(0), dy.stride(1), branch.stride(0), branch.stride(1),
-        gate.stride(0), scale.stride(0), T, parts, rows, B * T, H, dr is not None, how.tile, how.tail, how.stages,
-        num_warps=how.warps, maxnreg=how.registers,
+        gate.stride(0), scale.stride(0), T, parts, rows, B * T, H, dr is not None, config.tile, config.tail, config.stages,
+        num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
-    if not whole:
+    if not in_place:
         reduce_partials(sums[:, :, :3], dmodulation)
     if bias is not None:
         reduce_partials(sums.flatten(0, 1)[None, :, 3:], dbias)  # of all samples
@@ -299,7 +308,7 @@ class _GatedResidualModulate(torch.autograd.Function):
         r, y, stats = find("gated_residual_modulate_forward", backend)(x, branch, gate, shift, scale, eps, bias)
         ctx.save_for_backward(r, branch, stats, gate, shift, scale, bias)
         ctx.backend = backend
-        ctx.set_materialize_grads(False)  # a last block whose r nobody reads must not pay for a tensor of zeros
+        ctx.set_materialize_grads(False)  # if nothing reads r of a last block, no tensor of zeros is made for it
         return r, y
 
     @staticmethod
@@ -318,12 +327,12 @@ class _GatedResidualModulate(torch.autograd.Function):
 def gated_residual_modulate(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """r = x + gate·(branch + bias) and y = LN(r)·(1 + scale) + shift: the end of one half of a block and the start of the next.
+    """Return r = x + gate·(branch + bias) and y = LN(r)·(1 + scale) + shift: a residual add and the modulated norm after it.
 
-    x, branch [B,T,H]; gate, shift, scale [B,H], any strides; bias [H] or None: that of the Linear that made branch, whose gradient
-    is then summed where branch's gradient is made. Returns (r, y), both [B,T,H] in the dtype of x. Maths and statistics in fp32;
-    gradients in the dtype of each input. Where x and branch differ in dtype, C++ leaves the work to the reference.
-    Raises ValueError for other shapes, integer tensors, tensors on two devices, and where the kernels run for fp64 or a width
+    x, branch [B,T,H]; gate, shift, scale [B,H], any strides; bias [H] or None: the bias of the Linear that made branch; its
+    gradient is summed from branch's gradient while that is in registers. Returns (r, y), both [B,T,H] in the dtype of x. Maths and
+    statistics in fp32; gradients in the dtype of each input. If x and branch differ in dtype, the C++ backend runs the reference.
+    Raises ValueError for other shapes, integer tensors and tensors on two devices, and outside the reference for fp64 and a width
     over 8192.
     """
     op = "gated_residual_modulate"

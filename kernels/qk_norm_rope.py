@@ -1,12 +1,11 @@
-"""qk_norm_rope: split packed qkv, RMS-normalise q and k a head, rotate them. B batch, T tokens, N heads, D head dim.
+"""qk_norm_rope: split packed qkv, RMS-normalise each head of q and k, rotate it. B batch, T tokens, N heads, D head dim.
 
-Forward: one pass over q and k (8 bytes an element of q and k in bf16); v stays where it is. Backward: one pass that reads the
-three gradients and q, k, and writes dq, dk and dv into one packed gradient (16 bytes an element of [B,T,N·D] for q, k and
-v together), so that no slice of qkv is zero-filled and added; and a small kernel that sums the weights' gradients.
-Saved: qkv, weights and tables; the norms are computed again, from q and k that are loaded anyway.
+Forward: one pass over q and k; v stays where it is. Backward: one pass that reads the three gradients and q, k, and writes dq, dk
+and dv into one packed gradient, so that no slice of qkv is zero-filled and added; and a small kernel that sums the weights'
+gradients. Saved for the backward: qkv, weights and tables; the norms are computed again, from q and k that are loaded anyway.
 
 A row is one head of one token; rows are numbered m = token·N + head, so that no number of heads costs dead lanes. The two
-halves of a head are loaded apart: the rotation pairs element j with j + D/2, in the same place of the other half.
+halves of a head are loaded apart: the rotation pairs element j with j + D/2, at the same index of the other half.
 """
 
 import functools
@@ -21,9 +20,10 @@ from torch.autograd.function import once_differentiable
 from . import tuning
 from .dispatch import check_float, check_no_grad, check_shape, check_tokens, choose_backend, compute_dtype
 from .library import cdiv, cpp, find, inner_contiguous, launch, register
-from .partials import common_dtype, reduce_partials
+from .token_sums import common_dtype, reduce_partials
 
-WARPS = 4  # with 1024 elements of each half a tile, 8 a thread: 128-bit accesses of bf16
+BYTES = (8, 16)  # per element of [B,T,N·D] in bf16: q and k, read and written; dq, dk, dv, q, k, and the three parts of dqkv
+WARPS = 4  # a tile has 1024 elements of each half, 8 per thread: 128-bit accesses of bf16
 
 
 def _norm_and_rotate(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
@@ -56,8 +56,8 @@ def qk_norm_rope_reference(
 
 
 @triton.jit
-def _place(first, T, N: tl.constexpr, ROWS: tl.constexpr):
-    """Where rows first .. first + ROWS − 1 lie: sample, token within it and head, int64 [ROWS,1].
+def _locate_rows(first, T, N: tl.constexpr, ROWS: tl.constexpr):
+    """Return sample, token within it and head of rows first .. first + ROWS − 1, int64 [ROWS,1].
 
     Only the first row is divided in int64; the others are 32-bit distances from it, at a third of the instructions.
     """
@@ -69,52 +69,52 @@ def _place(first, T, N: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_table(table_ptr, t, column, mask, HALF: tl.constexpr):
-    return tl.load(table_ptr + t * HALF + column, mask=mask, other=0.0)
+def _load_table(table_ptr, t, columns, mask, HALF: tl.constexpr):
+    return tl.load(table_ptr + t * HALF + columns, mask=mask, other=0.0)
 
 
 @triton.jit
 def _forward_rows(
-    x_ptr, y_ptr, weight_ptr, cos_ptr, sin_ptr, t, column, mask,
+    x_ptr, y_ptr, weight_ptr, cos_ptr, sin_ptr, t, columns, mask,
     D: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """Norm and rotation of a tile of heads: x_ptr, y_ptr point at the first element of each head, [ROWS,1]."""
     HALF: tl.constexpr = D // 2
-    x1 = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(x_ptr + HALF + column, mask=mask, other=0.0).to(tl.float32)
+    x1 = tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptr + HALF + columns, mask=mask, other=0.0).to(tl.float32)
     if weight_ptr is not None:
         rstd = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / D + EPS)
-        x1 *= rstd * tl.load(weight_ptr + column, mask=column < HALF, other=0.0).to(tl.float32)
-        x2 *= rstd * tl.load(weight_ptr + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+        x1 *= rstd * tl.load(weight_ptr + columns, mask=columns < HALF, other=0.0).to(tl.float32)
+        x2 *= rstd * tl.load(weight_ptr + HALF + columns, mask=columns < HALF, other=0.0).to(tl.float32)
     if cos_ptr is not None:
-        cos = _load_table(cos_ptr, t, column, mask, HALF)
-        sin = _load_table(sin_ptr, t, column, mask, HALF)
+        cos = _load_table(cos_ptr, t, columns, mask, HALF)
+        sin = _load_table(sin_ptr, t, columns, mask, HALF)
         x1, x2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
-    tl.store(y_ptr + column, x1.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_ptr + HALF + column, x2.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + columns, x1.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + HALF + columns, x2.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "T"])
 def qk_norm_rope_forward_kernel(
-    qkv_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, stride_b, stride_t, rows, T,
+    qkv_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, qkv_stride_b, qkv_stride_t, rows, T,
     N: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS heads of q (grid axis 1 = 0) or of k (1), which are stored token-major."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = first + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
-    mask = (row < rows) & (column < D // 2)
-    b, t, head = _place(first, T, N, ROWS)
-    x_ptr = qkv_ptr + b * stride_b + t * stride_t + head * D
+    columns = tl.arange(0, COLUMNS)[None, :]
+    mask = (row < rows) & (columns < D // 2)
+    b, t, head = _locate_rows(first, T, N, ROWS)
+    x_ptr = qkv_ptr + b * qkv_stride_b + t * qkv_stride_t + head * D
     if tl.program_id(1) == 0:
-        _forward_rows(x_ptr, q_ptr + row * D, q_weight_ptr, cos_ptr, sin_ptr, t, column, mask, D, EPS)
+        _forward_rows(x_ptr, q_ptr + row * D, q_weight_ptr, cos_ptr, sin_ptr, t, columns, mask, D, EPS)
     else:
-        _forward_rows(x_ptr + N * D, k_ptr + row * D, k_weight_ptr, cos_ptr, sin_ptr, t, column, mask, D, EPS)
+        _forward_rows(x_ptr + N * D, k_ptr + row * D, k_weight_ptr, cos_ptr, sin_ptr, t, columns, mask, D, EPS)
 
 
 @triton.jit
 def _backward_rows(
-    grad_ptr, stride_d, x_ptr, dx_ptr, weight_ptr, cos_ptr, sin_ptr, t, column, mask, sum1, sum2,
+    dy_ptr, dy_stride_d, x_ptr, dx_ptr, weight_ptr, cos_ptr, sin_ptr, t, columns, mask, sum1, sum2,
     D: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """dx of a tile of heads; returns sum1, sum2 [ROWS,COLUMNS] with the tile's terms of the weight's gradient added.
@@ -123,71 +123,85 @@ def _backward_rows(
     dw = sum g·xh and dx = rstd·(g·w − xh·mean(g·w·xh)).
     """
     HALF: tl.constexpr = D // 2
-    g1 = tl.load(grad_ptr + column * stride_d, mask=mask, other=0.0).to(tl.float32)
-    g2 = tl.load(grad_ptr + (HALF + column) * stride_d, mask=mask, other=0.0).to(tl.float32)
+    g1 = tl.load(dy_ptr + columns * dy_stride_d, mask=mask, other=0.0).to(tl.float32)
+    g2 = tl.load(dy_ptr + (HALF + columns) * dy_stride_d, mask=mask, other=0.0).to(tl.float32)
     if cos_ptr is not None:
-        cos = _load_table(cos_ptr, t, column, mask, HALF)
-        sin = _load_table(sin_ptr, t, column, mask, HALF)
+        cos = _load_table(cos_ptr, t, columns, mask, HALF)
+        sin = _load_table(sin_ptr, t, columns, mask, HALF)
         g1, g2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
     if weight_ptr is not None:
-        x1 = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(x_ptr + HALF + column, mask=mask, other=0.0).to(tl.float32)
+        x1 = tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        x2 = tl.load(x_ptr + HALF + columns, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / D + EPS)
         x1 *= rstd
         x2 *= rstd
         sum1 += g1 * x1
         sum2 += g2 * x2
-        g1 *= tl.load(weight_ptr + column, mask=column < HALF, other=0.0).to(tl.float32)
-        g2 *= tl.load(weight_ptr + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+        g1 *= tl.load(weight_ptr + columns, mask=columns < HALF, other=0.0).to(tl.float32)
+        g2 *= tl.load(weight_ptr + HALF + columns, mask=columns < HALF, other=0.0).to(tl.float32)
         mean = tl.sum(g1 * x1 + g2 * x2, axis=1, keep_dims=True) / D
         g1 = rstd * (g1 - x1 * mean)
         g2 = rstd * (g2 - x2 * mean)
-    tl.store(dx_ptr + column, g1.to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(dx_ptr + HALF + column, g2.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + columns, g1.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + HALF + columns, g2.to(dx_ptr.dtype.element_ty), mask=mask)
     return sum1, sum2
 
 
 @triton.jit(do_not_specialize=["rows", "T", "iterations"])
 def qk_norm_rope_backward_kernel(
-    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dqkv_ptr, partial_ptr,
-    dq_b, dq_n, dq_t, dq_d, dk_b, dk_n, dk_t, dk_d, dv_b, dv_n, dv_t, dv_d, stride_b, stride_t, rows, T, iterations,
+    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dqkv_ptr, sums_ptr,
+    dq_stride_b, dq_stride_n, dq_stride_t, dq_stride_d, dk_stride_b, dk_stride_n, dk_stride_t, dk_stride_d,
+    dv_stride_b, dv_stride_n, dv_stride_t, dv_stride_d, qkv_stride_b, qkv_stride_t, rows, T, iterations,
     N: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`iterations` tiles of ROWS heads of q, k or v (grid axis 1 = 0, 1, 2), into their third of the packed gradient.
 
-    The sums of the weights' gradients stay elementwise in registers to the end: one reduction a program, in a fixed order.
+    The sums of the weights' gradients stay elementwise in registers to the end: one reduction per program, in a fixed order.
     """
     HALF: tl.constexpr = D // 2
     part = tl.program_id(1)
     chunk = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, COLUMNS)[None, :]
+    columns = tl.arange(0, COLUMNS)[None, :]
     sum1 = tl.zeros([ROWS, COLUMNS], tl.float32)
     sum2 = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(iterations):
         first = (chunk * iterations + i) * ROWS
         row = first + tl.arange(0, ROWS)[:, None]
-        mask = (row < rows) & (column < HALF)
-        b, t, head = _place(first, T, N, ROWS)
-        x_ptr = qkv_ptr + b * stride_b + t * stride_t + head * D
+        mask = (row < rows) & (columns < HALF)
+        b, t, head = _locate_rows(first, T, N, ROWS)
+        x_ptr = qkv_ptr + b * qkv_stride_b + t * qkv_stride_t + head * D
         dx_ptr = dqkv_ptr + (b * T + t) * (3 * N * D) + head * D
         if part == 0:
-            grad_ptr = dq_ptr + b * dq_b + head * dq_n + t * dq_t
+            dy_ptr = dq_ptr + b * dq_stride_b + head * dq_stride_n + t * dq_stride_t
             sum1, sum2 = _backward_rows(
-                grad_ptr, dq_d, x_ptr, dx_ptr, q_weight_ptr, cos_ptr, sin_ptr, t, column, mask, sum1, sum2, D, EPS
+                dy_ptr, dq_stride_d, x_ptr, dx_ptr, q_weight_ptr, cos_ptr, sin_ptr, t, columns, mask, sum1, sum2, D, EPS
             )
         elif part == 1:
-            grad_ptr = dk_ptr + b * dk_b + head * dk_n + t * dk_t
+            dy_ptr = dk_ptr + b * dk_stride_b + head * dk_stride_n + t * dk_stride_t
             sum1, sum2 = _backward_rows(
-                grad_ptr, dk_d, x_ptr + N * D, dx_ptr + N * D, k_weight_ptr, cos_ptr, sin_ptr, t, column, mask, sum1, sum2, D, EPS
+                dy_ptr,
+                dk_stride_d,
+                x_ptr + N * D,
+                dx_ptr + N * D,
+                k_weight_ptr,
+                cos_ptr,
+                sin_ptr,
+                t,
+                columns,
+                mask,
+                sum1,
+                sum2,
+                D,
+                EPS,
             )
         else:
-            grad_ptr = dv_ptr + b * dv_b + head * dv_n + t * dv_t
-            v1 = tl.load(grad_ptr + column * dv_d, mask=mask)
-            v2 = tl.load(grad_ptr + (HALF + column) * dv_d, mask=mask)
-            tl.store(dx_ptr + 2 * N * D + column, v1.to(dqkv_ptr.dtype.element_ty), mask=mask)
-            tl.store(dx_ptr + 2 * N * D + HALF + column, v2.to(dqkv_ptr.dtype.element_ty), mask=mask)
-    if partial_ptr is not None and part < 2:
-        target = partial_ptr + (chunk * 2 + part) * D + tl.arange(0, COLUMNS)
+            dy_ptr = dv_ptr + b * dv_stride_b + head * dv_stride_n + t * dv_stride_t
+            v1 = tl.load(dy_ptr + columns * dv_stride_d, mask=mask)
+            v2 = tl.load(dy_ptr + (HALF + columns) * dv_stride_d, mask=mask)
+            tl.store(dx_ptr + 2 * N * D + columns, v1.to(dqkv_ptr.dtype.element_ty), mask=mask)
+            tl.store(dx_ptr + 2 * N * D + HALF + columns, v2.to(dqkv_ptr.dtype.element_ty), mask=mask)
+    if sums_ptr is not None and part < 2:
+        target = sums_ptr + (chunk * 2 + part) * D + tl.arange(0, COLUMNS)
         inside = tl.arange(0, COLUMNS) < HALF
         tl.store(target, tl.sum(sum1, axis=0), mask=inside)
         tl.store(target + HALF, tl.sum(sum2, axis=0), mask=inside)
@@ -195,16 +209,16 @@ def qk_norm_rope_backward_kernel(
 
 @functools.cache
 def _tile(D: int) -> dict[str, int]:
-    """1024 elements of each half a tile on 4 warps: D = 64 takes 32 heads, 72 takes 16 with 28 of 64 lanes masked."""
+    """Return the tile: 1024 elements of each half on 4 warps. D = 64 takes 32 heads, 72 takes 16 with 28 of 64 lanes masked."""
     columns = triton.next_power_of_2(D // 2)
     return {"ROWS": 1024 // columns, "COLUMNS": columns, "num_warps": WARPS}
 
 
 def _chunks(tiles: int, D: int, arch: int) -> tuple[int, int]:
-    """(programs, tiles of each) of one of the three parts of a backward.
+    """Return (programs, tiles per program) for each of q, k and v in a backward.
 
-    At least 4 tiles a program, so that the partial sums are few; and no more programs than run at once, because a small second
-    wave would double the time: by their registers (benchmarks/results/codegen.csv) 6 a multiprocessor, 5 on sm_100, and 4 for
+    At least 4 tiles per program, so that the partial sums are few; and no more programs than run at once, because a small second
+    wave would double the time: their registers (machine_code.csv) allow 6 per multiprocessor, 5 on sm_100, and 4 for
     head dims with masked lanes.
     """
     blocks = 4 if D & (D - 1) else 5 if arch == 100 else 6
@@ -214,7 +228,7 @@ def _chunks(tiles: int, D: int, arch: int) -> tuple[int, int]:
 
 
 def _table(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()  # built once a model, contiguous: no copy
+    return None if t is None else t.contiguous()  # built once per model, contiguous: no copy
 
 
 def _forward_fake(
@@ -255,7 +269,15 @@ def _backward_fake(
     "float eps) -> (Tensor, Tensor)",
     _forward_fake,
 )
-def _forward_triton(qkv, q_weight, k_weight, cos, sin, num_heads, eps):
+def _forward_triton(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     q, k = _forward_fake(qkv, q_weight, k_weight, cos, sin, num_heads, eps)
     _, T, N, D = q.shape
     rows = q.numel() // D
@@ -272,7 +294,18 @@ def _forward_triton(qkv, q_weight, k_weight, cos, sin, num_heads, eps):
     "Tensor? sin, int num_heads, float eps) -> (Tensor, Tensor)",
     _backward_fake,
 )
-def _backward_triton(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, num_heads, eps):
+def _backward_triton(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     dqkv, dweights = _backward_fake(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, num_heads, eps)
     _, N, T, D = dq.shape
     rows = dq.numel() // D
@@ -280,17 +313,25 @@ def _backward_triton(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, num_heads, e
         return dqkv, dweights.zero_()
     tile, qkv = _tile(D), inner_contiguous(qkv)
     programs, iterations = _chunks(cdiv(rows, tile["ROWS"]), D, tuning.architecture(qkv.device))
-    partials = qkv.new_empty((1, programs, 2, D), dtype=torch.float32) if dweights.numel() else None
-    tensors = dq, dk, dv, qkv, _table(q_weight), _table(k_weight), _table(cos), _table(sin), dqkv, partials
+    sums = qkv.new_empty((1, programs, 2, D), dtype=torch.float32) if dweights.numel() else None
+    tensors = dq, dk, dv, qkv, _table(q_weight), _table(k_weight), _table(cos), _table(sin), dqkv, sums
     strides = *dq.stride(), *dk.stride(), *dv.stride(), *qkv.stride()[:2]
     launch(qk_norm_rope_backward_kernel, (programs, 3), qkv, *tensors, *strides, rows, T, iterations, N, D, eps, **tile)
-    if partials is not None:
-        reduce_partials(partials, dweights)
+    if sums is not None:
+        reduce_partials(sums, dweights)
     return dqkv, dweights
 
 
-def _forward_cpp_fake(qkv, q_weight, k_weight, cos, sin, num_heads, eps):
-    """As _forward_fake, but in head-major memory, which is what a batched matmul on a CPU takes without a copy."""
+def _forward_cpp_fake(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """As _forward_fake, but in head-major memory, which batched matmuls on a CPU take without a copy."""
     B, T, packed = qkv.shape
     shape = B, num_heads, T, packed // (3 * num_heads)
     return qkv.new_empty(shape).transpose(1, 2), qkv.new_empty(shape).transpose(1, 2)
@@ -301,7 +342,15 @@ def _forward_cpp_fake(qkv, q_weight, k_weight, cos, sin, num_heads, eps):
     "float eps) -> (Tensor, Tensor)",
     _forward_cpp_fake,
 )
-def _forward_cpp(qkv, q_weight, k_weight, cos, sin, num_heads, eps):
+def _forward_cpp(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     q, k = _forward_cpp_fake(qkv, q_weight, k_weight, cos, sin, num_heads, eps)
     if q.numel():
         tables = [_table(t) for t in (q_weight, k_weight, cos, sin)]
@@ -314,7 +363,18 @@ def _forward_cpp(qkv, q_weight, k_weight, cos, sin, num_heads, eps):
     "Tensor? sin, int num_heads, float eps) -> (Tensor, Tensor)",
     _backward_fake,
 )
-def _backward_cpp(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, num_heads, eps):
+def _backward_cpp(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     dqkv, dweights = _backward_fake(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, num_heads, eps)
     if not dq.numel():
         return dqkv, dweights.zero_()
@@ -325,8 +385,20 @@ def _backward_cpp(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, num_heads, eps)
 
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, q_weight, k_weight, cos, sin, num_heads, eps, backend):
-        ctx.backend, ctx.num_heads, ctx.eps = backend, num_heads, eps
+    def forward(
+        ctx,
+        qkv: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        num_heads: int,
+        eps: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.backend = backend
+        ctx.num_heads = num_heads
+        ctx.eps = eps
         ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
         q, k = find("qk_norm_rope_forward", backend)(qkv, q_weight, k_weight, cos, sin, num_heads, eps)
         v = qkv.unflatten(-1, (3, num_heads, -1)).select(2, 2)
@@ -334,9 +406,9 @@ class _QKNormRope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dq, dk, dv):
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         op = find("qk_norm_rope_backward", ctx.backend)
-        saved = ctx.saved_tensors  # read once: a recomputation gives them out only once
+        saved = ctx.saved_tensors  # read once: under recomputation a second read fails
         dqkv, dweights = op(dq, dk, dv, *saved, ctx.num_heads, ctx.eps)
         weights = saved[1:3]
         dq_weight, dk_weight = (None if w is None else dweights[i].to(w.dtype) for i, w in enumerate(weights))
@@ -352,7 +424,7 @@ def qk_norm_rope(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values from one projection: RMSNorm over each head of q and k, then rotary positions.
+    """Return queries, keys and values from one projection: RMSNorm over each head of q and k, then rotary positions.
 
     qkv [B,T,3·N·D], packed as (q | k | v); q_weight, k_weight [D] or None (no norm); cos, sin fp32 [T,D/2] or None (no
     rotation). The rotation is half-split: with x1 | x2 the halves of a head, (x1·cos − x2·sin | x2·cos + x1·sin)
@@ -382,7 +454,7 @@ def qk_norm_rope(
             if table.dtype not in (torch.float32, compute_dtype(qkv)):
                 raise ValueError(f"{op}: {name} has dtype {table.dtype}, but rotary tables must stay in float32")
     check_no_grad(op, cos=cos, sin=sin)
-    chosen = choose_backend(op, qkv, q_weight, k_weight, cos, sin)
-    if chosen == "reference":
+    backend = choose_backend(op, qkv, q_weight, k_weight, cos, sin)
+    if backend == "reference":
         return qk_norm_rope_reference(qkv, q_weight, k_weight, cos, sin, num_heads, eps)
-    return _QKNormRope.apply(qkv, q_weight, k_weight, cos, sin, num_heads, eps, chosen)
+    return _QKNormRope.apply(qkv, q_weight, k_weight, cos, sin, num_heads, eps, backend)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastdit import kernels
 from fastdit.config import Config, ModelConfig
 from fastdit.flops import walk
 from fastdit.planning.cards import Card
@@ -20,14 +21,15 @@ ZERO_3_LIVE = 1_000_000_000  # DeepSpeed's default: this many gathered elements 
 def op_bytes(model: ModelConfig, fused: bool, recompute: str = "none") -> float:
     """Elements that all blocks' ops between matmuls read and write an image, forward and backward; bytes in bf16 are twice that.
 
-    Fused: the formulas of kernels/README.md. Else the chains of PyTorch ops that they replace, each reading and writing memory
+    Fused: kernels.BYTES. Else the chains of PyTorch ops that they replace, each reading and writing memory
     once: modulate (norm, multiply, add), gate (multiply, add), the sum of two residual gradients, silu and multiply, a norm and six
     half-width products and sums a rotation. The patch embedding, the noise and the loss, under 1 %, are left out.
     """
     T, H, F = (model.input_size // model.patch_size) ** 2, model.width, model.hidden
     norm, rope = model.qk_norm != "none", model.positions != "absolute"
-    if fused:  # elements: half of the README's bytes in bf16
-        residual, qk, swiglu = (4, 6), (4, 8), (3, 5)
+    if fused:  # elements: half of the bytes in bf16
+        ops = ("gated_residual_modulate", "qk_norm_rope", "swiglu")
+        residual, qk, swiglu = ([n // 2 for n in kernels.BYTES[op]] for op in ops)
     else:
         residual = (11, 19)  # forward 6 + 5; backward 10 + 6 and 3 for the sum
         qk = (4 * norm + 18 * rope, 6 * norm + 18 * rope + 6)  # both of q and k; 6: the packed gradient

@@ -1,8 +1,8 @@
-"""Triton's kernels run in its interpreter where there is no GPU, on one thread: both must be decided before triton is imported.
+"""Without a GPU the Triton kernels run in Triton's interpreter, on one thread: both must be set before triton is imported.
 
 FASTDIT_NO_VALUES=1 is for a CUDA host whose kernels do nothing (the CUDA builds of torch and triton on libraries that only answer):
-the tests then call, compile and launch everything, compare shapes and dtypes, and no values. Tests that assert on values in their
-own words take the fixture `values` and are skipped.
+the tests then call, compile and launch everything, and compare shapes and dtypes but no values. Tests that compare values, other
+than by torch.equal and assert_close, take the fixture `values` and are skipped.
 """
 
 import os
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -22,7 +23,7 @@ def pytest_report_header() -> str | None:
 
 
 def same_layout(actual: torch.Tensor, expected: torch.Tensor, **tolerances: float) -> bool:
-    """In place of torch.equal and torch.testing.assert_close where no kernel computes."""
+    """Replace torch.equal and torch.testing.assert_close if no kernel computes."""
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
     return True
 
@@ -31,13 +32,13 @@ opcheck = torch.library.opcheck
 
 
 def fakes_have_the_layout(op: Callable, arguments: tuple, **options) -> None:
-    """In place of torch.library.opcheck there: the other checks compare values."""
+    """Replace torch.library.opcheck if no kernel computes: its other checks compare values."""
     opcheck(op, arguments, test_utils="test_faketensor")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_values():
-    """Where FASTDIT_NO_VALUES=1, which a device that computes refuses."""
+    """Compare no values if FASTDIT_NO_VALUES=1; refused on a device that computes."""
     if not NO_VALUES:
         yield
         return
@@ -54,7 +55,7 @@ def no_values():
 
 @pytest.fixture
 def values():
-    """For tests that assert on values in their own words."""
+    """Skip a test that compares values by itself if FASTDIT_NO_VALUES=1."""
     if NO_VALUES:
         pytest.skip("needs values, and FASTDIT_NO_VALUES=1")
 
@@ -64,9 +65,9 @@ def assert_close(request):
     """assert_close(actual, truth, eager, terms=1): the derived tolerance of all kernel tests.
 
     max|actual − truth| <= 2·max|eager − truth| + atol, where `truth` is the fp64 reference of the same inputs and `eager` the
-    naive chain of PyTorch ops with each step rounded to the dtype of `actual`. atol is 4 units of the last place of the largest
-    value in fp32, growing as √terms for a sum; and where Triton's interpreter stores bf16, which it truncates instead of
-    rounding, one unit of bf16.
+    naive chain of PyTorch ops with each step rounded to the dtype of `actual`. atol is 4 units in the last place of the largest
+    value in fp32, growing as √terms for a sum; and one unit of bf16 if Triton's interpreter stores bf16, which it truncates instead
+    of rounding.
     """
     interpreted = request.node.callspec.params.get("backend") != "cpp" and not torch.cuda.is_available()
 
@@ -88,8 +89,8 @@ def assert_close(request):
 
 @pytest.fixture
 def guarded_memory(monkeypatch):
-    """What ops allocate with new_empty is full of NaN and lies between two bands of NaN, which must be whole at the end: neither
-    the interpreter nor a GPU reports a store past the end, or a read of what was never written."""
+    """Fill what ops allocate with new_empty with NaN, between two bands of NaN that must be untouched at the end: neither the
+    interpreter nor a GPU reports a store past the end or a read of memory that was never written."""
     allocate, band, buffers = torch.Tensor.new_empty, 2**16, []  # wider than any tile
 
     def guarded(self, size, **options):
@@ -108,7 +109,7 @@ def guarded_memory(monkeypatch):
 
 
 def _between_nans(t: torch.Tensor) -> torch.Tensor:
-    """The same values and shape, as a view of a tensor whose rows, and whose first dimension, go on with NaN on both sides."""
+    """Return the same values and shape as a view of a tensor that has NaN on both sides of its rows and of its first dimension."""
     wide = t.new_full((t.shape[0] + 2, *t.shape[1:-1], t.shape[-1] + 32), float("nan"))
     view = wide[1:-1, ..., 16:-16]
     return view.copy_(t)
@@ -117,3 +118,20 @@ def _between_nans(t: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="session")
 def between_nans():
     return _between_nans
+
+
+class RecordedOps(TorchDispatchMode):
+    """The names of all operators that run inside the `with` block, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__.partition(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="session")
+def recorded_ops():
+    return RecordedOps

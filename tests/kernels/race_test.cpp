@@ -1,6 +1,6 @@
-// Drives every C++ kernel on std::thread, for ThreadSanitizer: torch's own OpenMP pool reports races that are none. Odd shapes, more
-// units than threads; the results of 1, 2 and 4 threads must be equal to the last bit. Built and run by launch/sanitize.sh with
-// FASTDIT_ISA set to the namespace under test.
+// Drives every C++ kernel on std::thread, for ThreadSanitizer: torch's own OpenMP pool reports races that are none. Odd shapes,
+// more units than threads; the results of 1, 2 and 4 threads must be equal to the last bit. Built and run by launch/sanitize.sh
+// with FASTDIT_ISA set to the namespace under test.
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -66,7 +66,8 @@ std::vector<char> run(Type E) {
   Memory qkv(E, {B, T, 3 * H}), weight(E, {D}), cos(S, {T, D / 2}), sin(S, {T, D / 2}), q(E, {B, T, N, D}), k(E, {B, T, N, D});
   Memory dq(E, {B, N, T, D}), dqkv(E, {B, T, 3 * H}), dweights(E, {2, D});
   Memory packed(E, {B * T, 2 * F}), out(E, {B * T, F}), dout(E, {B * T, F}), dpacked(E, {B * T, 2 * F});
-  Memory x0(E, {B, W}), noise(S, {B, W}), t(S, {B}), xt(E, {B, W}), dnoise(S, {B, W}), loss(S, {B}), error(E, {B, W}), dv(E, {B, W});
+  Memory x0(E, {B, W}), noise(S, {B, W}), t(S, {B}), xt(E, {B, W}), dnoise(S, {B, W}), loss(S, {B}), error(E, {B, W}),
+      dv(E, {B, W});
   Memory ids(S, {B}, 8), uniform(S, {B, W}), normal(S, {B, W});
   std::vector<char> all;
   const auto keep = [&](std::initializer_list<Memory*> written) {

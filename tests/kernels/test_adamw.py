@@ -17,7 +17,7 @@ from fastdit.kernels import adamw, library
 SIZES = [(1,), (3,), (8191,), (8193,), (64, 48), (0,), (2, 4, 16)]
 OPTIONS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 WEIGHTS = (0.1, 0.7)  # of two averages: lerp has a formula on either side of a half
-WHOLE = 16  # elements of torch's widest vectors
+VECTOR = 16  # elements of torch's widest vectors
 FUSED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and library.EXTENSION and library.cpp.isa() > 0
 EXACT = [pytest.param("cpp", marks=pytest.mark.skipif(not FUSED, reason="torch or the C++ kernels have no FMA here"))]
 
@@ -32,8 +32,8 @@ def make(copy=None, averages=0, dtype=torch.float32, device=DEVICE):
     numbers = lambda seed: [t.to(dtype) for t in random(seed, device=device)]
     masters, exp_avgs, squares = numbers(0), [t * 0.1 for t in numbers(1)], [(t.square() + 1) * 0.1 for t in numbers(2)]
     copies = None if copy is None else [m.to(copy) for m in masters]
-    kept = [numbers(3 + k) for k in range(averages)]
-    return kernels.AdamWTensors(masters, exp_avgs, squares, copies, kept)
+    moving = [numbers(3 + k) for k in range(averages)]
+    return kernels.AdamWTensors(masters, exp_avgs, squares, copies, moving)
 
 
 def scalars(scale=1.0, found_inf=0.0, device=DEVICE):
@@ -54,7 +54,7 @@ def test_200_steps_are_torchs_to_the_last_bit(backend, betas, decay):
     The elements that fill no vector are compared from the same state in each step: the compiler of torch sums theirs in another
     order, so C++ may be one unit of the last place off. With beta1 <= 0.5, which no one uses, the lerp of torch cancels there."""
     options = OPTIONS | {"betas": betas, "weight_decay": decay}
-    sizes = SIZES if betas[0] > 0.5 else [size for size in SIZES if math.prod(size) % WHOLE == 0]
+    sizes = SIZES if betas[0] > 0.5 else [size for size in SIZES if math.prod(size) % VECTOR == 0]
     masters = random(0, sizes, "cpu")
     theirs, average = [m.clone() for m in masters], [m.clone() for m in masters]
     moments = [[torch.zeros_like(m) for m in masters] for _ in range(2)]
@@ -79,10 +79,10 @@ def test_200_steps_are_torchs_to_the_last_bit(backend, betas, decay):
         wanted = [*theirs, *(torchs.state[p][key] for key in ("exp_avg", "exp_avg_sq") for p in theirs), *average]
         for ours, theirs_now in zip(everything(tensors), wanted, strict=True):
             a, b = ours.view(-1), theirs_now.view(-1)
-            whole = len(a) if backend == "reference" else len(a) // WHOLE * WHOLE
-            assert torch.equal(a[:whole], b[:whole]), step
-            assert (torch.nextafter(a, b)[whole:] == b[whole:]).all(), step
-            a[whole:] = b[whole:]
+            full = len(a) if backend == "reference" else len(a) // VECTOR * VECTOR
+            assert torch.equal(a[:full], b[:full]), step
+            assert (torch.nextafter(a, b)[full:] == b[full:]).all(), step
+            a[full:] = b[full:]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -18,7 +18,7 @@ swiglu = sys.modules["fastdit.kernels.swiglu"]  # the package's attribute of tha
 ROOT = Path(__file__).parents[2]
 TEXT = {"op", "direction", "kernel", "grid", "device", "torch", "triton", "deepspeed", "python", "commit", "date"}
 ADALN = ("modulate", "gated_residual", "gated_residual_modulate", "gated_residual_modulate_bias")
-REDUCTION = "partials.reduce_partials_kernel"  # stores 1/(2·parts) of what it loads, so its stores may be narrow
+REDUCTION = "token_sums.reduce_partials_kernel"  # stores 1/(2·parts) of what it loads, so its stores may be narrow
 NARROW = {
     "qk_norm_rope_72": "half a head is 36 columns, which no power of two divides into 128 bits",
     "counter_normal": "loads one id a program and nothing else",
@@ -49,13 +49,13 @@ def test_registers_hold_everything(rows):
     assert not failing(rows, lambda r: r["local"] == r["stack"] == r["spills"] == 0)
 
 
-def test_accesses_are_128_bits_wide(rows):
-    """By bytes of the instructions. What is narrower: the tail of a two-tile row (64 or 128 columns, a ninth of the row or less,
-    but as many instructions as the tile) and scalars such as the statistics of a row."""
+def test_accesses_are_128_bits_wide(rows, record_property):
+    """By bytes of the instructions. Narrower are the tail of a two-tile row (64 or 128 columns, a ninth of the row or less, but as
+    many instructions as the tile) and scalars such as the statistics of a row."""
     for row in rows:
         if row["op"] in NARROW:
             shares = f"{row['load_share_128']:.0%} of loads, {row['store_share_128']:.0%} of stores are 128 bits wide"
-            print(f"{row['kernel']} for {row['op']} {row['direction']}: {shares} ({NARROW[row['op']]})")
+            record_property(f"{row['kernel']} for {row['op']} {row['direction']}", f"{shares} ({NARROW[row['op']]})")
     main = [r for r in rows if r["op"] not in NARROW]
     assert not failing(main, lambda r: r["loads_128"] > 0 and r["load_share_128"] >= 0.6)
     assert not failing(main, lambda r: r["kernel"] == REDUCTION or (r["stores_128"] > 0 and r["store_share_128"] >= 0.6))
@@ -64,7 +64,10 @@ def test_accesses_are_128_bits_wide(rows):
 def test_occupancy_is_what_the_tuning_table_states(rows):
     """A backward that is cut into `blocks` programs an SM must fit so many: a second, small wave would double its time."""
     cut = [r for r in rows if r["op"] in ADALN and r["direction"] == "backward" and r["kernel"] != REDUCTION]
-    stated = lambda r: tuning.default_launch(f"{r['op'].removesuffix('_bias')}_backward", int(r["size"]), int(r["arch"])).blocks
+
+    def stated(r: dict) -> int:
+        return tuning.default_launch(f"{r['op'].removesuffix('_bias')}_backward", int(r["size"]), int(r["arch"])).blocks
+
     assert len(cut) == 4 * len(ADALN)
     assert not failing(cut, lambda r: r["blocks_per_sm"] >= stated(r))
     summing = [r for r in rows if r["op"] in ("swiglu_bias", "swiglu_linear") and r["kernel"] == "swiglu.swiglu_backward_kernel"]
@@ -73,14 +76,13 @@ def test_occupancy_is_what_the_tuning_table_states(rows):
 
 
 def test_a_sum_over_all_samples_is_several_programs(rows):
-    """One program alone would wait for 17 loads, one after the other, where a card has room for hundreds."""
+    """A single program would wait for 17 loads in turn, while a card has room for hundreds of programs."""
     over_all = [r for r in rows if r["op"].startswith("qk_norm_rope") and r["kernel"] == REDUCTION]
     assert over_all and not failing(over_all, lambda r: int(r["grid"].split("x")[0]) >= 4)
 
 
 def test_number_of_launches(rows):
-    """As kernel_cases.py states; for the adaLN ops one forward, and backward one and the reduction of partial sums; with a bias
-    that of all samples too."""
+    """As kernel_cases.py states: one for a forward; for a backward one, one that reduces partial sums, and with a bias one more."""
     for op, case in CASES.items():
         for size in case.sizes:
             launched = [r["direction"] for r in rows if (r["op"], r["size"]) == (op, size)]

@@ -98,16 +98,16 @@ def test_normal_equals_box_muller_in_fp64(backend, shape):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("op", OPS)
-def test_depends_on_the_name_alone(op, backend):
+def test_depends_only_on_seed_stream_and_id(op, backend):
     """Not on the batch, the order of the rows, or how long the row is."""
-    whole = draw(op, backend, 7, 1, IDS, (3, 70))
+    full = draw(op, backend, 7, 1, IDS, (3, 70))
     order = torch.tensor([3, 1, 4, 0, 2], device=DEVICE)
-    assert torch.equal(draw(op, backend, 7, 1, IDS[order], (3, 70)), whole[order])
+    assert torch.equal(draw(op, backend, 7, 1, IDS[order], (3, 70)), full[order])
     for i in range(len(IDS)):
-        assert torch.equal(draw(op, backend, 7, 1, IDS[i : i + 1], (3, 70)), whole[i : i + 1])
-    assert torch.equal(draw(op, backend, 7, 1, IDS.repeat_interleave(2)[::2], (3, 70)), whole)
-    assert torch.equal(draw(op, backend, 7, 1, IDS[:1].expand(3), (3, 70)), whole[:1].expand(3, 3, 70))
-    assert torch.equal(draw(op, backend, 7, 1, IDS, (33,)), whole.flatten(1)[:, :33])
+        assert torch.equal(draw(op, backend, 7, 1, IDS[i : i + 1], (3, 70)), full[i : i + 1])
+    assert torch.equal(draw(op, backend, 7, 1, IDS.repeat_interleave(2)[::2], (3, 70)), full)
+    assert torch.equal(draw(op, backend, 7, 1, IDS[:1].expand(3), (3, 70)), full[:1].expand(3, 3, 70))
+    assert torch.equal(draw(op, backend, 7, 1, IDS, (33,)), full.flatten(1)[:, :33])
 
 
 @pytest.mark.usefixtures("values")

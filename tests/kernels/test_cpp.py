@@ -45,13 +45,13 @@ def everything() -> list[torch.Tensor]:
         (lambda x0, noise: kernels.flow_interpolate(x0, noise, t), [x0, noise]),
         (lambda v: kernels.flow_matching_loss(v, x0.detach(), noise.detach(), t), [randn(B, 4, 9, 9).requires_grad_()]),
     ]
-    found = [kernels.counter_normal(5, 1, ids, (3, 67)), kernels.counter_uniform(5, 1, ids, (3, 67))]
+    results = [kernels.counter_normal(5, 1, ids, (3, 67)), kernels.counter_uniform(5, 1, ids, (3, 67))]
     with kernels.backend("cpp"):
         for function, inputs in calls:
             out = function(*inputs)
             out = out if isinstance(out, tuple) else (out,)
-            found += [*out, *torch.autograd.grad(out, inputs, [torch.ones_like(o) for o in out])]
-    return [f.detach() for f in found]
+            results += [*out, *torch.autograd.grad(out, inputs, [torch.ones_like(o) for o in out])]
+    return [f.detach() for f in results]
 
 
 def test_the_same_bits_at_any_number_of_threads():

@@ -1,4 +1,4 @@
-"""Which backend runs, and what all kernel files have in common: registration, layouts under a compiler."""
+"""The choice of a backend, and the common parts of all kernel files: registration, layouts under a compiler."""
 
 import os
 import subprocess
@@ -53,7 +53,7 @@ def test_triton_needs_cuda_or_the_interpreter(monkeypatch):
 
 @pytest.mark.parametrize("name", ["auto", "reference", "triton"])
 def test_the_meta_device_gives_a_backends_shapes(name):
-    """Nothing runs there: `fastdit plan` asks what Triton's ops keep without a GPU."""
+    """Nothing runs there: `fastdit plan` asks which tensors Triton's ops save, without a GPU."""
     meta = torch.device("meta")
     with kernels.backend(name):
         assert kernels.backend_in_use(meta) == ("reference" if name == "auto" else name)
@@ -102,8 +102,8 @@ def test_a_compiled_function_follows_the_setting():
 
 
 def call(op: str) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
-    """Inputs, B = 2, T = 7, H = 64, that require grad, and outputs of an adaLN op."""
-    streams, modulation = {"modulate": (1, 2), "gated_residual": (2, 1), "gated_residual_modulate": (2, 3)}[op]
+    """Return inputs, B = 2, T = 7, H = 64, that require grad, and the outputs of Triton."""
+    streams, modulation = {"modulate": (1, 2), "gated_residual": (2, 1), "gated_residual_modulate": (2, 3), "swiglu": (1, 0)}[op]
     inputs = [torch.randn(shape, requires_grad=True, device=DEVICE) for shape in [(2, 7, 64)] * streams + [(2, 64)] * modulation]
     with kernels.backend("triton"):
         out = getattr(kernels, op)(*inputs)
@@ -115,11 +115,23 @@ def call(op: str) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
     [("modulate", 1, 2, 2), ("gated_residual", 1, 0, 1), ("gated_residual_modulate", 2, 2, 3)],
 )
 def test_what_is_saved_for_the_backward(op, streams, rows, modulation):
-    """As kernels/README.md says: [B,T,H] tensors, fp32 numbers a row, and the modulation, which the model holds anyway."""
+    """As in kernels/README.md: [B,T,H] tensors, fp32 numbers per row, and the modulation, which the model holds anyway."""
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()), lambda _: None):
         call(op)
     assert sum(saved) == streams * 2 * 7 * 64 + rows * 2 * 7 + modulation * 2 * 64
+
+
+@pytest.mark.parametrize("op", ["modulate", "gated_residual", "gated_residual_modulate", "swiglu"])
+def test_backend_of_the_forward_runs_the_backward(recorded_ops, op):
+    """Also outside of its `with backend(…)` block; and the reference runs no library op."""
+    inputs, outputs = call(op)
+    with kernels.backend("reference"), recorded_ops() as recorded:
+        torch.autograd.grad(outputs, inputs, [torch.ones_like(out) for out in outputs])
+        assert f"{op}_backward_triton" in recorded.names
+        recorded.names.clear()
+        getattr(kernels, op)(*inputs)
+    assert recorded.names and not any(name.endswith(("_triton", "_cpp")) for name in recorded.names)
 
 
 @pytest.mark.parametrize("op", ["modulate", "gated_residual", "gated_residual_modulate"])

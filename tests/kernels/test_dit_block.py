@@ -104,16 +104,16 @@ def everything() -> list[torch.Tensor]:
 def test_cpp_the_same_bits_at_any_number_of_threads_and_in_any_batch():
     before = torch.get_num_threads()
     try:
-        found = []
+        results = []
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            found.append(everything())
+            results.append(everything())
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
     x, y, modulation, *others = inputs(SIZES[1])
-    alone = run(x[1:2], y[1:2], tuple(m[1:2] for m in modulation), *others)
-    for one, all_three in zip(alone, run(x, y, modulation, *others), strict=True):
+    single = run(x[1:2], y[1:2], tuple(m[1:2] for m in modulation), *others)
+    for one, all_three in zip(single, run(x, y, modulation, *others), strict=True):
         assert torch.equal(one[0], all_three[1])
 
 

@@ -142,16 +142,6 @@ def test_inputs_are_left_alone(backend):
     assert all(torch.equal(a, b) for a, b in zip((*arguments, grad), before, strict=True))
 
 
-def test_backend_of_the_forward_runs_the_backward():
-    (x, branch, gate), grad = inputs(2, 7, 64)
-    branch.requires_grad_()
-    with kernels.backend("triton"):
-        r = kernels.gated_residual(x, branch, gate)
-    with kernels.backend("reference"):
-        assert type(r.grad_fn).__name__ == "_GatedResidualBackward"
-        torch.autograd.grad(r, branch, grad)
-
-
 @pytest.mark.usefixtures("values")
 def test_reference_formula():
     """x + gate·branch in fp64, and its gradients by differences."""

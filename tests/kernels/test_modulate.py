@@ -179,16 +179,6 @@ def test_inputs_are_left_alone(backend):
     assert all(torch.equal(a, b) for a, b in zip((*arguments, grad), before, strict=True))
 
 
-def test_backend_of_the_forward_runs_the_backward():
-    (x, shift, scale), grad = inputs(2, 7, 64)
-    x.requires_grad_()
-    with kernels.backend("triton"):
-        y = kernels.modulate(x, shift, scale)
-    with kernels.backend("reference"):
-        assert type(y.grad_fn).__name__ == "_ModulateBackward"
-        torch.autograd.grad(y, x, grad)
-
-
 @pytest.mark.usefixtures("values")
 def test_reference_formula():
     """(x − mean)/√(var + eps)·(1 + scale) + shift in fp64, and its gradients by differences."""

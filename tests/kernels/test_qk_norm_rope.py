@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from backends import BACKENDS, DEVICE, zeros
 from fastdit import kernels
@@ -130,24 +129,12 @@ def test_memory_layout(backend):
     assert torch.autograd.grad((q, k, v), qkv, grads)[0].is_contiguous()
 
 
-class Recorded(TorchDispatchMode):
-    """The names of all operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.__name__.partition(".")[0])
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("backend", ["triton"])
-def test_nothing_is_copied_around_attention(backend):
+def test_nothing_is_copied_around_attention(recorded_ops, backend):
     """From qkv through fused attention to the packed gradient: one op in each direction, no clone, copy, zero-fill or add."""
     (qkv, *rest), _ = inputs(2, 7, 3, 64, dtype=torch.bfloat16)
     qkv.requires_grad_()
-    with kernels.backend(backend), Recorded() as recorded:
+    with kernels.backend(backend), recorded_ops() as recorded:
         out = F.scaled_dot_product_attention(*kernels.qk_norm_rope(qkv, *rest)).transpose(1, 2).flatten(2)
         torch.autograd.grad(out, qkv, torch.ones(2, 7, 192, dtype=out.dtype, device=DEVICE))
     work = {

@@ -158,17 +158,6 @@ def test_compiles_as_one_graph(backend, compiler):
                 assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
-def test_backend_of_the_forward_runs_the_backward():
-    packed, grad = inputs(2, 64)
-    packed.requires_grad_()
-    with kernels.backend("triton"):
-        out = kernels.swiglu(packed)
-    with kernels.backend("reference"):
-        assert type(out.grad_fn).__name__ == "_SwiGLUBackward"
-        torch.autograd.grad(out, packed, grad)
-        assert type(kernels.swiglu(packed).grad_fn).__name__ != "_SwiGLUBackward"
-
-
 @pytest.mark.usefixtures("values")
 def test_reference_formula():
     """value·gate/(1 + e^−gate) in fp64, and its gradient by differences."""

@@ -1,5 +1,6 @@
 """The launch table, how a backward is cut into programs, and the script that times candidates (without a GPU: its logic)."""
 
+import hashlib
 import importlib
 import sys
 
@@ -14,7 +15,7 @@ KERNELS = [f"{op}_{d}" for op in ("modulate", "gated_residual", "gated_residual_
 
 @pytest.fixture(autouse=True)
 def any_machine(monkeypatch):
-    """The launches of the interpreter, sm_90's, also where there is a GPU."""
+    """The launches of the interpreter, sm_90's, on a machine with a GPU too."""
     monkeypatch.setattr(tuning, "INTERPRETED", True)
 
 
@@ -23,11 +24,38 @@ def any_machine(monkeypatch):
 def test_every_width_has_a_launch(kernel, width):
     """Powers of two that cover the row, eight elements a thread or more, and a table entry that goes first."""
     for arch in tuning.MULTIPROCESSORS:
-        how = tuning.default_launch(kernel, width, arch)
-        assert all(n & (n - 1) == 0 for n in (how.tile, how.tail, how.warps, how.rows))
-        assert 1 <= how.warps <= 16 and how.blocks >= 1 and how.stages >= 1
+        config = tuning.default_launch(kernel, width, arch)
+        assert all(n & (n - 1) == 0 for n in (config.tile, config.tail, config.warps, config.rows))
+        assert 1 <= config.warps <= 16 and config.blocks >= 1 and config.stages >= 1
         if "modulate" in kernel:
-            assert how.tile + how.tail >= width and (not how.tail or how.tile < width)
+            assert config.tile + config.tail >= width and (not config.tail or config.tile < width)
+
+
+# VERSION -> digest of the table
+DIGESTS = {2: "fee8b3adb2ce1f0d"}
+
+
+def table_digest() -> str:
+    """SHA-256 of the launch parameters of every kernel, width and architecture, and of what else decides how sums are cut."""
+    digest = hashlib.sha256(repr((sorted(tuning.TUNED.items()), tuning.MULTIPROCESSORS)).encode())
+    for kernel in KERNELS:
+        for arch in tuning.MULTIPROCESSORS:
+            digest.update(repr([tuple(tuning.default_launch(kernel, width, arch)) for width in range(1, 8193)]).encode())
+    return digest.hexdigest()[:16]
+
+
+def test_a_change_of_the_table_raises_its_version():
+    digest = table_digest()
+    assert DIGESTS.get(tuning.VERSION) == digest, (
+        f"the launch table has changed: raise tuning.VERSION and add {{VERSION: {digest!r}}} to DIGESTS"
+    )
+
+
+def test_a_kernel_without_launch_parameters_is_named():
+    with pytest.raises(
+        ValueError, match=r"^layer_norm_forward: kernels/tuning.py has no launch parameters for this kernel: add it"
+    ):
+        tuning.default_launch("layer_norm_forward", 384, 90)
 
 
 def test_the_presets_have_no_dead_lanes_where_it_pays():
@@ -37,16 +65,16 @@ def test_the_presets_have_no_dead_lanes_where_it_pays():
 
 
 def test_a_tuned_launch_goes_before_the_default(monkeypatch):
-    how = tuning.Launch(512, warps=1)
-    monkeypatch.setattr(tuning, "TUNED", {("modulate_forward", 384, tuning.architecture(CPU)): how})
+    config = tuning.LaunchConfig(512, warps=1)
+    monkeypatch.setattr(tuning, "TUNED", {("modulate_forward", 384, tuning.architecture(CPU)): config})
     tuning.launch_for.cache_clear()
-    assert tuning.launch_for("modulate_forward", 384, CPU) is how
+    assert tuning.launch_for("modulate_forward", 384, CPU) is config
     assert tuning.launch_for("modulate_forward", 768, CPU) == tuning.default_launch("modulate_forward", 768, 90)
     tuning.launch_for.cache_clear()
 
 
 def test_one_wave():
-    """One full wave of programs, at least 8 rows each; one part, or four waves, for batches that fill the card alone."""
+    """One full wave of programs, at least 8 rows each; one part, or four waves, for batches that fill the card by themselves."""
     for batch, tokens, blocks in ((8, 256, 4), (16, 256, 5), (32, 256, 5), (64, 256, 4), (256, 256, 7), (1, 7, 5), (5, 1024, 4)):
         parts, rows = tuning.chunks(batch, tokens, blocks, CPU)
         assert batch * parts <= tuning.MULTIPROCESSORS[90] * blocks

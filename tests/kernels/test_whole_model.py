@@ -28,15 +28,15 @@ def losses(backend, steps, recompute=False):
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     x0 = torch.randn(2, 2, 12, 12, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     labels = torch.arange(2, device=DEVICE)
-    found = []
+    history = []
     for step in range(steps):
         with kernels.backend(backend):
             loss = flow.losses(model, config.flow, 10, x0, labels, 0, flow.sample_ids(step, 0, 2, DEVICE)).mean()
         optimizer.zero_grad()
         loss.backward()  # on the backend of the forward, though the block is left
         optimizer.step()
-        found.append(loss.item())
-    return torch.tensor(found)
+        history.append(loss.item())
+    return torch.tensor(history)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -64,7 +64,7 @@ def losses_in(dtype, backend, preset):
     optimizer = torch.optim.AdamW(masters, lr=3e-4)
     size = config.model.input_size
     x0 = torch.randn(4, config.model.in_channels, size, size, generator=torch.Generator().manual_seed(1))
-    found = []
+    history = []
     for step in range(50):
         with kernels.backend(backend):
             ids = flow.sample_ids(step, 0, 4, torch.device("cpu"))
@@ -75,8 +75,8 @@ def losses_in(dtype, backend, preset):
                 master.grad, p.grad = p.grad.float(), None
             optimizer.step()
             torch._foreach_copy_(list(model.parameters()), masters)
-        found.append(loss.item())
-    return torch.tensor(found)
+        history.append(loss.item())
+    return torch.tensor(history)
 
 
 @pytest.mark.skipif(not library.EXTENSION, reason="the C++ extension is not built")
@@ -85,7 +85,7 @@ def losses_in(dtype, backend, preset):
     [MODEL, pytest.param({"preset": "S/2", "depth": 3, "in_channels": 4, "class_width": 64}, marks=pytest.mark.slow)],
     ids=["small", "width 384"],
 )
-def test_fifty_steps_in_bf16(preset):
+def test_fifty_steps_in_bf16(preset, record_property):
     """C++ and reference differ by fp32 roundings inside of an op, which now and then turn the last bit of a bf16 output, 2^-8 of
     it. The mean of thousands of squared errors averages that away, and fifty steps of training multiply what is left: it must
     stay below one rounding of bf16 in every loss, and below a quarter of one on average."""
@@ -93,8 +93,7 @@ def test_fifty_steps_in_bf16(preset):
         pytest.skip("bf16 matmuls are emulated on this CPU: an hour")
     reference, ours = (losses_in(torch.bfloat16, name, preset) for name in ("reference", "cpp"))
     difference = (ours / reference - 1).abs()
-    print(
-        f"losses {reference[0]:.3f} .. {reference[-1]:.3f}, largest difference {difference.max():.1e}, mean {difference.mean():.1e}"
-    )
+    record_property("losses", f"{reference[0]:.3f} .. {reference[-1]:.3f}")
+    record_property("relative difference", f"largest {difference.max():.1e}, mean {difference.mean():.1e}")
     assert difference.max() <= 2**-8 and difference.mean() <= 2**-10
     assert reference[-1] < 0.9 * reference[0]

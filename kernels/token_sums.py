@@ -1,6 +1,6 @@
 """The sums over tokens of the backward kernels: fp32 parts in a fixed order, then one small kernel. B batch, S parts, H width.
 
-Every program of a backward owns a run of tokens of one sample, keeps its k column sums in registers and stores them once, as
+Every program of a backward takes consecutive tokens of one sample, keeps its k column sums in registers and stores them once, as
 [B,S,k,H]. No atomics: the same launch gives the same bits. With one part the backward writes the result itself.
 """
 
@@ -13,22 +13,25 @@ from .library import cdiv, launch
 
 
 @triton.jit(do_not_specialize=["S"])
-def _reduce_partials_kernel(partials, out, partials_batch, partials_part, S, width, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+def reduce_partials_kernel(
+    partials_ptr, out_ptr, partials_stride_b, partials_stride_s, S, width, COLUMNS: tl.constexpr, PARTS: tl.constexpr
+):
     """out[b,c] = sum over s of partials[b,s,c], for one sample and COLUMNS of the width = k·H columns."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(width, COLUMNS)
     b, block = pid // blocks, pid % blocks
-    c = block * COLUMNS + tl.arange(0, COLUMNS)
+    columns = block * COLUMNS + tl.arange(0, COLUMNS)
     s = tl.arange(0, PARTS).to(tl.int64)
     total = tl.zeros((PARTS, COLUMNS), tl.float32)
     for start in range(0, S, PARTS):
-        at = partials + (b * partials_batch + (start + s)[:, None] * partials_part + c[None, :])
-        total += tl.load(at, mask=((start + s) < S)[:, None] & (c < width)[None, :], other=0.0)
-    tl.store(out + b * width + c, tl.sum(total, axis=0), mask=c < width)
+        part_ptr = partials_ptr + (b * partials_stride_b + (start + s)[:, None] * partials_stride_s + columns[None, :])
+        total += tl.load(part_ptr, mask=((start + s) < S)[:, None] & (columns < width)[None, :], other=0.0)
+    tl.store(out_ptr + b * width + columns, tl.sum(total, axis=0), mask=columns < width)
 
 
 def reduce_partials(partials: Tensor, out: Tensor) -> None:
-    """Sum partials fp32 [B,S,k,H] over S into out [B,k,H]; one launch. out is contiguous, and of partials the last two dimensions.
+    """Sum partials fp32 [B,S,k,H] over S into out [B,k,H]; one launch. The last two dimensions of partials and all of out must be
+    contiguous.
 
     A sum over all samples, B = 1, has hundreds of parts and few columns: narrow programs, so that there are several of them, and
     many parts at a time, because a program waits for each of its loads.
@@ -37,10 +40,10 @@ def reduce_partials(partials: Tensor, out: Tensor) -> None:
     columns, parts, warps = (32, 64, 8) if B == 1 else (128, 16, 4)
     grid = (B * cdiv(k * H, columns),)
     strides = partials.stride()[:2]
-    launch(_reduce_partials_kernel, grid, partials, partials, out, *strides, S, k * H, columns, parts, num_warps=warps)
+    launch(reduce_partials_kernel, grid, partials, partials, out, *strides, S, k * H, columns, parts, num_warps=warps)
 
 
 def common_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype in which a backward returns the gradients of `tensors` as one tensor: theirs if they agree, else fp32."""
+    """Return the dtype in which a backward returns the gradients of `tensors` as one tensor: theirs if they agree, else fp32."""
     first = tensors[0].dtype
     return first if all(t.dtype == first for t in tensors) else torch.float32
