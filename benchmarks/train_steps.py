@@ -37,6 +37,7 @@ class Moments:
     def __init__(self, config: Config, world: distributed.World) -> None:
         from fastdit.data.order import Order
 
+        self.manifest = {"images": IMAGES}  # that there is one says that `batch` returns moments
         self.channels = config.model.in_channels
         self.size = config.model.input_size
         self.order = Order(IMAGES, config, world)
@@ -48,7 +49,7 @@ class Moments:
         """Return mean and log-variance [B,2,C,h,w], and labels int64 [B]."""
         return self.moments, self.labels
 
-    def encode(self, moments: Tensor, noise: Tensor) -> Tensor:
+    def posterior_sample(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Return x0 [B,C,h,w] as fastdit.autoencoder draws it from cached moments [B,2,C,h,w]."""
         mean, logvar = moments.unbind(1)
         return mean + torch.exp(0.5 * logvar) * noise

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from fastdit.config import InputError, SampleConfig, Stopped, parse
+from fastdit.data.imagenet import COUNTS
 
 # Huge pages, and what is freed is kept for the next step: without them a step on a CPU spends 8-12 % in page faults and TLB misses.
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184"
@@ -191,7 +192,9 @@ def _add_plan(commands) -> None:
     )
     plan.add_argument("--gpus", type=int, default=8, metavar="N", help="in all, 8 a node (default: %(default)s)")
     plan.add_argument("--epochs", type=float, default=80, metavar="N", help="default: %(default)s")
-    plan.add_argument("--images", type=int, default=1_281_167, metavar="N", help="of an epoch (default: ImageNet's %(default)s)")
+    plan.add_argument(
+        "--images", type=int, default=COUNTS["train"], metavar="N", help="images per epoch (default: ImageNet's %(default)s)"
+    )
     plan.add_argument("--batch-size", type=int, metavar="N", help="train.batch_size: images a GPU and micro-step")
     plan.add_argument("--stage", type=int, choices=(1, 2, 3), help="zero.stage")
     plan.add_argument(

@@ -1,4 +1,4 @@
-"""What this machine is and can: devices, precisions, memory, installed versions."""
+"""Devices of this machine: what they are and can, precisions, memory, installed versions."""
 
 import functools
 import os
@@ -12,27 +12,33 @@ import torch
 from fastdit import kernels
 from fastdit.config import InputError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the parameters, by what precision and --dtype call them
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of parameters, by the names that train.precision and --dtype use
+PACKAGES = ("torch", "triton", "deepspeed", "diffusers", "nvidia-dali-cuda130", "wandb", "flash-attn")
 
 
 @functools.cache
 def native_bf16(device: torch.device) -> bool:
     """Whether bf16 matmuls are fast on `device`: NVIDIA GPUs since Ampere, CPUs that oneDNN has kernels for (AVX-512 and newer).
-    Elsewhere PyTorch's fallback runs: on two AVX2 cores 1.8 GFLOP/s, where fp32 reaches 137."""
+
+    Other CPUs run PyTorch's fallback: 1.8 GFLOP/s on two AVX2 cores, which reach 137 in fp32.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def precision(wanted: str, device: torch.device) -> str:
-    """bf16 or fp32 as wanted; "auto" is bf16 where the device has fast matmuls in it."""
+    """Resolve a precision "fp32" | "bf16" | "auto" for a device: auto is bf16 if its matmuls are fast there."""
     if wanted == "auto":
         return "bf16" if native_bf16(device) else "fp32"
     return wanted
 
 
 def choose_device(name: str) -> torch.device:
-    """auto (CUDA when there is one) | cpu | cuda, or the base command's gpu. Raises InputError when there is none."""
+    """Return the device of a --device option: "auto" (CUDA if there is a GPU) | "cpu" | "cuda", or "gpu" as in the base command.
+
+    Raises InputError if there is no GPU to use.
+    """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -40,26 +46,24 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda")
 
 
-PACKAGES = ("torch", "triton", "deepspeed", "diffusers", "nvidia-dali-cuda130", "wandb", "flash-attn")
-
-
 def versions() -> dict[str, str]:
-    """Installed versions of fastdit and of what it stands on; "missing" where a package is not installed."""
+    """Return the versions of fastdit and of the packages that it uses; "missing" if one is not installed."""
     from fastdit import __version__
 
-    found = {"fastdit": __version__, "python": sys.version.split()[0]}
+    installed = {"fastdit": __version__, "python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "missing"
-    found["torch"] = str(torch.__version__)  # names the CUDA too, as 2.14.1+cu130, which the metadata of PyPI's builds leaves out
-    found["kernel launches"] = str(kernels.tuning.VERSION)  # another version may differ in the last bit of a gradient
-    return found
+            installed[package] = "missing"
+    # with the CUDA version, as in 2.14.1+cu130, which the metadata of PyPI's builds leaves out
+    installed["torch"] = str(torch.__version__)
+    installed["kernel launches"] = str(kernels.tuning.VERSION)  # another version may differ in the last bit of a gradient
+    return installed
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with its number of threads."""
+    """Return the GPU's name, or the CPU's with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
@@ -69,14 +73,14 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch's allocator held on a GPU, or the most that this process held in memory."""
+    """Return the peak memory in bytes: of torch's allocator on a GPU, or else of this process (its resident set)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def check_backend(device: torch.device) -> str:
-    """The kernel backend on `device`. Raises InputError when FASTDIT_KERNELS asks for one that cannot run there."""
+    """Return the kernel backend that runs on `device`. Raises InputError if FASTDIT_KERNELS names one that cannot run there."""
     try:
         return kernels.backend_in_use(device)
     except (RuntimeError, ValueError) as error:
@@ -84,11 +88,13 @@ def check_backend(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for all work on a GPU; nothing on a CPU, where no work is pending."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def free_memory(device: torch.device) -> int:
+    """Return the free bytes of a GPU or of the host."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all, and their hashes. Imports nothing but the standard library and config."""
+"""Files that are written whole or not at all, resumable jobs, hashes. Imports only the standard library and config."""
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which replaces `path` whole at the end of the block: fsync, rename."""
+    """Yield a temporary path to write to, and replace `path` by it at the end of the block: fsync, then rename."""
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         yield temporary
@@ -34,12 +35,43 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file whole."""
+    """Write a text file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text)
 
 
+def begin_or_match(path: Path, settings: dict) -> str | None:
+    """Begin a resumable job, whose settings lie in the JSON file `path` beside its partial results, or match the one begun there.
+
+    Returns None if the job is new, and `path` is written with its folder, or if it was begun with the same settings. Otherwise
+    returns the first difference, as the predicate of a sentence: "was begun with size=32, this command has 64".
+    """
+    text = json.dumps(settings, indent=1)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+        return None
+    begun, given = json.loads(path.read_text()), json.loads(text)
+    for key in given:
+        if begun.get(key) != given[key]:
+            return f"was begun with {key}={begun.get(key)}, this command has {given[key]}"
+    return None
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Turn an OSError, such as a full disk, into an InputError that says that the partial results in `folder` are kept."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or folder}: {error.strerror or error}; what was done so far is kept: the same command resumes once "
+            "that is fixed, or use another --out"
+        ) from error
+
+
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's contents, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -54,4 +86,4 @@ def check_writable(path: Path) -> None:
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}: choose another place") from error
+        raise InputError(f"{path} cannot be written: {error.strerror}: choose another path") from error

@@ -14,12 +14,14 @@ from fastdit.config import ModelConfig
 from fastdit.model import Attention, DiT, Mlp
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes that live tensors take, from their creation to the end of their storage."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of live tensors, from their creation to the end of their storage."""
 
     def __init__(self, ignored: list[Tensor]) -> None:
+        """ignored: tensors that exist already and do not count."""
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self.seen = weakref.WeakSet(t.untyped_storage() for t in ignored)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -38,33 +40,40 @@ class Live(TorchDispatchMode):
 
 
 class Walk(NamedTuple):
-    """One forward and backward of a batch on the meta device."""
+    """Counts of one forward and backward of a batch."""
 
     forward: int  # FLOPs of matmuls and attention
-    backward: int  # without what is recomputed
-    blocks_forward: int  # the share of the blocks in `forward`
-    kept: int  # bytes that the forward leaves for the backward
-    kept_block: int  # of them a block's
+    backward: int  # FLOPs, without those of recomputation
+    blocks_forward: int  # FLOPs of all blocks in `forward`
+    saved: int  # bytes that the forward saves for the backward
+    saved_per_block: int
     peak: int  # most bytes of activations and their gradients at once
-    parameters: int
+    parameters: int  # number of parameters
 
 
 @functools.cache
 def walk(model: ModelConfig, batch: int, dtype: torch.dtype, recompute: str) -> Walk:
-    """Count a forward and backward of `batch` images. recompute: "none" | "light" | "full", as train.recompute.
+    """Count a forward and backward of `batch` images with parameters in `dtype`. recompute: "none" | "light" | "full", as
+    train.recompute.
 
-    FLOPs: 2·M·N·K of every Linear, and again for each of its two gradients that is needed; 4·T²·H of attention and twice that
-    backward (a fused backward's second score matmul is not counted: model FLOPs). Parameters' gradients are not in `peak`.
+    FLOPs: 2·M·N·K per Linear, and again for each of its two gradients that is needed; 4·T²·H per attention and twice that in the
+    backward (the second score matmul of a fused backward is not counted: these are model FLOPs). Gradients of parameters do not
+    count in `peak`.
     """
-    if model.attention == "flash":  # keeps the same as sdpa's fused kernels
+    if model.attention == "flash":  # saves the same as sdpa's fused kernels
         model = dataclasses.replace(model, attention="sdpa")
     with torch.device("meta"):
         dit = DiT(model)
     dit.to("meta", dtype).train().set_recompute(recompute)
-    for p in dit.parameters():  # ZeRO moves each gradient into a bucket
-        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    live = Live([*dit.parameters(), *dit.buffers()])
-    forward, backward, edges = 0, 0, []
+
+    def drop_gradient(p: nn.Parameter) -> None:  # as ZeRO does, which moves each gradient into a bucket
+        p.grad = None
+
+    for p in dit.parameters():
+        p.register_post_accumulate_grad_hook(drop_gradient)
+    live = LiveBytes([*dit.parameters(), *dit.buffers()])
+    forward, backward = 0, 0  # FLOPs
+    block_edges = []  # (live bytes, forward FLOPs) before the first block and after the last
 
     def linear(module: nn.Linear, inputs: tuple, out: Tensor) -> None:
         nonlocal forward, backward
@@ -72,7 +81,7 @@ def walk(model: ModelConfig, batch: int, dtype: torch.dtype, recompute: str) -> 
         forward += flops
         backward += flops * (1 + inputs[0].requires_grad)
 
-    def mlp(module: Mlp, inputs: tuple, out: Tensor) -> None:  # which calls ops on its Linears' weights
+    def mlp(module: Mlp, inputs: tuple, out: Tensor) -> None:  # it calls ops on its Linears' weights, not the Linears
         nonlocal forward, backward
         flops = 2 * (out.numel() // out.shape[-1]) * (module.up.weight.numel() + module.down.weight.numel())
         forward += flops
@@ -88,14 +97,26 @@ def walk(model: ModelConfig, batch: int, dtype: torch.dtype, recompute: str) -> 
         for kind, count in ((nn.Linear, linear), (Mlp, mlp), (Attention, attention)):
             if isinstance(module, kind):
                 module.register_forward_hook(count)
-    mark = lambda *_: edges.append((live.now, forward))
-    dit.blocks[0].register_forward_pre_hook(mark)
-    dit.blocks[-1].register_forward_hook(mark)
+
+    def mark_edge(*_) -> None:
+        block_edges.append((live.now, forward))
+
+    dit.blocks[0].register_forward_pre_hook(mark_edge)
+    dit.blocks[-1].register_forward_hook(mark_edge)
     x = torch.empty(batch, model.in_channels, model.input_size, model.input_size, device="meta")
     t, labels = torch.empty(batch, device="meta"), torch.empty(batch, dtype=torch.int64, device="meta")
     with kernels.backend("triton"), live:
         v = dit(x, t, labels)
-        kept, first_pass = live.now, (forward, backward)
-        (before, flops_before), (after, flops_after) = edges
+        saved = live.now
+        forward_flops, backward_flops = forward, backward  # now: recomputation runs the hooks again in the backward
+        (bytes_before, flops_before), (bytes_after, flops_after) = block_edges
         v.backward(torch.empty_like(v))
-    return Walk(*first_pass, flops_after - flops_before, kept, (after - before) // len(dit.blocks), live.peak, dit.num_parameters)
+    return Walk(
+        forward=forward_flops,
+        backward=backward_flops,
+        blocks_forward=flops_after - flops_before,
+        saved=saved,
+        saved_per_block=(bytes_after - bytes_before) // len(dit.blocks),
+        peak=live.peak,
+        parameters=dit.num_parameters,
+    )

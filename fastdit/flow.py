@@ -1,10 +1,12 @@
-"""Rectified flow: timesteps, label dropout and the loss of a step. B batch, C/h/w the latent.
+"""Rectified flow: timesteps, label dropout and the loss of a step. B batch size, C/h/w channels, rows and columns of the latent.
 
-Every random number of training is named by (seed, stream, step, index in the global batch): the same at 1, 2 or 8 ranks, with
+A timestep t in (0,1] mixes x_t = (1−t)·x0 + t·noise; the model predicts the velocity noise − x0 (arXiv:2209.03003).
+Every random number of training is named by (seed, stream, step, index in the global batch): it is the same at 1, 2 or 8 ranks, with
 or without accumulation, on any device to rounding.
 """
 
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 from fastdit import kernels
 from fastdit.config import FlowConfig
 
+PARTS = ("flow",)  # terms of the loss, by the names under which `Losses.parts` holds them; a second one is logged by its name
+
 
 class Stream(IntEnum):
-    """What a random number is for; part of its name in kernels.counter_normal and counter_uniform."""
+    """Purpose of a random number; part of its name in kernels.counter_normal and counter_uniform."""
 
     TIME = 0
     NOISE = 1
@@ -29,31 +33,53 @@ class Stream(IntEnum):
     VALIDATION = 10
 
 
+class Losses(NamedTuple):
+    """Loss of each sample of a batch."""
+
+    total: Tensor  # fp32 [B], what training minimises
+    t: Tensor  # fp32 [B], the timesteps
+    parts: dict[str, Tensor]  # fp32 [B] of each of PARTS
+
+
+def logged_parts() -> tuple[str, ...]:
+    """Return the parts that are logged beside the total: none if there is only one, which is the total."""
+    return PARTS if len(PARTS) > 1 else ()
+
+
 def sample_ids(step: int, first: int, count: int, device: torch.device) -> Tensor:
-    """int64 [count]: the names of samples first .. first+count−1 of the global batch of a step (both below 2^31)."""
+    """Return int64 [count], the names of samples first .. first+count−1 of the global batch of a step (both below 2^31)."""
     return torch.arange(first, first + count, device=device) + (step << 32)
 
 
 def sample_timesteps(config: FlowConfig, seed: int, ids: Tensor) -> Tensor:
-    """Logit-normal timesteps, fp32 [B] in (0,1): sigmoid(mean + std·normal) (SD3, arXiv:2403.03206, equation 19)."""
+    """Return logit-normal timesteps fp32 [B] in (0,1): sigmoid(mean + std·normal) (SD3, arXiv:2403.03206, equation 19)."""
     normal = kernels.counter_normal(seed, Stream.TIME, ids, ())
     return torch.sigmoid(config.logit_mean + config.logit_std * normal)
 
 
 def drop_labels(config: FlowConfig, seed: int, ids: Tensor, labels: Tensor, null: int) -> Tensor:
-    """labels int64 [B] with each replaced by the null class with probability label_dropout (arXiv:2207.12598)."""
+    """Return labels int64 [B], each replaced by the null class with probability label_dropout (arXiv:2207.12598)."""
     dropped = kernels.counter_uniform(seed, Stream.LABEL_DROPOUT, ids, ()) < config.label_dropout
     return torch.where(dropped, null, labels)
 
 
-def losses(model: nn.Module, config: FlowConfig, null: int, x0: Tensor, labels: Tensor, seed: int, ids: Tensor) -> Tensor:
-    """The flow-matching loss of each sample, fp32 [B].
+def losses_at(model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> Losses:
+    """Return the loss of each sample at given timesteps. The terms of the loss are defined here, for training and validation.
 
-    model(x_t, t, labels) -> v; null: the id of the null class; x0 fp32 [B,C,h,w]; labels int64 [B]; ids int64 [B] from
-    `sample_ids`, on the device of x0.
+    model: (x_t, t, labels) -> velocity; x0 and noise fp32 [B,C,h,w]; t fp32 [B]; labels int64 [B].
+    """
+    v = model(kernels.flow_interpolate(x0, noise, t), t, labels)
+    velocity = kernels.flow_matching_loss(v, x0, noise)
+    return Losses(total=velocity, t=t, parts={"flow": velocity})
+
+
+def losses(model: nn.Module, x0: Tensor, labels: Tensor, ids: Tensor, config: FlowConfig, *, seed: int, null: int) -> Losses:
+    """Return the training loss of each sample, at random timesteps, noise and label dropout.
+
+    model: (x_t, t, labels) -> velocity; x0 fp32 [B,C,h,w]; labels int64 [B]; ids int64 [B] from `sample_ids`, on the device of x0;
+    seed: the run's; null: id of the null class.
     """
     t = sample_timesteps(config, seed, ids)
     labels = drop_labels(config, seed, ids, labels, null)
     noise = kernels.counter_normal(seed, Stream.NOISE, ids, tuple(x0.shape[1:]))
-    v = model(kernels.flow_interpolate(x0, noise, t), t, labels)
-    return kernels.flow_matching_loss(v, x0, noise)
+    return losses_at(model, x0, noise, t, labels)

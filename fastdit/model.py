@@ -1,8 +1,12 @@
 """The diffusion transformer: patches in, velocity out, adaLN-Zero modulation (DiT, arXiv:2212.09748), written on fastdit.kernels.
 
-Shapes: B batch, C/h/w channels, rows and columns of the latent, p patch, T = (h/p)·(w/p) tokens in row-major order, H width,
-N heads, D = H/N head dim, F SwiGLU hidden, L blocks. All widths come from ModelConfig; no block holds a Python scalar that
-differs between layers, because each would cost a recompile.
+Shapes:
+    B  batch size          T  tokens, (h/p)·(w/p) in row-major order    F  hidden width of SwiGLU
+    C  latent channels     H  width                                     L  blocks
+    h  latent rows         N  heads                                     U  distinct classes of a batch
+    w  latent columns      D  head dim, H/N                             p  side of a patch
+
+All widths come from ModelConfig. No block holds a Python scalar that differs between layers: each would cost a recompile.
 """
 
 import functools
@@ -17,15 +21,15 @@ from fastdit.attention import attention
 from fastdit.config import ModelConfig
 
 ROPE_THETA = 10_000.0
-QK_EPS = torch.finfo(torch.float32).eps  # the base model's, 1.19e-7
-TIME_FEATURES = 256  # sinusoids of the timestep before its MLP, as in DiT
-# Largest frequency of the timestep's sinusoids, in radians per unit of t. DiT's 1000 makes neighbouring times look unrelated: on
-# the built-in digits 600 steps gave 51 % recognised digits with it and 99.5 % with 30 (guidance 4, all else equal).
+QK_EPS = torch.finfo(torch.float32).eps  # 1.19e-7, as in the base model
+TIME_FEATURES = 256  # sinusoids of the timestep that its MLP reads, as in DiT
+# Largest frequency of the timestep's sinusoids, in radians per unit of t. DiT's 1000 makes neighbouring timesteps look unrelated:
+# on the built-in digits 600 steps gave 51 % recognised digits with it and 99.5 % with 30 (guidance 4, all else equal).
 TIME_FREQUENCY = 30.0
 
 
 def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, Tensor] | None:
-    """cos and sin, fp32 [T,D/2], for half-split rotation; None for absolute positions.
+    """Return the rotary tables of a config: cos and sin, fp32 [T,D/2], for half-split rotation; None for absolute positions.
 
     rope_1d rotates by the token index (arXiv:2104.09864); rope_2d gives the first half of the frequencies to the row and the
     second to the column, counted in tokens. Computed in fp64 on the CPU: the angles reach T, where fp32 powers lose digits.
@@ -46,7 +50,7 @@ def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tupl
 
 
 def sincos_positions(side: int, width: int) -> Tensor:
-    """2-D sine-cosine table, fp32 [side², width]: half of the width for the row, half for the column (DiT's start value)."""
+    """Return DiT's 2-D sine-cosine table, fp32 [side², width]: half of the width for the row, half for the column."""
     frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     line = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     line = torch.cat((line.sin(), line.cos()), dim=-1)
@@ -55,7 +59,10 @@ def sincos_positions(side: int, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """t in (0,1], fp32 [B] -> [B,H]. Features are fp32 whatever the parameters' dtype: bf16 would merge neighbouring times."""
+    """Timesteps t fp32 [B] in (0,1] to vectors [B,H].
+
+    The features are computed in fp32 whatever the parameters' dtype: bf16 would merge neighbouring timesteps.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -68,22 +75,24 @@ class TimeEmbedding(nn.Module):
         self.register_buffer("frequencies", self.make_frequencies(), persistent=False)
 
     def make_frequencies(self) -> Tensor:
-        """fp32: geometric from TIME_FREQUENCY down to 1/10,000 of it, or the base model's table 10000^(2i/H), which grows with i.
+        """Return the frequencies, fp32 on the CPU: geometric from TIME_FREQUENCY down to 1/10,000 of it, [TIME_FEATURES/2], or the
+        base model's table 10000^(2i/H), [H], which grows with i.
 
         The base table must come from fp32 `pow` on the CPU: arguments reach 1e8, where any other rounding is another model. PyTorch
-        takes the elements behind the last whole pair of vectors one by one, which rounds otherwise: pairs of 32 elements with
-        AVX-512, where the base model was run, 16 with AVX2.
+        computes the elements that do not fill a pair of vectors one by one, which rounds differently; a pair has 32 elements with
+        AVX-512, where the base model was run, and 16 with AVX2. Hence the split here.
         """
         if self.base:
             H = self.map.in_features
             exponents = 2 * torch.arange(H, device="cpu") / H
-            parts = exponents[: H // 32 * 32], *exponents[H // 32 * 32 :].split(1)
+            in_pairs = H // 32 * 32
+            parts = exponents[:in_pairs], *exponents[in_pairs:].split(1)
             return torch.cat([torch.tensor(10_000, device="cpu") ** part for part in parts])
         half = TIME_FEATURES // 2
         return TIME_FREQUENCY * 10_000.0 ** -(torch.arange(half, device="cpu") / half)
 
     def features(self, t: Tensor) -> Tensor:
-        """fp32 [B,H] (base) or [B,TIME_FEATURES]."""
+        """Return the sinusoids of t fp32 [B]: fp32 [B,TIME_FEATURES], or [B,H] of the base model."""
         angles = t.float()[:, None] * self.frequencies
         if not self.base:
             return torch.cat((angles.cos(), angles.sin()), dim=-1)
@@ -91,12 +100,13 @@ class TimeEmbedding(nn.Module):
         return torch.stack((angles[:, 0::2].sin(), angles[:, 1::2].cos()), dim=-1).flatten(1).float()
 
     def forward(self, t: Tensor) -> Tensor:
+        """t fp32 [B] -> [B,H] in the dtype of the parameters."""
         first = self.map if self.base else self.map[0]
         return self.map(self.features(t).to(first.weight.dtype))
 
 
 class ClassEmbedding(nn.Module):
-    """Class ids int64 [B] -> [B,H]; id num_classes is the null class of classifier-free guidance."""
+    """Class ids int64 [B] to vectors [B,H]; id num_classes is the null class of classifier-free guidance."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -104,14 +114,19 @@ class ClassEmbedding(nn.Module):
         self.map = nn.Linear(config.class_width, config.width) if config.class_width else nn.Identity()
 
     def forward(self, labels: Tensor) -> Tensor:
+        """labels int64 [B] -> [B,H]."""
         return self.map(self.table(labels))
 
 
 class Attention(nn.Module):
+    """Self-attention with RMSNorm and rotary positions on queries and keys."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         H, D = config.width, config.width // config.heads
-        self.heads, self.full_width, self.kind = config.heads, config.qk_norm == "full_width", config.attention
+        self.heads = config.heads
+        self.full_width = config.qk_norm == "full_width"
+        self.kind = config.attention
         self.qkv = nn.Linear(H, 3 * H, bias=False)
         self.out = nn.Linear(H, H, bias=False)
         size = {"head": D, "full_width": H, "none": None}[config.qk_norm]
@@ -119,6 +134,7 @@ class Attention(nn.Module):
         self.k_weight = nn.Parameter(torch.ones(size)) if size else None
 
     def forward(self, y: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """y [B,T,H] -> [B,T,H]; cos and sin fp32 [T,D/2], None: no rotation."""
         qkv, q_weight, k_weight = self.qkv(y), self.q_weight, self.k_weight
         if self.full_width:  # the oldest base checkpoints: RMSNorm before the split into heads, with eps = H
             q, k, v = qkv.chunk(3, dim=-1)
@@ -129,28 +145,35 @@ class Attention(nn.Module):
         return self.out(attention(q, k, v, self.kind))
 
 
-# Saves the inputs alone and runs the function again in the backward pass, up to the last tensor that this needs.
+# Activation checkpointing: keep only the inputs; recompute the function in the backward pass, stopping at the last tensor needed.
 recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class Mlp(nn.Module):
-    """down(swiglu(up(y))) without down's bias. The ops behind the matmuls add the biases, because they sum the biases' gradients
-    from numbers that they hold anyway: up's in swiglu, down's in the residual add of the block."""
+    """down(swiglu(up(y))) without down's bias.
+
+    The ops after the matmuls add the biases, because they can sum the biases' gradients from values that they have loaded anyway:
+    up's in swiglu, down's in the residual add of the block.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.width, 2 * config.hidden)  # (value | gate)
         self.down = nn.Linear(config.hidden, config.width)
-        self.light = False  # recompute SwiGLU's output in the backward pass
+        self.light = False  # whether SwiGLU's output is recomputed in the backward pass
 
     def forward(self, y: Tensor) -> Tensor:
+        """y [B,T,H] -> [B,T,H]."""
         packed = F.linear(y, self.up.weight)
         return kernels.swiglu_linear(packed, self.down.weight, self.up.bias, recompute=self.light and self.training)
 
 
 class Block(nn.Module):
-    """Both halves of a DiT block. The norm before a half is fused with the residual add of the half before it, so a block
-    takes its first input normed (y) and returns the next block's y: it is given that block's first shift and scale."""
+    """Both halves of a DiT block, attention and MLP.
+
+    The norm before a half is fused with the residual add of the half before it, so a block takes its first input normed (y) and
+    returns the next block's y: it is given that block's first shift and scale.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -160,7 +183,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], cos: Tensor | None, sin: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """x (residual stream), y (its modulated norm) [B,T,H]; modulation: gate, shift, scale, gate, shift, scale, each [B,H]."""
+        """Return x and y for the next block.
+
+        x: the residual stream [B,T,H]; y: its modulated norm [B,T,H]; modulation: six of [B,H]: gate of attention, shift, scale and
+        gate of the MLP, shift and scale of the next block's attention; cos and sin as in Attention.
+        """
         gate1, shift2, scale2, gate2, next_shift, next_scale = modulation
         x, y = kernels.gated_residual_modulate(x, self.attention(y, cos, sin), gate1, shift2, scale2)
         return kernels.gated_residual_modulate(x, self.mlp(y), gate2, next_shift, next_scale, bias=self.mlp.down.bias)
@@ -180,7 +207,7 @@ class DiT(nn.Module):
         # Learned, so that it lives in the checkpoint and survives a cast with its fp32 master.
         self.positions = nn.Parameter(torch.empty(side * side, H)) if config.positions == "absolute" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(L))
-        # All modulations from few large Linears: order a block: shift, scale, gate of attention, then of the MLP.
+        # All modulations from few large Linears; order in a block: shift, scale and gate of attention, then of the MLP.
         self.modulation = nn.ModuleList(nn.Linear(H, 6 * blocks * H) for blocks in config.group_sizes)
         self.final_modulation = nn.Linear(H, 2 * H)
         self.output = nn.Linear(H, config.in_channels * p * p)
@@ -190,15 +217,18 @@ class DiT(nn.Module):
         self.set_recompute("none")
         self.initialize()
 
-    def set_recompute(self, what: str) -> None:
-        """What training computes again in the backward pass: "none" | "light" (SwiGLU's outputs) | "full" (blocks)."""
-        self.recompute = what
+    def set_recompute(self, mode: str) -> None:
+        """Set what training recomputes in the backward pass: "none" | "light" (SwiGLU's outputs) | "full" (blocks)."""
+        self.recompute = mode
         for block in self.blocks:
-            block.mlp.light = what == "light"
+            block.mlp.light = mode == "light"
 
     def initialize(self) -> None:
-        """Xavier-uniform Linears with zero bias, N(0, 0.02) class table, and adaLN-Zero's zeros (DiT, section 3.2) when
-        zero_init_gates is set; without it, PyTorch's own initialisation, as in the base model."""
+        """Initialise the parameters in place.
+
+        With zero_init_gates: Xavier-uniform Linears with zero bias, a N(0, 0.02) class table, and zeros in the modulation and the
+        output (adaLN-Zero; DiT, section 3.2). Without: PyTorch's own initialisation, as in the base model.
+        """
         if self.positions is not None:
             with torch.no_grad():
                 self.positions.copy_(sincos_positions(int(len(self.positions) ** 0.5), self.config.width))
@@ -214,11 +244,13 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def _apply(self, fn, recurse: bool = True):
-        """Casts and moves keep the tables in fp32: .bfloat16() on the module must not round angles or frequencies."""
+        """Keep the tables in fp32 when the module is cast or moved: .bfloat16() must not round angles or frequencies."""
         super()._apply(fn, recurse)
         device = self.output.weight.device
         if self.cos is not None:
-            self.cos, self.sin = rope_tables(self.config, device)
+            cos, sin = rope_tables(self.config, device)
+            self.cos = cos
+            self.sin = sin
         self.time_embedding.frequencies = self.time_embedding.make_frequencies().to(device)
         return self
 
@@ -226,18 +258,20 @@ class DiT(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def prepare(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What sampling keeps of labels int64 [B] from step to step: the vectors [U,H] of the U classes among them, and which of
-        them is each sample's, int64 [B]."""
-        kinds, rows = labels.unique(return_inverse=True)
-        return self.class_embedding(kinds), rows
+    def embed_classes(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed each distinct class of labels int64 [B] once, for all steps of sampling.
+
+        Returns class vectors [U,H] and the row of each sample in them, int64 [B].
+        """
+        distinct, rows = labels.unique(return_inverse=True)
+        return self.class_embedding(distinct), rows
 
     def modulations(self, t: Tensor, classes: Tensor | None, rows: Tensor | None = None) -> list[Tensor]:
-        """The 6·L+2 modulation vectors, each [B,H], in the order of use. `unbind` once: slicing would cost a zero-fill and an
-        add of the whole tensor for each vector in the backward pass.
+        """Return the 6·L+2 modulation vectors, each [B,H], in the order of use.
 
-        t fp32 [B]; classes [B,H]: class vectors, or None. With rows int64 [B], t and classes are of U pairs and sample i is
-        given those of pair rows[i].
+        t: timesteps fp32 [B]; classes: class vectors [B,H], or None. With rows int64 [B], t (fp32 [1] or [U]) and classes [U,H] are
+        of distinct classes and sample i is modulated by row rows[i]. Vectors are split off by one `unbind`: slices would cost a
+        zero-fill and an add of the whole tensor per vector in the backward pass.
         """
         y = self.time_embedding(t)
         if classes is not None:
@@ -251,45 +285,46 @@ class DiT(nn.Module):
         return vectors
 
     def patchify(self, x: Tensor) -> Tensor:
-        """[B,C,h,w] -> [B,T,C·p·p], each token (channel, row, column) of its patch."""
+        """Return the tokens [B,T,C·p·p] of x [B,C,h,w], each the (channel, row, column) elements of its patch."""
         p = self.config.patch_size
         return x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
-        """The inverse of `patchify`."""
+        """Invert `patchify`: tokens [B,T,C·p·p] -> [B,C,h,w]."""
         p, side = self.config.patch_size, self.config.input_size // self.config.patch_size
         x = tokens.unflatten(2, (-1, p, p)).unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5)
         return x.flatten(4).flatten(2, 3)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """Velocity at (x, t).
+        """Return the velocity at (x, t), [B,C,h,w] in the dtype of the parameters.
 
         x [B,C,h,w] of any float dtype; t fp32 [B] in (0,1], 1 is noise; labels int64 [B] in 0..num_classes, the last is the
-        null class, or None: no class input at all. Returns v [B,C,h,w] in the dtype of the parameters.
+        null class, or None: no class input at all.
         """
         x, y, *modulation = self.embed(x, t, labels)
         return self._run_blocks(x, y, modulation)
 
     def velocity(self, x: Tensor, t: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
-        """As `forward`, of samples at one time: t fp32 [], classes and rows from `prepare`. The time embedding is computed once
-        and the modulation once a class, however many samples share it."""
+        """Return the velocity of samples that share a timestep: as `forward`, with t fp32 [], and classes [U,H] and rows int64 [B]
+        from `embed_classes`. The time embedding is computed once and the modulation once per class."""
         x, y, *modulation = self._enter(x, self.modulations(t.reshape(1), classes, rows))
         return self._run_blocks(x, y, modulation)
 
     def embed(self, x: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
-        """What the first block takes: the residual stream x and its modulated norm y, both [B,T,H], and the 6·L modulation
-        vectors of the blocks, each [B,H]. Arguments as of `forward`."""
+        """Return the input of the first block: the residual stream x and its modulated norm y, both [B,T,H], and the 6·L modulation
+        vectors of the blocks, each [B,H]. Arguments as in `forward`."""
         classes = None if labels is None else self.class_embedding(labels)
         return self._enter(x, self.modulations(t, classes))
 
     def _enter(self, x: Tensor, modulation: list[Tensor]) -> tuple[Tensor, ...]:
+        """Embed the patches of x [B,C,h,w] and apply the first norm, which uses up two of the modulation vectors."""
         x = self.patch_embedding(self.patchify(x.to(self.output.weight.dtype)))
         if self.positions is not None:
             x = x + self.positions
         return x, kernels.modulate(x, modulation[0], modulation[1]), *modulation[2:]
 
     def run_block(self, block: nn.Module, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """One of self.blocks, by its own checkpoint if blocks are recomputed."""
+        """Run one of self.blocks, under activation checkpointing if blocks are recomputed."""
         run = functools.partial(recomputed, block) if self.recompute == "full" and self.training else block
         return run(x, y, modulation, self.cos, self.sin)
 
@@ -299,5 +334,5 @@ class DiT(nn.Module):
         return self.project(y)
 
     def project(self, y: Tensor) -> Tensor:
-        """The velocity [B,C,h,w] from the last block's y [B,T,H]."""
+        """Return the velocity [B,C,h,w] of the last block's y [B,T,H]."""
         return self.unpatchify(self.output(y))

@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 def progress_bar(total: int, initial: int = 0, description: str | None = None, unit: str = "step", **options) -> tqdm:
-    """A bar; where stderr is no terminal, a line every 20 s at most. options: of tqdm."""
+    """Return a tqdm bar; if stderr is no terminal, it prints at most one line per 20 s. options: further options of tqdm."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total, initial=initial, desc=description, unit=unit, dynamic_ncols=terminal, mininterval=0.5 if terminal else 20,

@@ -55,6 +55,19 @@ def test_every_kind_matches_fp64(kind, dtype, size):
         assert error <= 2 * naive_error + 4 * torch.finfo(torch.float32).eps * t.abs().max()
 
 
+@pytest.mark.parametrize("tokens", [7, 64, module.MATMUL_MAX_TOKENS + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_both_sides_of_the_switch(tokens, dtype):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, tokens, 16, generator=g).to(dtype) for _ in range(3))
+    truth = torch.softmax(q.double() @ k.double().transpose(-1, -2) / 4, -1) @ v.double()
+    got = attention(q, k, v)
+    assert got.shape == (2, tokens, 48) and got.dtype == dtype
+    # values average over tokens: an ulp of each factor, the weights' own rounding, and the store
+    bound = 4 * torch.finfo(dtype).eps * v.abs().max().item()
+    assert (got.double() - truth.transpose(1, 2).flatten(2)).abs().max() < bound
+
+
 @pytest.mark.parametrize("kind", ["sdpa", "matmul"])
 def test_one_token_attends_to_itself(kind):
     q, k, v = projected(3, 1, 2, 8)
@@ -186,10 +199,10 @@ def test_a_card_without_a_fused_kernel_is_one_sentence_at_the_start(monkeypatch,
 
 def test_auto_takes_matmul_for_short_bf16_on_a_cpu(monkeypatch):
     q = projected(1, 8, 1, 8, dtype=torch.bfloat16)[0]
-    assert module._choose(q) == "matmul"
-    assert module._choose(q.float()) == module._choose(q.to("meta")) == "sdpa"
+    assert module._choose_kind(q) == "matmul"
+    assert module._choose_kind(q.float()) == module._choose_kind(q.to("meta")) == "sdpa"
     monkeypatch.setattr(module, "MATMUL_MAX_TOKENS", 7)
-    assert module._choose(q) == "sdpa"
+    assert module._choose_kind(q) == "sdpa"
 
 
 def test_compiles_as_one_graph():

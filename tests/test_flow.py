@@ -1,9 +1,13 @@
 """Flow: every random number is named by seed, step and place in the global batch; formulas against fp64."""
 
+import json
+
+import pytest
 import torch
 
 from fastdit import flow, kernels
-from fastdit.config import FlowConfig
+from fastdit.config import FlowConfig, parse
+from fastdit.training.loop import train
 
 
 def ids(step, first, count):
@@ -45,14 +49,15 @@ def test_losses_are_the_formula():
         seen.update(x=x, t=t, labels=given)
         return torch.sin(x)
 
-    got = flow.losses(model, FlowConfig(), 10, x0, labels, 1, names)
+    got = flow.losses(model, x0, labels, names, FlowConfig(), seed=1, null=10)
     noise = kernels.counter_normal(1, flow.Stream.NOISE, names, (3, 4, 4)).double()
     t = flow.sample_timesteps(FlowConfig(), 1, names).double().view(-1, 1, 1, 1)
     x_t = (1 - t) * x0.double() + t * noise
     torch.testing.assert_close(seen["x"].double(), x_t, atol=1e-6, rtol=0)
     expected = ((torch.sin(x_t) - (noise - x0.double())) ** 2).mean((1, 2, 3))
-    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
-    assert got.shape == (6,)
+    torch.testing.assert_close(got.total.double(), expected, atol=1e-5, rtol=0)
+    assert got.total.shape == (6,) and torch.equal(got.t.double(), t.flatten())
+    assert tuple(got.parts) == flow.PARTS and torch.equal(got.parts["flow"], got.total)
 
 
 def test_losses_do_not_depend_on_the_split_over_ranks():
@@ -62,6 +67,32 @@ def test_losses_do_not_depend_on_the_split_over_ranks():
     def model(x, t, given):
         return x * t.view(-1, 1, 1, 1) + given.view(-1, 1, 1, 1)
 
-    whole = flow.losses(model, FlowConfig(), 10, x0, labels, 1, ids(2, 0, 8))
-    parts = [flow.losses(model, FlowConfig(), 10, x0[k : k + 2], labels[k : k + 2], 1, ids(2, k, 2)) for k in (0, 2, 4, 6)]
-    assert torch.equal(torch.cat(parts), whole)
+    together = flow.losses(model, x0, labels, ids(2, 0, 8), FlowConfig(), seed=1, null=10)
+    shares = [
+        flow.losses(model, x0[k : k + 2], labels[k : k + 2], ids(2, k, 2), FlowConfig(), seed=1, null=10) for k in (0, 2, 4, 6)
+    ]
+    assert torch.equal(torch.cat([share.total for share in shares]), together.total)
+    assert torch.equal(torch.cat([share.t for share in shares]), together.t)
+
+
+def test_a_second_term_is_logged_and_validated_by_its_name(tmp_path, monkeypatch):
+    """Terms that are equal, so that each is half of the total; they survive a stop between two log lines."""
+    losses_at = flow.losses_at
+
+    def doubled(*arguments):
+        only = losses_at(*arguments)
+        return only._replace(total=2 * only.total, parts={"flow": only.total, "other": only.total})
+
+    monkeypatch.setattr(flow, "PARTS", ("flow", "other"))
+    monkeypatch.setattr(flow, "losses_at", doubled)
+    settings = [
+        "model.preset=test/4", "train.batch_size=8", "train.warmup_steps=1", "train.schedule=constant", "train.log_steps=4",
+        "train.sample_steps=0", "validate.steps=4", "validate.images=8", f"train.out={tmp_path}",
+    ]  # fmt: skip
+    for total in (2, 4):
+        run = train(parse(None, [*settings, f"train.total_steps={total}"]))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4]
+    for prefix in ("", "val_"):
+        for line in (line for line in lines if f"{prefix}loss" in line):
+            assert line[f"{prefix}loss_flow"] == line[f"{prefix}loss_other"] == pytest.approx(line[f"{prefix}loss"] / 2)

@@ -145,7 +145,7 @@ class Stub:
     def __init__(self):
         self.calls = []
 
-    def prepare(self, labels):
+    def embed_classes(self, labels):
         return (labels,)
 
     def velocity(self, x, t, labels):
@@ -196,7 +196,7 @@ def small_model(**given):
 def test_shared_modulation_is_that_of_each_sample(embedding):
     model = small_model(time_embedding=embedding)
     x, labels, t = torch.randn(5, 1, 32, 32), torch.tensor([3, 10, 3, 0, 10]), torch.tensor(0.3)
-    classes, rows = model.prepare(labels)
+    classes, rows = model.embed_classes(labels)
     assert len(classes) == 3
     expected = model(x, t.expand(5), labels)
     torch.testing.assert_close(model.velocity(x, t, classes, rows), expected, rtol=0, atol=1e-5 * expected.abs().max().item())

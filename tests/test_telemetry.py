@@ -9,6 +9,7 @@ import torch
 from fastdit.config import parse
 from fastdit.device import versions
 from fastdit.distributed import World
+from fastdit.flow import Losses
 from fastdit.training import telemetry
 
 
@@ -22,7 +23,7 @@ def test_loss_sums_by_bins_of_t():
     g = torch.Generator().manual_seed(0)
     losses, t = torch.rand(37, generator=g), torch.rand(37, generator=g)
     t[:3] = torch.tensor([0.125, 1.0, 1e-9])  # the edges of bins, and the ends
-    sums = telemetry.loss_sums(losses, t)
+    sums = telemetry.loss_sums(Losses(losses, t, {"flow": losses}))
     bins = [min(int(x * telemetry.TIME_BINS), telemetry.TIME_BINS - 1) for x in t.tolist()]
     assert bins[:3] == [1, 7, 0]
     wanted = [sum(loss for loss, b in zip(losses.tolist(), bins, strict=True) if b == k) for k in range(telemetry.TIME_BINS)]

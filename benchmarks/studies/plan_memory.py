@@ -50,7 +50,7 @@ def run_steps(config: Config, world: distributed.World) -> None:
     labels = torch.zeros(len(x0), dtype=torch.int64)
     for step in range(STEPS):
         ids = flow.sample_ids(step, 0, len(x0), world.device)
-        running.backward(flow.losses(running, config.flow, config.model.num_classes, x0, labels, 0, ids).mean())
+        running.backward(flow.losses(running, x0, labels, ids, config.flow, seed=0, null=config.model.num_classes).total.mean())
         running.step()
         ema.update()
 

@@ -66,7 +66,7 @@ def fastdit_model(preset: str, batch: int, backend: Compiler):
         block.compile(dynamic=False, fullgraph=True, backend=backend)
     x0, labels = torch.empty(batch, 4, 32, 32, device="cuda"), torch.zeros(batch, dtype=torch.int64, device="cuda")
     ids = flow.sample_ids(0, 0, batch, torch.device("cuda", 0))
-    return model, lambda: flow.losses(model, FlowConfig(), config.num_classes, x0, labels, 0, ids).mean()
+    return model, lambda: flow.losses(model, x0, labels, ids, FlowConfig(), seed=0, null=config.num_classes).total.mean()
 
 
 def base_model(preset: str, batch: int, backend: Compiler):

@@ -1,4 +1,9 @@
-"""Images in archives and class folders: which there are, where their bytes lie, how large they are, which class they have."""
+"""Images in archives and class folders: their names, byte offsets, sizes in pixels and classes.
+
+A source is an archive or a class folder, of one of the kinds in KINDS. It holds containers: the inner tars of a tar of tars, or
+else the source itself. A container is scanned in chunks of CHUNK images. An archive format that stores images uncompressed is one
+more entry in KINDS.
+"""
 
 import io
 import json
@@ -6,7 +11,7 @@ import mmap
 import os
 import struct
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -14,11 +19,10 @@ from typing import NamedTuple
 from PIL import Image
 
 from fastdit.config import InputError
-from fastdit.data.index import Source
 
-PART = 4096  # images
-SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF"}  # that both Pillow and DALI decode
+CHUNK = 4096  # images
+IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+IMAGE_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF"}  # that both Pillow and DALI decode
 LABEL_KEYS = ("label", "cls", "class", "class_id")  # of a .json beside an image
 
 
@@ -26,37 +30,69 @@ class BadImage(Exception):
     """An image that cannot be used, and why."""
 
 
-class Found(NamedTuple):
-    """An image that was found: its name, byte offset and length, pixels and class."""
+@dataclass(frozen=True)
+class Source:
+    """An archive, or a folder of images of one class, as it was when the index was made."""
 
-    name: str
-    offset: int
+    path: str
+    size: int  # bytes, 0 of a folder
+    mtime_ns: int
+    kind: str  # key of KINDS
+
+    @classmethod
+    def of(cls, path: Path) -> "Source":
+        """Describe the source at `path` as it is now, a file of unknown suffix as a tar. Raises OSError if it cannot be read."""
+        status = path.stat()
+        if path.is_dir():
+            return cls(str(path.resolve()), 0, status.st_mtime_ns, "folder")
+        kind = next((name for name, kind in KINDS.items() if kind.suffix == path.suffix), "tar")
+        return cls(str(path.resolve()), status.st_size, status.st_mtime_ns, kind)
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Source":
+        """Read a source of an index.json. Indexes made before kinds were recorded hold folders, of size 0, and tars."""
+        return cls(**{"kind": "tar" if values["size"] else "folder", **values})
+
+
+class ImageEntry(NamedTuple):
+    """An image of a container."""
+
+    name: str  # its path in the archive or folder
+    offset: int  # of its bytes in the source, 0 in a folder
     bytes: int
-    height: int
+    height: int  # pixels
     width: int
-    label: str | None
+    label: str | None  # class
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A tar, from byte `start` of a source on, or a class folder."""
+class Container:
+    """A tar, or a class folder, that is scanned on its own."""
 
-    source: int
-    start: int
-    weight: int  # in the progress bar: bytes, or 1 for a folder
-    label: str | None  # of all its images
+    source: int  # number of the source
+    start: int  # where its first chunk begins: a byte of the source, or 0, the first image of a folder
+    progress: int  # its share of the progress bar: bytes, or 1 for a folder
+    label: str | None  # class of all its images
 
 
-class Part(NamedTuple):
-    """Some images of a unit; `next`: where the next part begins, None after the last."""
+class Chunk(NamedTuple):
+    """A scanned part of a container."""
 
-    images: list[Found]
-    bad: list[tuple[str, str]]
-    next: int | None
+    images: list[ImageEntry]
+    bad: list[tuple[str, str]]  # name and reason
+    next_start: int | None  # where the next chunk begins, None after the last
+
+
+class Kind(NamedTuple):
+    """How sources of one kind are read."""
+
+    suffix: str | None  # of archives, None for folders
+    containers: Callable[[int, Source], Iterator[Container]]  # (number of the source, source)
+    scan: Callable[[str, Container, int], Chunk]  # (path of the source, container, start)
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) from a JPEG's frame header (ITU T.81, B.2.2), None where there is none or it is no JPEG."""
+    """Return (height, width) from a JPEG's frame header (ITU T.81, B.2.2), None without one or if the data are no JPEG."""
     if data[:2] != b"\xff\xd8":
         return None
     at = 2
@@ -71,9 +107,11 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def measure(data: bytes) -> tuple[int, int]:
-    """(height, width) of an encoded image. A JPEG with a frame header and an end marker is taken at its word; everything else is
-    decoded in full. Raises BadImage."""
+def image_size(data: bytes) -> tuple[int, int]:
+    """Return (height, width) of an encoded image. Raises BadImage.
+
+    The frame header of a JPEG that also has its end marker is trusted; everything else is decoded in full.
+    """
     if not data:
         raise BadImage("the file is empty")
     size = jpeg_size(data)
@@ -81,10 +119,10 @@ def measure(data: bytes) -> tuple[int, int]:
 
 
 def decode(data: bytes) -> tuple[int, int]:
-    """(height, width) of an image, decoded in full. Raises BadImage."""
+    """Decode an image in full and return (height, width). Raises BadImage."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.format not in FORMATS:
+            if image.format not in IMAGE_FORMATS:
                 raise BadImage(f"{image.format} images cannot be read")
             image.load()
             return image.height, image.width
@@ -95,17 +133,19 @@ def decode(data: bytes) -> tuple[int, int]:
 
 
 def _label_beside(member: tarfile.TarInfo, data: bytes) -> str | None:
-    """The class in a .cls (text) or .json file beside an image."""
+    """Return the class in a .cls (text) or .json file beside an image, None if the .json names none. Raises ValueError."""
     if member.name.endswith(".cls"):
         return data.decode().strip()
-    found = json.loads(data)
-    return next((str(found[key]) for key in LABEL_KEYS if isinstance(found, dict) and key in found), None)
+    values = json.loads(data)
+    return next((str(values[key]) for key in LABEL_KEYS if isinstance(values, dict) and key in values), None)
 
 
-def _samples(tar: tarfile.TarFile, path: str) -> Iterator[list[tarfile.TarInfo]]:
-    """Runs of files that share their name up to its first dot: an image and what lies beside it. Raises InputError for a tar that
-    is damaged or ends too soon."""
-    run: list[tarfile.TarInfo] = []
+def _grouped_members(tar: tarfile.TarFile, path: str) -> Iterator[list[tarfile.TarInfo]]:
+    """Yield groups of successive files whose names are equal up to the first dot: an image and the files beside it.
+
+    Raises InputError if the tar is damaged or truncated.
+    """
+    group: list[tarfile.TarInfo] = []
     key = last = None
     while True:
         try:
@@ -119,13 +159,13 @@ def _samples(tar: tarfile.TarFile, path: str) -> Iterator[list[tarfile.TarInfo]]
         if not member.isreg():
             continue
         folder, _, base = member.name.rpartition("/")
-        if run and (folder, base.split(".")[0]) != key:
-            yield run
-            run = []
+        if group and (folder, base.split(".")[0]) != key:
+            yield group
+            group = []
         key = (folder, base.split(".")[0])
-        run.append(member)
-    if run:
-        yield run
+        group.append(member)
+    if group:
+        yield group
     # tarfile takes a damaged header, and the end of the file, for the end of the archive; the real end is a block of zeros
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -134,6 +174,7 @@ def _samples(tar: tarfile.TarFile, path: str) -> Iterator[list[tarfile.TarInfo]]
 
 
 def _open_tar(path: str, file: io.BufferedReader, start: int = 0) -> tarfile.TarFile:
+    """Open the tar that begins at byte `start` of a file. Raises InputError if there is none."""
     file.seek(start)
     try:
         return tarfile.open(fileobj=file, mode="r:")
@@ -141,83 +182,108 @@ def _open_tar(path: str, file: io.BufferedReader, start: int = 0) -> tarfile.Tar
         raise InputError(f"{path} is not a tar archive, or a compressed one: give an uncompressed .tar") from error
 
 
-def scan_tar(path: str, unit: Unit, start: int) -> Part:
-    """The images of a tar from byte `start`, the header of a file, on."""
+def _content(data: mmap.mmap, member: tarfile.TarInfo) -> bytes:
+    """Return a copy of a member's bytes."""
+    return data[member.offset_data : member.offset_data + member.size]
+
+
+def _tar_containers(number: int, source: Source) -> Iterator[Container]:
+    """Yield the inner tars of a tar of tars, each named by its class, or else the tar itself. Raises InputError."""
+    with open(source.path, "rb") as file:
+        first = next(iter(_open_tar(source.path, file)), None)
+        if first is None or not first.name.endswith(".tar"):
+            yield Container(number, 0, source.size, None)
+            return
+        for group in _grouped_members(_open_tar(source.path, file), source.path):
+            for member in group:
+                if member.name.endswith(".tar"):
+                    yield Container(number, member.offset_data, member.size, PurePosixPath(member.name).stem)
+
+
+def _scan_tar(path: str, container: Container, start: int) -> Chunk:
+    """Scan a tar from byte `start`, the header of a member. Raises InputError if it is damaged."""
     images, bad = [], []
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-        for run in _samples(_open_tar(path, file, start), path):
-            if len(images) + len(bad) >= PART:
-                return Part(images, bad, run[0].offset)
-            content = lambda member: data[member.offset_data : member.offset_data + member.size]
-            label = unit.label
+        for group in _grouped_members(_open_tar(path, file, start), path):
+            if len(images) + len(bad) >= CHUNK:
+                return Chunk(images, bad, group[0].offset)
+            label = container.label
             try:
-                for beside in run:
+                for beside in group:
                     if label is None and beside.name.endswith((".cls", ".json")):
-                        label = _label_beside(beside, content(beside))
+                        label = _label_beside(beside, _content(data, beside))
             except ValueError:  # neither UTF-8 nor JSON
                 bad.append((beside.name, "the label beside the image cannot be read"))
                 continue
-            for member in run:
+            for member in group:
                 name = PurePosixPath(member.name)
-                if name.suffix.lower() in SUFFIXES:
+                if name.suffix.lower() in IMAGE_SUFFIXES:
                     try:
-                        size = measure(content(member))
+                        size = image_size(_content(data, member))
                     except BadImage as error:
                         bad.append((member.name, str(error)))
                     else:
-                        images.append(Found(member.name, member.offset_data, member.size, *size, label or name.parent.name or None))
-    return Part(images, bad, None)
+                        label_or_folder = label or name.parent.name or None
+                        images.append(ImageEntry(member.name, member.offset_data, member.size, *size, label_or_folder))
+    return Chunk(images, bad, None)
 
 
-def scan_folder(path: str, unit: Unit, start: int) -> Part:
-    """The images of a folder from the `start`th in the order of their names on."""
+def _folder_containers(number: int, source: Source) -> Iterator[Container]:
+    """Yield the class folder itself."""
+    yield Container(number, 0, 1, os.path.basename(source.path))
+
+
+def _scan_folder(path: str, container: Container, start: int) -> Chunk:
+    """Scan a folder from its `start`th image, in the order of their names."""
     files = sorted(
         os.path.relpath(os.path.join(folder, file), path)
         for folder, _, names in os.walk(path)
         for file in names
-        if os.path.splitext(file)[1].lower() in SUFFIXES
+        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
     )
     images, bad = [], []
-    for file in files[start : start + PART]:
+    for file in files[start : start + CHUNK]:
         data = Path(path, file).read_bytes()
         try:
-            images.append(Found(file, 0, len(data), *measure(data), unit.label))
+            images.append(ImageEntry(file, 0, len(data), *image_size(data), container.label))
         except BadImage as error:
             bad.append((file, str(error)))
-    return Part(images, bad, start + PART if start + PART < len(files) else None)
+    return Chunk(images, bad, start + CHUNK if start + CHUNK < len(files) else None)
+
+
+KINDS = {"folder": Kind(None, _folder_containers, _scan_folder), "tar": Kind(".tar", _tar_containers, _scan_tar)}
 
 
 def find_sources(paths: list[Path]) -> list[Source]:
-    """The archives, or the class folders, at some paths. Raises InputError."""
-    found: list[Path] = []
+    """Return the sources at some paths: archives, and of a folder its class folders or else its archives. Raises InputError."""
+    sources: list[Path] = []
     for path in paths:
         try:
-            entries = sorted(path.iterdir()) if path.is_dir() else [path]
-            folders, tars = [p for p in entries if p.is_dir()], [p for p in entries if p.suffix == ".tar"]
-            found += (folders or tars) if path.is_dir() else [path]
-            if not (folders or tars) and path.is_dir():
-                raise InputError(f"{path} holds neither class folders nor .tar archives: give the folder above the images' folders")
+            if not path.is_dir():
+                sources.append(path)
+                continue
+            entries = sorted(path.iterdir())
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        suffixes = [kind.suffix for kind in KINDS.values() if kind.suffix]
+        inside = [entry for entry in entries if entry.is_dir()] or [entry for entry in entries if entry.suffix in suffixes]
+        if not inside:
+            raise InputError(
+                f"{path} holds neither class folders nor {', '.join(suffixes)} archives: give the folder above the images' folders"
+            )
+        sources += inside
     try:
-        return [Source.of(path) for path in found]
+        return [Source.of(path) for path in sources]
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
-def find_units(sources: list[Source]) -> Iterator[Unit]:
-    """What the sources are made of: the inner tars of a tar of tars, named by their class; else the sources themselves."""
-    for i, source in enumerate(sources):
-        if os.path.isdir(source.path):
-            yield Unit(i, 0, 1, os.path.basename(source.path))
-            continue
-        with open(source.path, "rb") as file:
-            tar = _open_tar(source.path, file)
-            first = next(iter(tar), None)
-            if first is None or not first.name.endswith(".tar"):
-                yield Unit(i, 0, source.size, None)
-                continue
-            for run in _samples(_open_tar(source.path, file), source.path):
-                for member in run:
-                    if member.name.endswith(".tar"):
-                        yield Unit(i, member.offset_data, member.size, PurePosixPath(member.name).stem)
+def find_containers(sources: list[Source]) -> Iterator[Container]:
+    """Yield the containers of all sources. Raises InputError if one cannot be opened."""
+    for number, source in enumerate(sources):
+        yield from KINDS[source.kind].containers(number, source)
+
+
+def scan(source: Source, container: Container, start: int) -> Chunk:
+    """Scan the chunk of a container that begins at `start`. Raises InputError if the archive is damaged."""
+    return KINDS[source.kind].scan(source.path, container, start)

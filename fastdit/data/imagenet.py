@@ -1,4 +1,4 @@
-"""The names of ImageNet's 1000 classes, and what its development kit knows of them and of the validation images."""
+"""ImageNet-2012: counts, checksums, the names of its 1000 classes, and its development kit."""
 
 import io
 import re
@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 from fastdit.config import InputError
 
-COUNTS = {"train": 1_281_167, "val": 50_000}
-# as torchvision lists them
-MD5 = {
+COUNTS = {"train": 1_281_167, "val": 50_000}  # images of each split
+MD5 = {  # of the archives, from torchvision.datasets.ImageNet
     "train": "1d675b47d978889d74fa0da5fadfb00e",
     "val": "29b22e2961454d5413ddabcf34fc5622",
     "devkit": "fa75699e90414af021442c21a62c3abf",
@@ -21,14 +20,14 @@ FIRST, LAST = "n01440764", "n15075141"  # of the 1000 wnids of ILSVRC 2012, sort
 
 
 class Devkit(NamedTuple):
-    """names: of each wnid; val: the wnid of each validation image, in the order of their numbers."""
+    """The classes of ImageNet and of its validation images."""
 
-    names: dict[str, str]
-    val: list[str]
+    names: dict[str, str]  # class names by wnid
+    val: list[str]  # wnids of the validation images, in the order of their numbers
 
 
 def imagenet_names() -> list[str]:
-    """The 1000 names in the order of the sorted wnids: label 0 is "tench, Tinca tinca"."""
+    """Return the 1000 class names in the order of the sorted wnids: label 0 is "tench, Tinca tinca"."""
     return resources.files("fastdit.data").joinpath("imagenet_classes.txt").read_text().splitlines()
 
 
@@ -38,7 +37,8 @@ def are_imagenet(classes: list[str]) -> bool:
 
 
 def read_devkit(path: Path) -> Devkit:
-    """ILSVRC2012_devkit_t12.tar.gz: data/meta.mat and data/ILSVRC2012_validation_ground_truth.txt. Raises InputError."""
+    """Read data/meta.mat and data/ILSVRC2012_validation_ground_truth.txt of ILSVRC2012_devkit_t12.tar.gz. Raises InputError if one
+    of them is missing or unreadable."""
     import scipy.io
 
     wanted = {"meta.mat": b"", "ILSVRC2012_validation_ground_truth.txt": b""}
@@ -49,7 +49,7 @@ def read_devkit(path: Path) -> Devkit:
                 if base in wanted and member.isreg():
                     wanted[base] = tar.extractfile(member).read()
         if not all(wanted.values()):
-            raise ValueError("they are not in there")
+            raise ValueError("one of them is missing")
         synsets = scipy.io.loadmat(io.BytesIO(wanted["meta.mat"]), squeeze_me=True)["synsets"]
         leaves = {int(s["ILSVRC2012_ID"]): (str(s["WNID"]), str(s["words"])) for s in synsets if s["num_children"] == 0}
         truth = [leaves[int(line)][0] for line in wanted["ILSVRC2012_validation_ground_truth.txt"].split()]

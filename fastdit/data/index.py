@@ -2,8 +2,8 @@
 
 An index is a folder that `fastdit prepare` makes:
     index.json          the request: sources as they were (path, size, mtime); class ids in the order of labels, their names, counts
-    train.npy, val.npy  one RECORD an image, read by memory map
-    bad_files.csv       what was left out, and why
+    train.npy, val.npy  one record per image (see `record`), read by memory map
+    bad_files.csv       files that were left out, and why
 """
 
 import json
@@ -14,14 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from fastdit.config import InputError
+from fastdit.data.archives import Source
 from fastdit.files import replacing
 
 FILE = "index.json"
 FORMAT = 1
+SPLITS = ("train", "val")
 
 
 def record(name_length: int) -> np.dtype:
-    """An image: its place (source, byte offset, bytes), pixels, label and name (path in the archive or folder, UTF-8)."""
+    """Return the dtype of an image's record: source (a number), byte offset and length in it, pixels, label, and name, which is its
+    path in the archive or folder in UTF-8."""
     return np.dtype([
         ("source", "<i4"), ("offset", "<i8"), ("bytes", "<i8"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4"),
         ("name", f"S{max(1, name_length)}"),
@@ -29,70 +32,65 @@ def record(name_length: int) -> np.dtype:
 
 
 @dataclass(frozen=True)
-class Source:
-    """An archive, or a folder of images of one class, as it was when the index was made."""
-
-    path: str
-    size: int  # bytes; of a folder 0
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> "Source":
-        found = path.stat()
-        return cls(str(path.resolve()), 0 if path.is_dir() else found.st_size, found.st_mtime_ns)
-
-
-@dataclass(frozen=True)
 class Index:
-    """An index that was opened and fits its sources."""
+    """An open index, which fits its sources."""
 
     folder: Path
     sources: list[Source]
-    classes: list[str]  # of label 0, 1, …: wnids, folder names
-    class_names: list[str] | None  # for people, where they are known
-    _files: dict[int, int] = field(default_factory=dict, repr=False)  # descriptors of the archives
+    classes: list[str]  # of labels 0, 1, …: wnids, folder names
+    class_names: list[str] | None  # for people, None if unknown
+    _descriptors: dict[int, int] = field(default_factory=dict, repr=False)  # of the archives, opened when first read
 
     def rows(self, split: str) -> np.ndarray:
-        """RECORD [n] of a split ("train" | "val"), memory-mapped. Raises InputError when the index has no such split."""
+        """Return the records [n] of a split ("train" | "val"), memory-mapped. Raises InputError if the index has no such split."""
         path = self.folder / f"{split}.npy"
         if not path.exists():
             raise InputError(f"index {self.folder} has no images for {split!r}: run `fastdit prepare` with --val")
         return np.load(path, mmap_mode="r")
 
     def read(self, row: np.void) -> bytes:
-        """The encoded bytes of an image. Raises OSError where the file is gone or shorter than it was."""
-        source, offset, size = int(row["source"]), int(row["offset"]), int(row["bytes"])
-        if self.sources[source].size == 0:
-            return (Path(self.sources[source].path) / os.fsdecode(row["name"])).read_bytes()
-        if source not in self._files:
-            self._files[source] = os.open(self.sources[source].path, os.O_RDONLY)
-        data = os.pread(self._files[source], size, offset)
+        """Return the encoded bytes of an image. Raises OSError if the file is gone or shorter than it was."""
+        number, offset, size = int(row["source"]), int(row["offset"]), int(row["bytes"])
+        source = self.sources[number]
+        if source.kind == "folder":
+            return (Path(source.path) / os.fsdecode(row["name"])).read_bytes()
+        if number not in self._descriptors:
+            self._descriptors[number] = os.open(source.path, os.O_RDONLY)
+        data = os.pread(self._descriptors[number], size, offset)
         if len(data) < size:
-            raise OSError(f"{self.sources[source].path} ends inside of {os.fsdecode(row['name'])}")
+            raise OSError(f"{source.path} ends inside of {os.fsdecode(row['name'])}")
         return data
 
     def name(self, row: np.void) -> str:
-        """An image's name for people: its archive or folder, and its path in there."""
+        """Return an image's name for people: its archive or folder, and its path in there."""
         return f"{self.sources[row['source']].path}/{os.fsdecode(row['name'])}"
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file whole or not at all. np.save takes no notice of a full disk: it writes through C's stdio."""
+    """Write a .npy file whole or not at all. np.save does not notice a full disk: it writes through C's stdio."""
+    array = np.ascontiguousarray(array)
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def is_index(path: Path) -> bool:
+    """Whether `path` is a finished index."""
     return os.path.exists(path / FILE)
 
 
+def requested_sources(request: dict) -> dict[str, list[Source]]:
+    """Return the sources by role ("train", "val", "devkit") of the request that an index.json records."""
+    return {role: [Source.from_json(values) for values in sources] for role, sources in request.items()}
+
+
 def open_index(folder: Path) -> Index:
-    """The index in `folder`. Raises InputError when it is none, or when an archive or folder has changed since it was made."""
+    """Open the index in `folder`. Raises InputError if it is none, or if an archive or folder has changed since it was made."""
     try:
-        found = json.loads((folder / FILE).read_text())
-        sources = [Source(**source) for split in ("train", "val") for source in found["request"][split]]
-        classes, names, version = found["classes"], found["class_names"], found["format"]
+        content = json.loads((folder / FILE).read_text())
+        requested = requested_sources(content["request"])
+        sources = [source for split in SPLITS for source in requested[split]]
+        classes, names, version = content["classes"], content["class_names"], content["format"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{folder} is not an index: make one with `fastdit prepare SOURCE --out {folder}`") from error
     if version != FORMAT:
@@ -103,11 +101,11 @@ def open_index(folder: Path) -> Index:
         except OSError as error:
             raise InputError(
                 f"index {folder} needs {source.path}, which cannot be read ({error.strerror}): put it back, or run "
-                "`fastdit prepare` again where it lies now"
+                "`fastdit prepare` again with its new path"
             ) from error
         if (now.size, now.mtime_ns) != (source.size, source.mtime_ns):
             raise InputError(
-                f"index {folder} is older than {source.path}, whose size or time of change is another now: run `fastdit prepare` "
+                f"index {folder} is older than {source.path}, whose size or modification time has changed: run `fastdit prepare` "
                 "again"
             )
     return Index(folder, sources, classes, names)

@@ -1,14 +1,16 @@
-"""Cached latents: what `fastdit encode` wrote, read by memory map or kept on the device. c/s latent channels and size.
+"""Latent sets: what `fastdit encode` wrote, read by memory map or kept on the device. B batch size per rank, n images.
 
 A latent set is a folder:
     settings.json             what it is made of: index, autoencoder and its hash, image size, dtype; written first
     labels_00000.npy          int32 [n] of a shard's images
-    moments_00000.npy         fp16 [n, 2 (as it is, mirrored), 2 (mean, log-variance), c, s, s] of a shard's images
+    moments_00000.npy         fp16 [n, 2 (as it is, mirrored), ...], Codec.encode of a shard's images; ... is 2,c,s,s of a KL codec
     manifest.json             settings, classes, counts and SHA-256 of every file; written last
 """
 
 import json
 import os
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,31 +24,77 @@ from fastdit.device import free_memory
 from fastdit.distributed import World
 from fastdit.progress import progress_bar
 
+SETTINGS = "settings.json"
 MANIFEST = "manifest.json"
-RESIDENT_SHARE = 0.1  # of the free memory, at most, when data.resident=auto
+RESIDENT_SHARE = 0.1  # of the free memory, at most, if data.resident=auto
 
 
 def is_latent_set(path: Path) -> bool:
-    return os.path.exists(path / "settings.json")
+    """Whether `path` is a latent set, finished or not."""
+    return os.path.exists(path / SETTINGS)
 
 
 def read_manifest(folder: Path) -> dict:
-    """Raises InputError when the set is not finished or a file of it is not there whole."""
+    """Return the manifest of a latent set. Raises InputError if the set is not finished or a file of it is missing or truncated."""
     if not os.path.exists(folder / MANIFEST):
         raise InputError(f"latent set {folder} is not finished: run the same `fastdit encode` command again")
     manifest = json.loads((folder / MANIFEST).read_text())
     for name, file in manifest["files"].items():
         if not os.path.exists(folder / name) or (folder / name).stat().st_size != file["bytes"]:
-            raise InputError(f"latent set {folder} is damaged: {name} is not there whole; delete it and run `fastdit encode` again")
+            raise InputError(
+                f"latent set {folder} is damaged: {name} is missing or truncated; delete it and run `fastdit encode` again"
+            )
     return manifest
 
 
+@dataclass(frozen=True)
+class LatentSet:
+    """A finished latent set of n images, its shards memory-mapped."""
+
+    manifest: dict
+    shards: list[np.ndarray]  # fp16 [images of the shard, 2, ...]
+    labels: np.ndarray  # int32 [n]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an image's moments."""
+        return self.shards[0].shape[2:]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [shards + 1]: the first image of each shard, and n."""
+        return np.cumsum([0, *map(len, self.shards)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all moments."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def read(self, images: np.ndarray, mirrored: np.ndarray, out: np.ndarray) -> None:
+        """Copy the moments of images int64 [B], mirrored where bool [B] says so, to `out` fp16 [B,...]."""
+        shards = np.searchsorted(self.starts, images, side="right") - 1
+        for i, (image, shard, flip) in enumerate(zip(images, shards, mirrored, strict=True)):
+            out[i] = self.shards[shard][image - self.starts[shard], int(flip)]
+
+
+def open_latents(folder: Path) -> LatentSet:
+    """Open the latent set in `folder`. Raises InputError if it is not finished or damaged."""
+    manifest = read_manifest(folder)
+    names = sorted(name for name in manifest["files"] if name.startswith("moments"))
+    shards = [np.load(folder / name, mmap_mode="r") for name in names]
+    labels = np.concatenate([np.load(folder / name.replace("moments", "labels")) for name in names])
+    return LatentSet(manifest, shards, labels)
+
+
 class LatentLoader:
-    """Training batches from a latent set: moments, of which the autoencoder's posterior is drawn afresh in every step."""
+    """Training batches of a latent set: moments, of which training draws a new posterior sample at every step."""
+
+    channels = 3
 
     def __init__(self, folder: Path, config: Config, world: World) -> None:
-        """Raises InputError when the set does not fit the config."""
-        self.manifest = read_manifest(folder)
+        """Raises InputError if the set does not fit the config or, with data.resident=true, the memory."""
+        self.latents = open_latents(folder)
+        self.manifest = self.latents.manifest
         if self.manifest["image_size"] != config.data.image_size:
             raise InputError(
                 f"data.image_size={config.data.image_size}, but the latents of {folder} are of {self.manifest['image_size']}-pixel "
@@ -55,16 +103,12 @@ class LatentLoader:
         classes = self.manifest["classes"]
         check_classes(len(classes), config)
         self.class_names = self.manifest["class_names"] or classes
-        names = sorted(name for name in self.manifest["files"] if name.startswith("moments"))
-        self.shards = [np.load(folder / name, mmap_mode="r") for name in names]
-        labels = np.concatenate([np.load(folder / name.replace("moments", "labels")) for name in names])
-        self.shape = self.shards[0].shape[2:]  # [2,c,s,s]
-        self.first = np.cumsum([0, *map(len, self.shards)])
-        self.order, self.flip, self.device = Order(len(labels), config, world), config.data.flip, world.device
-        self.channels = 3
-        self.labels = torch.from_numpy(labels.astype(np.int64)).to(self.device)
-        size = sum(shard.nbytes for shard in self.shards)
-        free, wanted = free_memory(self.device), config.data.resident
+        self.order = Order(len(self.latents.labels), config, world)
+        self.flip = config.data.flip
+        self.device = world.device
+        self.labels = torch.from_numpy(self.latents.labels.astype(np.int64)).to(self.device)
+        size, free = self.latents.nbytes, free_memory(self.device)
+        wanted = config.data.resident
         if wanted == "true" and size > free:
             raise InputError(
                 f"data.resident=true, but the latents take {size / 2**30:.1f} GiB and {free / 2**30:.1f} are free: use auto or "
@@ -74,34 +118,33 @@ class LatentLoader:
         if wanted == "true" or (wanted == "auto" and size < RESIDENT_SHARE * free):
             self.resident = self._load_all()
         else:
-            batch = (config.train.batch_size, *self.shape)
-            self.ring = Ring(self._fill, batch, torch.float16, self.device)
+            batch_shape = (config.train.batch_size, *self.latents.shape)
+            self.ring = Ring(self._fill, batch_shape, torch.float16, self.device)
 
     def _load_all(self) -> Tensor:
-        """fp16 [2n, 2,c,s,s] on the device: image i as it is at 2i, mirrored at 2i+1."""
-        everything = torch.empty((2 * len(self.labels), *self.shape), dtype=torch.float16, device=self.device)
-        with progress_bar(len(self.shards), description="load latents", unit="shard") as bar:
-            for first, shard in zip(self.first, self.shards, strict=False):
+        """Return all moments, fp16 [2n,...] on the device: image i as it is at 2i, mirrored at 2i+1."""
+        latents = self.latents
+        everything = torch.empty((2 * len(latents.labels), *latents.shape), dtype=torch.float16, device=self.device)
+        with progress_bar(len(latents.shards), description="load latents", unit="shard") as bar:
+            for start, shard in zip(latents.starts, latents.shards, strict=False):
                 part = torch.from_numpy(np.array(shard)).flatten(0, 1)
-                everything[2 * first : 2 * first + len(part)].copy_(part)
+                everything[2 * start : 2 * start + len(part)].copy_(part)
                 bar.update()
         return everything
 
     def _fill(self, position: int, slot: Tensor) -> None:
+        """Write the batch at `position`, counted in micro-steps, to a host tensor."""
         images, epoch = self.order.images(*divmod(position, self.order.accumulation))
-        flips = self.order.flips(torch.from_numpy(images), epoch).numpy() & self.flip
-        shards = np.searchsorted(self.first, images, side="right") - 1
-        batch = slot.numpy()
-        for i, (image, shard, flip) in enumerate(zip(images, shards, flips, strict=True)):
-            batch[i] = self.shards[shard][image - self.first[shard], int(flip)]
+        mirrored = self.order.flips(torch.from_numpy(images), epoch).numpy() & self.flip
+        self.latents.read(images, mirrored, slot.numpy())
 
     def batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
-        """Moments fp16 [B,2,c,s,s], mean and log-variance, and labels int64 [B]. A resident set copies nothing to the device."""
+        """Return moments fp16 [B,...] and labels int64 [B]. If the set is resident, nothing is copied to the device."""
         images, epoch = self.order.images_on(self.device, step, micro)
         labels = self.labels.index_select(0, images)
         if self.resident is None:
             return self.ring.next(step * self.order.accumulation + micro), labels
-        place = 2 * images
+        rows = 2 * images
         if self.flip:
-            place += self.order.flips(images, epoch)
-        return self.resident.index_select(0, place), labels
+            rows += self.order.flips(images, epoch)
+        return self.resident.index_select(0, rows), labels

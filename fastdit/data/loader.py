@@ -1,7 +1,8 @@
-"""Images online: from the archives of an index, decoded, cropped and resized by DALI. B batch, S image size in pixels.
+"""Images online: read from the archives of an index, decoded, cropped and resized by DALI. B batch size, S image size in pixels.
 
-The graph: encoded bytes -> decode (nvJPEG on CUDA, libjpeg-turbo on a CPU) -> one antialiased cubic resize of the crop -> mirror,
-[-1,1]. Order, crops and flips are the same everywhere; pixels are equal to the bit on CPUs, nvJPEG is another decoder.
+The DALI graph: encoded bytes -> decode (nvJPEG on CUDA, libjpeg-turbo on a CPU) -> one antialiased cubic resize of the crop ->
+mirror, scale to [-1,1]. Order, crops and flips are the same everywhere; pixels are bitwise equal on all CPUs, while nvJPEG rounds
+in its own way.
 """
 
 import os
@@ -21,17 +22,17 @@ from fastdit.data.index import Index
 from fastdit.data.order import Order, center_crops, check_classes
 from fastdit.distributed import World
 
-AHEAD = 4  # batches whose bytes are read ahead, each in a thread of its own
+AHEAD = 4  # batches whose bytes are read ahead, each in its own thread
 
 
 def _threads(wanted: int | None) -> int:
-    """DALI threads of this rank: as asked, or the cores shared by the node's ranks."""
+    """Return the number of DALI threads of this rank: `wanted`, or the cores shared by the node's ranks."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     return wanted or max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def to_torch(images, device: torch.device) -> Tensor:
-    """A copy of a batch that DALI made, in memory of torch's own: DALI writes to its buffers again while it runs ahead."""
+    """Copy a batch of DALI's to torch's own memory: DALI reuses its buffers while it runs ahead."""
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
     images = images.as_tensor()
@@ -42,35 +43,49 @@ def to_torch(images, device: torch.device) -> Tensor:
 
 
 class Decoder:
-    """Batches of an index' images, in order of their positions, decoded ahead.
+    """Batches of an index's images in the order of their positions, decoded ahead.
 
-    An image that cannot be read or decoded is named once, and the next image of the index takes its place, its label, crop and flip
-    too, here and whenever it comes up again: a function of the files alone, so ranks and resumed runs agree.
+    A position counts batches, for example micro-steps of a run. An image that cannot be read or decoded is reported once, and the
+    next image of the index is used instead, with its own label, crop and flip, here and whenever it comes up again: a function of
+    the files only, so ranks and resumed runs agree.
     """
 
     def __init__(
         self,
         index: Index,
         rows: np.ndarray,
-        choose: Callable[[int], tuple[np.ndarray, int]],
-        cut: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray, np.ndarray]],
+        images_of: Callable[[int], tuple[np.ndarray, int]],
+        crops_of: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray, np.ndarray]],
         batch_size: int,
         size: int,
         device: torch.device,
         threads: int | None,
         max_bad_files: int,
     ) -> None:
-        """choose(position) -> images int64 [B] (elements of rows) and epoch; cut(images, epoch) -> start, end fp32 [B,2] in pixels
-        of the source, mirror int32 [B]; both are called in threads. size: S. Raises InputError when DALI is missing."""
+        """index, rows: an index and a split of it.
+
+        images_of: position -> (images int64 [B], elements of rows; epoch). crops_of: (images, epoch) -> (start, end, fp32 [B,2],
+        (row, column) in pixels of the source; mirror int32 [B]). Both are called in threads, and again after a bad file.
+        batch_size: B; size: S; threads: of DALI, None: the rank's share of the cores; max_bad_files: one more ends the run.
+        Raises InputError if DALI is missing.
+        """
         try:
             import nvidia.dali  # noqa: F401
         except ImportError as error:
             raise InputError("reading images needs DALI: pip install nvidia-dali-cuda130") from error
-        self.index, self.rows, self.choose, self.cut = index, rows, choose, cut
-        self.batch_size, self.size, self.device = batch_size, size, device
-        self.threads, self.max_bad_files = _threads(threads), max_bad_files
+        self.index = index
+        self.rows = rows
+        self.images_of = images_of
+        self.crops_of = crops_of
+        self.batch_size = batch_size
+        self.size = size
+        self.device = device
+        self.threads = _threads(threads)
+        self.max_bad_files = max_bad_files
         self.bad: set[int] = set()
-        self.position, self._pipeline, self._pool = -1, None, ThreadPoolExecutor(AHEAD)
+        self.position = -1
+        self._pipeline = None
+        self._pool = ThreadPoolExecutor(AHEAD)
 
     def seek(self, position: int) -> None:
         """Make `position` the next batch."""
@@ -79,7 +94,10 @@ class Decoder:
             self._build()
 
     def next(self) -> tuple[Tensor, np.ndarray]:
-        """Images fp32 [B,3,S,S] in [-1,1] on the device, and which they are. Raises InputError after max_bad_files bad ones."""
+        """Return images fp32 [B,3,S,S] in [-1,1] on the device, and which elements of rows they are, int64 [B].
+
+        Raises InputError if there are more than max_bad_files bad files.
+        """
         while True:
             try:
                 (images,) = self._pipeline.run()
@@ -88,7 +106,7 @@ class Decoder:
                 self._build()  # DALI calls a pipeline that failed invalid
             else:
                 self.position += 1
-                return to_torch(images, self.device), self._chosen.popleft()
+                return to_torch(images, self.device), self._images.popleft()
 
     def _pipe(self, batch_size: int) -> "nvidia.dali.Pipeline":  # noqa: F821 (imported where it is used)
         from nvidia.dali import Pipeline
@@ -97,16 +115,18 @@ class Decoder:
         return Pipeline(batch_size, self.threads, gpu, prefetch_queue_depth=2)
 
     def _decoded(self, encoded):
+        """The decoding node of a DALI graph."""
         from nvidia.dali import fn, types
 
-        # libjpeg-turbo's way of upsampling colours
+        # fancy upsampling interpolates chroma as libjpeg-turbo does
         mixed = {"device": "mixed", "jpeg_fancy_upsampling": True} if self.device.type == "cuda" else {"device": "cpu"}
         return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, **mixed)
 
     def _build(self) -> None:
+        """Build a pipeline that begins at the current position, and start to read ahead."""
         from nvidia.dali import fn, types
 
-        self._chosen: deque[np.ndarray] = deque()
+        self._images: deque[np.ndarray] = deque()
         self._reads: deque[Future] = deque()
         self._read_next = self.position
         for _ in range(AHEAD):
@@ -128,19 +148,20 @@ class Decoder:
         self._read_next += 1
 
     def _read(self, position: int) -> tuple:
-        images, epoch = self.choose(position)
-        images = np.array([self._standing_in(int(image)) for image in images])
-        return images, [self._bytes(image) for image in images], *self.cut(images, epoch)
+        """Read a batch: its images after replacement of bad ones, their bytes, and the crops."""
+        images, epoch = self.images_of(position)
+        images = np.array([self._replacement(int(image)) for image in images])
+        return images, [self._bytes(image) for image in images], *self.crops_of(images, epoch)
 
     def _feed(self) -> tuple:
-        """DALI's inputs of the next batch."""
+        """Return DALI's inputs of the next batch."""
         images, encoded, start, end, mirror = self._reads.popleft().result()
         self._read_ahead()
-        self._chosen.append(images)
+        self._images.append(images)
         return encoded, start, end, mirror
 
-    def _standing_in(self, image: int) -> int:
-        """The image itself, or the next one of the index that is not known to be bad."""
+    def _replacement(self, image: int) -> int:
+        """Return the image itself, or the next one of the index that is not known to be bad."""
         while image in self.bad:
             image = (image + 1) % len(self.rows)
         return image
@@ -149,31 +170,31 @@ class Decoder:
         try:
             return np.frombuffer(self.index.read(self.rows[image]) or b"\0", np.uint8)
         except OSError:
-            return np.zeros(1, np.uint8)  # DALI refuses it, and then it is looked into
+            return np.zeros(1, np.uint8)  # not an image: DALI fails, and `_note_bad_files` names the file
 
     def _note_bad_files(self, error: RuntimeError) -> None:
-        """Find what made DALI fail, in this batch or those that it has begun. Raises `error` where no file is at fault."""
-        found = False
+        """Find the files that made DALI fail, in this batch or those that it has begun. Raises `error` if no file is at fault."""
+        any_bad = False
         for position in range(self.position, self.position + AHEAD):
-            for image in self.choose(position)[0]:
-                image = self._standing_in(int(image))
+            for image in self.images_of(position)[0]:
+                image = self._replacement(int(image))
                 reason = self._fault(image)
                 if reason:
-                    found = True
+                    any_bad = True
                     self.bad.add(image)
-                    name, instead = self.index.name(self.rows[image]), self.index.name(self.rows[self._standing_in(image)])
+                    name, instead = self.index.name(self.rows[image]), self.index.name(self.rows[self._replacement(image)])
                     tqdm.write(f"fastdit: warning: bad file {name}: {reason}; {instead} takes its place", file=sys.stderr)
                     if len(self.bad) > self.max_bad_files:
                         raise InputError(
                             f"more than data.max_bad_files={self.max_bad_files} files of {self.index.folder} cannot be decoded, "
-                            f"the last is {name}: run `fastdit prepare` again, or mend the files"
+                            f"the last is {name}: run `fastdit prepare` again, or repair the files"
                         )
-            if found:
+            if any_bad:
                 return
         raise error
 
     def _fault(self, image: int) -> str | None:
-        """Why an image cannot be decoded, or None when it can."""
+        """Return why an image cannot be decoded, None if it can."""
         from nvidia.dali import fn, types
 
         try:
@@ -191,39 +212,58 @@ class Decoder:
         except RuntimeError as error:
             try:
                 decode(data)
-            except BadImage as why:
-                return str(why)
+            except BadImage as reason:
+                return str(reason)
             return str(error).strip().split("\n")[0]
 
 
+def center_crop_decoder(
+    index: Index, rows: np.ndarray, batches: list[np.ndarray], batch_size: int, size: int, device: torch.device, max_bad_files: int
+) -> Decoder:
+    """Return a Decoder of given batches, center-cropped to `size` pixels and not mirrored, at the first of them.
+
+    batches: elements of rows, int64 [b] with 1 <= b <= batch_size: a shorter batch is padded with its last image. Raises InputError
+    if DALI is missing.
+    """
+
+    def images_of(position: int) -> tuple[np.ndarray, int]:
+        images = batches[min(position, len(batches) - 1)]  # it is asked for batches behind the last too, to read ahead
+        return np.concatenate((images, np.full(batch_size - len(images), images[-1]))), 0
+
+    def crops_of(images: np.ndarray, _: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return *center_crops(rows["height"][images], rows["width"][images], size), np.zeros(len(images), np.int32)
+
+    decoder = Decoder(index, rows, images_of, crops_of, batch_size, size, device, None, max_bad_files)
+    decoder.seek(0)
+    return decoder
+
+
 class ImageLoader:
-    """Training batches from an index."""
+    """Training batches of an index."""
 
     channels = 3
+    manifest = None
 
     def __init__(self, index: Index, config: Config, world: World) -> None:
-        """Raises InputError when the index does not fit the config."""
+        """Raises InputError if the index does not fit the config."""
         data, rows = config.data, index.rows("train")
         check_classes(len(index.classes), config)
         self.class_names = index.class_names or index.classes
-        self.order, self.data, self.device = Order(len(rows), config, world), data, world.device
-        self.labels, self.heights, self.widths = (np.array(rows[key]) for key in ("label", "height", "width"))
+        self.order = Order(len(rows), config, world)
+        self.data = data
+        self.device = world.device
+        self.labels = np.array(rows["label"])
+        self.heights = np.array(rows["height"])
+        self.widths = np.array(rows["width"])
         self.decoder = Decoder(
-            index,
-            rows,
-            self._choose,
-            self._cut,
-            config.train.batch_size,
-            data.image_size,
-            world.device,
-            data.threads,
+            index, rows, self._images_of, self._crops_of, config.train.batch_size, data.image_size, world.device, data.threads,
             data.max_bad_files,
-        )
+        )  # fmt: skip
 
-    def _choose(self, position: int) -> tuple[np.ndarray, int]:
+    def _images_of(self, position: int) -> tuple[np.ndarray, int]:
         return self.order.images(*divmod(position, self.order.accumulation))
 
-    def _cut(self, images: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _crops_of(self, images: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         heights, widths = self.heights[images], self.widths[images]
         if self.data.crop == "random":
             start, end = self.order.random_crops(images, epoch, heights, widths)
@@ -233,7 +273,7 @@ class ImageLoader:
         return start, end, flips.astype(np.int32)
 
     def batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
-        """Images fp32 [B,3,S,S] in [-1,1] and labels int64 [B]."""
+        """Return images fp32 [B,3,S,S] in [-1,1] and labels int64 [B], both on the device."""
         self.decoder.seek(step * self.order.accumulation + micro)
-        images, chosen = self.decoder.next()
-        return images, torch.from_numpy(self.labels[chosen].astype(np.int64)).to(self.device, non_blocking=True)
+        images, decoded = self.decoder.next()
+        return images, torch.from_numpy(self.labels[decoded].astype(np.int64)).to(self.device, non_blocking=True)

@@ -1,9 +1,9 @@
-"""`fastdit prepare`: archives and folders of images -> an index, in place.
+"""`fastdit prepare`: archives and folders of images to an index, in place.
 
-A source is ImageNet's train archive (a tar of one tar a class), a folder of class folders, or tars of images whose class stands in
-a .cls or .json file beside the image (webdataset) or is the folder they lie in. It is cut into units (an inner tar, a class folder,
-a tar), and each unit into parts of PART images; a part that was scanned is written to <index>/.parts at once, so that a run that
-was killed goes on from there.
+A source is ImageNet's train archive (a tar of one tar per class), a folder of class folders, or tars of images whose class is named
+in a .cls or .json file beside the image (webdataset) or by the folder that they lie in. Its containers (inner tars, class folders,
+tars) are scanned in chunks. A scanned chunk is written to <index>/.parts at once, so that a killed run resumes with the chunks that
+are missing.
 """
 
 import csv
@@ -14,51 +14,63 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from fastdit.config import InputError
-from fastdit.data import imagenet
-from fastdit.data.archives import Found, Part, find_sources, find_units, scan_folder, scan_tar
-from fastdit.data.index import FILE, FORMAT, Source, is_index, record, save_array
-from fastdit.files import write_atomically
+from fastdit.data import archives, imagenet
+from fastdit.data.archives import Chunk, Container, ImageEntry, Source
+from fastdit.data.index import FILE, FORMAT, is_index, record, requested_sources, save_array
+from fastdit.files import begin_or_match, resumable, write_atomically
 from fastdit.progress import progress_bar
 
 
-def _scan_all(split: str, sources: list[Source], journal: Path) -> tuple[list[tuple[int, Part]], set[str]]:
-    """Every part of a split's units with its source, from the journal or scanned and added to it; the units' classes, those without
-    images too."""
-    units = list(find_units(sources))
-    parts, total = [], sum(unit.weight for unit in units)
-    unit_of_bar = {"unit": "B", "unit_scale": True} if total != len(units) else {"unit": "class"}
-    with progress_bar(total, description=f"scan {split}", **unit_of_bar) as bar:
-        for number, unit in enumerate(units):
-            path, before = sources[unit.source].path, bar.n
-            start: int | None = unit.start
+class ScannedSplit(NamedTuple):
+    """All images of a split."""
+
+    sources: list[Source]
+    chunks: list[tuple[int, Chunk]]  # with the number of the chunk's source
+    container_labels: set[str]  # classes of the containers, also of those without images
+
+
+def _scan_chunk(journal_file: Path, source: Source, container: Container, start: int) -> Chunk:
+    """Return a chunk from the journal, or scan it and add it to the journal."""
+    if journal_file.exists():
+        images, bad, next_start = json.loads(journal_file.read_text())
+        return Chunk([ImageEntry(*image) for image in images], bad, next_start)
+    chunk = archives.scan(source, container, start)
+    write_atomically(journal_file, json.dumps(chunk))
+    return chunk
+
+
+def _scan_split(split: str, sources: list[Source], journal: Path) -> ScannedSplit:
+    """Scan all containers of a split's sources. Raises InputError if one is damaged."""
+    containers = list(archives.find_containers(sources))
+    total = sum(container.progress for container in containers)
+    bar_unit = {"unit": "B", "unit_scale": True} if total != len(containers) else {"unit": "class"}
+    chunks = []
+    with progress_bar(total, description=f"scan {split}", **bar_unit) as bar:
+        for number, container in enumerate(containers):
+            done_before, start = bar.n, container.start
             while start is not None:
-                file = journal / f"{split}-{number:06d}-{start}.json"
-                if file.exists():
-                    images, bad, following = json.loads(file.read_text())
-                    part = Part([Found(*image) for image in images], bad, following)
-                else:
-                    part = (scan_folder if os.path.isdir(path) else scan_tar)(path, unit, start)
-                    write_atomically(file, json.dumps(part))
-                parts.append((unit.source, part))
-                start = part.next
-                bar.update(before + min(unit.weight, unit.weight if start is None else start - unit.start) - bar.n)
-    return parts, {unit.label for unit in units if unit.label is not None}
+                journal_file = journal / f"{split}-{number:06d}-{start}.json"
+                chunk = _scan_chunk(journal_file, sources[container.source], container, start)
+                chunks.append((container.source, chunk))
+                start = chunk.next_start
+                progress = container.progress if start is None else min(container.progress, start - container.start)
+                bar.update(done_before + progress - bar.n)
+    return ScannedSplit(sources, chunks, {container.label for container in containers if container.label is not None})
 
 
-def _labels(split: str, parts: list[tuple[int, Part]], sources: list[Source], devkit: imagenet.Devkit | None) -> list[list[str]]:
-    """The class of every image of every part. Raises InputError where one has none."""
+def _labels(split: str, scanned: ScannedSplit, devkit: imagenet.Devkit | None) -> list[list[str]]:
+    """Return the class of every image of every chunk. Raises InputError if an image has none."""
     labels = []
-    for source, part in parts:
-        of_part = []
-        for image in part.images:
+    for source, chunk in scanned.chunks:
+        chunk_labels = []
+        for image in chunk.images:
             number = re.search(r"ILSVRC2012_val_(\d{8})\.", image.name)
             label = image.label
             if split == "val" and number and devkit and int(number[1]) <= len(devkit.val):
@@ -69,27 +81,30 @@ def _labels(split: str, parts: list[tuple[int, Part]], sources: list[Source], de
                     if number
                     else "put it into a class folder, or a .cls file beside it"
                 )
-                raise InputError(f"{sources[source].path}: image {image.name} has no class: {fix}")
-            of_part.append(label)
-        labels.append(of_part)
+                raise InputError(f"{scanned.sources[source].path}: image {image.name} has no class: {fix}")
+            chunk_labels.append(label)
+        labels.append(chunk_labels)
     return labels
 
 
-def _class_ids(named: set[str]) -> list[str]:
-    """Class ids in the order of their labels: whole numbers are the labels themselves, anything else is sorted."""
-    if all(label.isdecimal() for label in named) and not any(len(label) > 1 and label[0] == "0" for label in named):
-        return [str(i) for i in range(max(map(int, named)) + 1)]
-    return sorted(named)
+def _class_ids(labels: set[str]) -> list[str]:
+    """Return class ids in the order of their labels: whole numbers are the labels themselves, anything else is sorted."""
+    if all(label.isdecimal() for label in labels) and not any(len(label) > 1 and label[0] == "0" for label in labels):
+        return [str(i) for i in range(max(map(int, labels)) + 1)]
+    return sorted(labels)
 
 
-def _write_rows(path: Path, parts: list[tuple[int, Part]], labels: list[list[str]], label_of: dict[str, int], first: int) -> int:
-    """Write a split's RECORDs, sources numbered from `first` on; how many."""
-    names = [[os.fsencode(image.name) for image in part.images] for _, part in parts]
-    rows = np.zeros(sum(map(len, names)), record(max((len(n) for of_part in names for n in of_part), default=0)))
+def _write_rows(
+    path: Path, chunks: list[tuple[int, Chunk]], labels: list[list[str]], label_of: dict[str, int], first_source: int
+) -> int:
+    """Write a split's records, its sources numbered from `first_source`, and return their number."""
+    names = [[os.fsencode(image.name) for image in chunk.images] for _, chunk in chunks]
+    longest = max((len(name) for chunk_names in names for name in chunk_names), default=0)
+    rows = np.zeros(sum(map(len, names)), record(longest))
     at = 0
-    for (source, part), of_part, part_names in zip(parts, labels, names, strict=True):
-        for image, label, name in zip(part.images, of_part, part_names, strict=True):
-            rows[at] = (first + source, image.offset, image.bytes, image.height, image.width, label_of[label], name)
+    for (source, chunk), chunk_labels, chunk_names in zip(chunks, labels, names, strict=True):
+        for image, label, name in zip(chunk.images, chunk_labels, chunk_names, strict=True):
+            rows[at] = (first_source + source, image.offset, image.bytes, image.height, image.width, label_of[label], name)
             at += 1
     save_array(path, rows)
     return len(rows)
@@ -112,73 +127,64 @@ def check_md5(paths: dict[str, Path]) -> None:
 
 
 def default_index(source: Path) -> Path:
-    """Where the index of a source lies unless --out says otherwise: beside it."""
+    """Return the path of a source's index unless --out names another: beside the source."""
     return source.resolve().with_name(f"{source.resolve().name}.index")
-
-
-@contextmanager
-def mending(out: Path) -> Iterator[None]:
-    """Turn an OSError, such as a full disk, into an InputError that says what is kept."""
-    try:
-        yield
-    except OSError as error:
-        what = f"{error.filename or out}: {error.strerror or error}"
-        raise InputError(
-            f"{what}; what was done so far is kept: the same command goes on once that is mended, or use another --out"
-        ) from error
 
 
 def prepare(
     sources: list[Path], out: Path | None = None, val: Path | None = None, devkit: Path | None = None, verify: bool = False
 ) -> Path:
-    """Make, or finish, the index of some sources; returns its folder. Does nothing when it is there and fits them.
+    """Make, or finish, the index of some sources and return its folder. Does nothing if it exists and fits them.
 
-    val: archive or folder of the validation images; devkit: ImageNet's, for the classes of its validation archive and the names of
-    all; verify: compare the MD5 sums of ImageNet's archives first. Raises InputError.
+    out: folder of the index (default: beside the first source); val: archive or folder of the validation images; devkit: ImageNet's
+    development kit, for the classes of its validation archive and the names of all classes; verify: compare the MD5 sums of
+    ImageNet's archives first. Raises InputError.
     """
     out = out or default_index(sources[0])
-    train_sources, val_sources = find_sources(sources), find_sources([val]) if val else []
-    request = {"train": [asdict(s) for s in train_sources], "val": [asdict(s) for s in val_sources]}
-    request["devkit"] = [asdict(s) for s in find_sources([devkit])] if devkit else []
+    requested = {
+        "train": archives.find_sources(sources),
+        "val": archives.find_sources([val]) if val else [],
+        "devkit": archives.find_sources([devkit]) if devkit else [],
+    }
+    request = {role: [asdict(source) for source in role_sources] for role, role_sources in requested.items()}
     if verify:
         check_md5({role: p for role, p in (("train", sources[0]), ("val", val), ("devkit", devkit)) if p})
-    with mending(out):
+    with resumable(out):
         out.mkdir(parents=True, exist_ok=True)
         journal = out / ".parts"
-        if is_index(out) and json.loads((out / FILE).read_text())["request"] == request:
+        if is_index(out) and requested_sources(json.loads((out / FILE).read_text())["request"]) == requested:
             shutil.rmtree(journal, ignore_errors=True)
             return out
-        begun = journal / "request.json"
-        if not begun.exists() or json.loads(begun.read_text()) != request:
-            shutil.rmtree(journal, ignore_errors=True)
-            journal.mkdir()
-            write_atomically(begun, json.dumps(request))
+        if begin_or_match(journal / "request.json", request):  # a journal of other sources
+            shutil.rmtree(journal)
+            begin_or_match(journal / "request.json", request)
         kit = imagenet.read_devkit(devkit) if devkit else None
-        scanned = {"train": _scan_all("train", train_sources, journal)}
-        if val:
-            scanned["val"] = _scan_all("val", val_sources, journal)
-        _write_index(out, scanned, {"train": train_sources, "val": val_sources}, kit, request)
+        scanned = {split: _scan_split(split, requested[split], journal) for split in ("train", "val") if requested[split]}
+        _write_index(out, scanned, kit, request)
         shutil.rmtree(journal)
     return out
 
 
-def _write_index(
-    out: Path, scanned: dict[str, tuple], sources: dict[str, list[Source]], devkit: imagenet.Devkit | None, request: dict
-) -> None:
-    """Join the parts of the splits to the files of an index, index.json last."""
-    labels = {split: _labels(split, parts, sources[split], devkit) for split, (parts, _) in scanned.items()}
-    of_split = {split: {label for part in labels[split] for label in part} | scanned[split][1] for split in scanned}
+def _write_index(out: Path, scanned: dict[str, ScannedSplit], devkit: imagenet.Devkit | None, request: dict) -> None:
+    """Join the chunks of the splits to the files of an index, index.json last."""
+    labels = {split: _labels(split, scanned[split], devkit) for split in scanned}
+    classes_of = {
+        split: {label for chunk_labels in labels[split] for label in chunk_labels} | scanned[split].container_labels
+        for split in scanned
+    }
+    sources = scanned["train"].sources
     if not any(labels["train"]):
-        raise InputError(f"there are no images in {', '.join(s.path for s in sources['train'][:3])}: see `fastdit prepare --help`")
-    classes = _class_ids(of_split["train"])
-    if unknown := sorted(of_split.get("val", set()) - set(classes)):
+        raise InputError(f"there are no images in {', '.join(s.path for s in sources[:3])}: see `fastdit prepare --help`")
+    classes = _class_ids(classes_of["train"])
+    if unknown := sorted(classes_of.get("val", set()) - set(classes)):
         raise InputError(f"the validation images have a class {unknown[0]!r} that the training images do not have")
     (out / FILE).unlink(missing_ok=True)  # from here to the end there is no index
     label_of = {name: i for i, name in enumerate(classes)}
     counts, bad = {}, []
-    for split, (parts, _) in scanned.items():
-        counts[split] = _write_rows(out / f"{split}.npy", parts, labels[split], label_of, len(sources["train"]) * (split == "val"))
-        bad += [(split, sources[split][source].path, name, reason) for source, part in parts for name, reason in part.bad]
+    for split, (split_sources, chunks, _) in scanned.items():
+        first_source = len(sources) if split == "val" else 0
+        counts[split] = _write_rows(out / f"{split}.npy", chunks, labels[split], label_of, first_source)
+        bad += [(split, split_sources[source].path, name, reason) for source, chunk in chunks for name, reason in chunk.bad]
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([("split", "source", "file", "reason"), *bad])
     write_atomically(out / "bad_files.csv", table.getvalue())
@@ -187,18 +193,19 @@ def _write_index(
         names = [devkit.names[c] for c in classes]
     elif imagenet.are_imagenet(classes):
         names = imagenet.imagenet_names()
-    found = {
+    content = {
         "format": FORMAT, "images": counts, "bad_files": len(bad), "classes": classes, "class_names": names, "request": request,
     }  # fmt: skip
-    write_atomically(out / FILE, json.dumps(found, indent=1))
+    write_atomically(out / FILE, json.dumps(content, indent=1))
     for split, count in counts.items():
-        if imagenet.are_imagenet(classes) and count + sum(b[0] == split for b in bad) != imagenet.COUNTS[split]:
-            print(f"fastdit: warning: ImageNet's {split} set has {imagenet.COUNTS[split]:,} images, not {count:,}", file=sys.stderr)
+        expected = imagenet.COUNTS[split]
+        if imagenet.are_imagenet(classes) and count + sum(b[0] == split for b in bad) != expected:
+            print(f"fastdit: warning: ImageNet's {split} set has {expected:,} images, not {count:,}", file=sys.stderr)
 
 
 def describe(folder: Path) -> str:
-    """What an index holds, in one line or two."""
-    found = json.loads((folder / FILE).read_text())
-    images = ", ".join(f"{count:,} {split} images" for split, count in found["images"].items())
-    bad = f"\n{found['bad_files']} bad files were left out: {folder / 'bad_files.csv'}" if found["bad_files"] else ""
-    return f"index: {folder} ({images}, {len(found['classes']):,} classes){bad}"
+    """Return one or two lines on the contents of an index."""
+    content = json.loads((folder / FILE).read_text())
+    images = ", ".join(f"{count:,} {split} images" for split, count in content["images"].items())
+    bad = f"\n{content['bad_files']} bad files were left out: {folder / 'bad_files.csv'}" if content["bad_files"] else ""
+    return f"index: {folder} ({images}, {len(content['classes']):,} classes){bad}"

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import nn
 
 from fastdit import files, kernels
+from fastdit.autoencoder import Codec
 from fastdit.config import InputError, SampleConfig
 from fastdit.data.builtin import mnist5k
 from fastdit.data.index import is_index, open_index
-from fastdit.data.order import center_crops
 from fastdit.distributed import World
 from fastdit.evaluation.metrics import BAD_NPZ
 from fastdit.flow import Stream
@@ -69,7 +69,7 @@ def evaluation_labels(how: str, count: int, num_classes: int, seed: int) -> torc
 
 
 def of_model(
-    model: nn.Module, codec, config: SampleConfig, labels: torch.Tensor, seed: int, shape: tuple[int, int, int], about: dict
+    model: nn.Module, codec: Codec, config: SampleConfig, labels: torch.Tensor, seed: int, shape: tuple[int, int, int], about: dict
 ) -> Source:
     """Samples of a model, of classes int64 [n], drawn as they are asked for: the same on any number of ranks, to rounding."""
     device = next(model.parameters()).device
@@ -100,10 +100,10 @@ def of_checkpoint(
         "weights": weights, "ema_decay": decay, "sampler": asdict(sampling), "guidance_scale": 1 + sampling.guidance,
         "guided_channels": "all", "labels": how, "seed": seed, "images": count, "classes": config.model.num_classes,
         "dtype": sampler.dtype, "autoencoder": config.data.autoencoder,
-        "autoencoder_sha256": codec.sha256() if hasattr(codec, "sha256") else None,
-        "autoencoder_dtype": str(codec.vae.dtype).removeprefix("torch.") if hasattr(codec, "vae") else None,
+        "autoencoder_sha256": codec.sha256(),
+        "autoencoder_dtype": str(codec.dtype).removeprefix("torch.") if codec.dtype else None,
     }  # fmt: skip
-    shape = (config.data.image_size, config.data.image_size, codec.channels if config.data.autoencoder == "pixels" else 3)
+    shape = (config.data.image_size, config.data.image_size, codec.image_channels)
     return of_model(sampler.model, codec, sampling, labels, seed, shape, about)
 
 
@@ -192,7 +192,7 @@ def of_folder(folder: Path) -> Source:
 def of_index(folder: Path, size: int, split: str, device: torch.device, at_most: int | None = None) -> Source:
     """A split of an index, or `at_most` evenly spread images of it, resized (antialiased, cubic) and cut to size x size as for
     training. Raises InputError."""
-    from fastdit.data.loader import Decoder
+    from fastdit.data.loader import center_crop_decoder
 
     index = open_index(folder)
     rows = index.rows(split)
@@ -200,17 +200,8 @@ def of_index(folder: Path, size: int, split: str, device: torch.device, at_most:
 
     def batches(world: World) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         shares = list(_shares(len(rows), world))
-
-        def choose(position: int) -> tuple[np.ndarray, int]:
-            ids = shares[min(position, len(shares) - 1)]
-            return np.concatenate((ids, np.full(BATCH - len(ids), ids[-1]))), 0
-
-        def cut(images: np.ndarray, _: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            return *center_crops(rows["height"][images], rows["width"][images], size), np.zeros(len(images), np.int32)
-
         if shares:
-            decoder = Decoder(index, rows, choose, cut, BATCH, size, device, None, max_bad_files=10)
-            decoder.seek(0)
+            decoder = center_crop_decoder(index, rows, shares, BATCH, size, device, max_bad_files=10)
         for ids in shares:
             images = ((decoder.next()[0][: len(ids)] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             yield ids, images.permute(0, 2, 3, 1).cpu().numpy()

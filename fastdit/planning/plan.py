@@ -24,7 +24,6 @@ from fastdit.planning.memory import (
     optimizer_bytes,
 )
 
-IMAGENET_IMAGES = 1_281_167  # of the training set
 IMAGENET_LATENTS = ["model.in_channels=4", "model.num_classes=1000"]  # of 256-pixel images: 4x32x32
 
 
@@ -127,7 +126,7 @@ def make(config: Config, card: Card, gpus: int, epochs: float, images: int, pric
             "stage": actual_stage(config, gpus), "recompute": train.recompute, "batch_size": train.batch_size,
             "card": card.memory,
             "saved_per_image_and_block": {
-                how: walk(config.model, 1, dtype, how).kept_block for how in ("none", "light", "full")
+                how: walk(config.model, 1, dtype, how).saved_per_block for how in ("none", "light", "full")
             },
             "stages": {
                 actual_stage(planned, gpus): memory(planned, gpus, card)._asdict()

@@ -4,7 +4,6 @@ Batches are written as they are made, by any number of ranks, into a folder besi
 being held together: a command that was killed goes on with the batches that are missing, and the file is the same to the byte.
 """
 
-import json
 import shutil
 import zipfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdit.config import InputError
-from fastdit.files import replacing, write_atomically
+from fastdit.files import begin_or_match, replacing
 
 
 class Parts:
@@ -25,17 +24,8 @@ class Parts:
 
     def begin(self, settings: dict) -> None:
         """Make the folder, or check that the one that is there was begun with the same settings. Raises InputError."""
-        text, begun = json.dumps(settings, indent=1), self.folder / "settings.json"
-        self.folder.mkdir(exist_ok=True)
-        if not begun.exists():
-            return write_atomically(begun, text)
-        found, settings = json.loads(begun.read_text()), json.loads(text)
-        other = next((key for key in settings if found.get(key) != settings[key]), None)
-        if other:
-            raise InputError(
-                f"{self.path} was begun with {other}={found.get(other)}, this command has {settings[other]}: give another name, or "
-                f"delete {self.folder}"
-            )
+        if difference := begin_or_match(self.folder / "settings.json", settings):
+            raise InputError(f"{self.path} {difference}: give another name, or delete {self.folder}")
 
     def _file(self, k: int) -> Path:
         return self.folder / f"{k:06d}.npy"

@@ -20,12 +20,12 @@ def guided(
 ) -> Velocity:
     """v = (1+w)·v(class) − w·v(null) with w = guidance (arXiv:2207.12598, equation 6), on all channels, both halves in one batch.
 
-    model: a DiT, or what has its `prepare` and `velocity`; labels int64 [B]; null: the id of the null class. Where w = 0 or t is
-    outside `interval` (arXiv:2404.07724), v(class) alone is computed. run: called in place of model.velocity.
+    model: a DiT, or what has its `embed_classes` and `velocity`; labels int64 [B]; null: the id of the null class. Where w = 0 or
+    t is outside `interval` (arXiv:2404.07724), v(class) alone is computed. run: called in place of model.velocity.
     """
     run = run or model.velocity
-    alone = model.prepare(labels)
-    both = model.prepare(torch.cat((labels, torch.full_like(labels, null)))) if guidance else None
+    alone = model.embed_classes(labels)
+    both = model.embed_classes(torch.cat((labels, torch.full_like(labels, null)))) if guidance else None
     low, high = interval
 
     def velocity(x: Tensor, t: Tensor, at: float) -> Tensor:

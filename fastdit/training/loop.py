@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 from fastdit import autoencoder, checkpoint, data, device, distributed, files, flow, kernels
+from fastdit.autoencoder import Codec
 from fastdit.checkpoint import Checkpoint, RunState
 from fastdit.config import Config, InputError, Stopped, TrainConfig
+from fastdit.data import Loader
 from fastdit.device import DTYPES, native_bf16
 from fastdit.graphs import release_recorded
 from fastdit.model import DiT
@@ -54,12 +56,11 @@ def _checkpoint_to_resume(config: Config, world: distributed.World) -> tuple[Che
     return found, replace(found.state, wandb_id=wandb_id)
 
 
-def open_data(config: Config, world: distributed.World) -> tuple:
+def open_data(config: Config, world: distributed.World) -> tuple[Path | None, Loader, Codec]:
     """Where a run's data lie, their loader, and the codec that makes latents of them. Raises InputError on all ranks."""
     place = world.together(lambda: data.locate(config), everywhere=False)
     loader = world.together(lambda: data.load(config, place, world))
-    manifest = getattr(loader, "manifest", None)
-    codec = world.together(lambda: autoencoder.load(config.data, config.model, loader.channels, world.device, manifest))
+    codec = world.together(lambda: autoencoder.load(config.data, config.model, loader.channels, world.device, loader.manifest))
     if world.device.type == "cuda":
         codec = codec.for_encoding(DTYPES[config.train.precision])
     return place, loader, codec
@@ -121,8 +122,8 @@ class Trainer:
     """All that one run holds, and its loop."""
 
     def __init__(
-        self, config: Config, world: distributed.World, loader, codec, run: Path, resume_from: Checkpoint | None, state: RunState,
-        validation: Validation | None = None,
+        self, config: Config, world: distributed.World, loader: Loader, codec: Codec, run: Path,
+        resume_from: Checkpoint | None, state: RunState, validation: Validation | None = None,
     ) -> None:  # fmt: skip
         """state: of `resume_from`, the checkpoint to continue from, or a fresh one."""
         self.config, self.world, self.loader, self.codec, self.run = config, world, loader, codec, run
@@ -137,8 +138,9 @@ class Trainer:
             engine.fragments(self.engine, world), config.train.ema_decay, *config.train.ema_more,
             optimizer=engine.one_rank_optimizer(self.engine),
         )  # fmt: skip
-        size = 1 + 2 * telemetry.TIME_BINS  # see telemetry.loss_sums: of the steps since the last log line; of this step
-        self.sums, self.step_sums = torch.zeros(size, device=world.device), torch.zeros(size, device=world.device)
+        size = 1 + 2 * telemetry.TIME_BINS + len(flow.logged_parts())  # see telemetry.loss_sums
+        self.sums = torch.zeros(size, device=world.device)  # of the steps since the last log line
+        self.step_sums = torch.zeros(size, device=world.device)  # of this step
         self.start, self.summed_steps = state.step, state.summed_steps
         self.clock, self.saver = telemetry.StepClock(world.device), saver.Saver(run / "checkpoints", config, world)
         self.told_to_stop = self.stop = 0.0  # this rank by a signal; all ranks, as agreed
@@ -209,19 +211,20 @@ class Trainer:
         self.step_sums.zero_()
         for micro in range(settings.accumulation):
             with self.clock.phase("data_wait", on_host=True):
-                images, labels = self.loader.batch(step, micro)
+                batch, labels = self.loader.batch(step, micro)
             ids = flow.sample_ids(step, self.loader.order.first_index(micro), settings.batch_size, self.world.device)
             noise = None
             if codec.needs_noise:
                 shape = (codec.channels, codec.size, codec.size)
                 noise = kernels.counter_normal(settings.seed, flow.Stream.POSTERIOR, ids, shape)
             with self.clock.phase("forward_backward"):
-                x0 = codec.encode(images, noise)
+                moments = batch if self.loader.manifest else codec.encode(batch)
+                x0 = codec.posterior_sample(moments, noise)
                 null = self.config.model.num_classes
-                losses = flow.losses(self.engine, self.config.flow, null, x0, labels, settings.seed, ids)
-                self.engine.backward(losses.mean())
-                t = flow.sample_timesteps(self.config.flow, settings.seed, ids)  # again: B numbers
-                self.step_sums += telemetry.loss_sums(losses.detach(), t)
+                losses = flow.losses(self.engine, x0, labels, ids, self.config.flow, seed=settings.seed, null=null)
+                self.engine.backward(losses.total.mean())
+                with torch.no_grad():
+                    self.step_sums += telemetry.loss_sums(losses)
             if micro + 1 == settings.accumulation:
                 self._settle()  # the step before, on which this one's number and learning rate depend
                 self.lr = self.engine.get_lr()[0]
@@ -266,13 +269,14 @@ class Trainer:
         self._settle()
         sums = torch.cat([self.sums, torch.full_like(self.sums[:1], self.told_to_stop)])
         dist.all_reduce(sums)
-        total, *of_bins, self.stop = sums.tolist()
+        total, *rest, self.stop = sums.tolist()
+        bins = telemetry.TIME_BINS
+        bin_sums, bin_counts, part_sums = rest[:bins], rest[bins : 2 * bins], rest[2 * bins :]
         samples = self.summed_steps * self.loader.order.global_batch
         loss = total / samples if samples else None  # None: all were skipped
-        by_t = [
-            round(s / n, 6) if n else None
-            for s, n in zip(of_bins[: telemetry.TIME_BINS], of_bins[telemetry.TIME_BINS :], strict=True)
-        ]
+        by_t = [round(s / n, 6) if n else None for s, n in zip(bin_sums, bin_counts, strict=True)]
+        parts = zip(flow.logged_parts(), part_sums, strict=True)
+        part_losses = {f"loss_{name}": part / samples if samples else None for name, part in parts}
         seconds = self.clock.read()
         slowest = torch.tensor(list(seconds.values()), device=self.world.device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -281,7 +285,7 @@ class Trainer:
         self.log.write(
             done, epoch=round(done / self.loader.order.steps_per_epoch, 4), loss=loss, lr=self.lr,
             grad_norm=norm if math.isfinite(norm) else None,  # the last step was skipped
-            skipped=self.skipped, loss_by_t=by_t, **seconds,
+            skipped=self.skipped, loss_by_t=by_t, **part_losses, **seconds,
             peak_memory_gb=round(device.peak_memory(self.world.device) / 1e9, 3),
         )  # fmt: skip
         if loss is not None and not math.isfinite(loss):

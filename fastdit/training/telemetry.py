@@ -15,6 +15,7 @@ from fastdit.device import device_name
 from fastdit.distributed import World
 from fastdit.files import flush, replacing, write_atomically
 from fastdit.flops import walk
+from fastdit.flow import Losses, logged_parts
 from fastdit.planning import cards
 from fastdit.progress import progress_bar
 
@@ -22,14 +23,16 @@ TIME_BINS = 8
 PHASES = ("data_wait", "forward_backward", "optimizer", "ema")
 
 
-def loss_sums(losses: Tensor, t: Tensor) -> Tensor:
-    """fp32 [1 + 2·TIME_BINS] of losses [B] at timesteps t [B] in (0,1): the sum of all; the sums and the numbers in bins of t.
+def loss_sums(losses: Losses) -> Tensor:
+    """Return fp32 [1 + 2·TIME_BINS + P]: the sum of losses.total; its sums and the numbers of samples in bins of t; and the sums of
+    the P flow.logged_parts().
 
-    By a product, in a fixed order: on CUDA an index add would take any.
+    Uses a matmul: index_add on CUDA sums in nondeterministic order.
     """
-    bins = (t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-    one_hot = (bins[:, None] == torch.arange(TIME_BINS, device=t.device)).float()
-    return torch.cat((losses.sum()[None], losses @ one_hot, one_hot.sum(0)))
+    bins = (losses.t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+    one_hot = (bins[:, None] == torch.arange(TIME_BINS, device=losses.t.device)).float()
+    parts = [losses.parts[name].sum()[None] for name in logged_parts()]
+    return torch.cat((losses.total.sum()[None], losses.total @ one_hot, one_hot.sum(0), *parts))
 
 
 class StepClock:

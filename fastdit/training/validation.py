@@ -6,7 +6,6 @@ same noise at all of them: runs, steps and numbers of ranks differ by the weight
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdit import kernels
-from fastdit.autoencoder import KL
+from fastdit import flow, kernels
+from fastdit.autoencoder import Codec
 from fastdit.config import Config, InputError
 from fastdit.data.builtin import mnist5k
 from fastdit.data.index import is_index
-from fastdit.data.latents import is_latent_set, read_manifest
+from fastdit.data.latents import is_latent_set, open_latents
 from fastdit.data.order import check_classes
 from fastdit.distributed import World
 from fastdit.evaluation import command as evaluate_command
 from fastdit.evaluation import features, image_sets, metrics
 from fastdit.files import replacing
-from fastdit.flow import Stream
 from fastdit.training.telemetry import Log
 
 TIMESTEPS = tuple((k + 0.5) / 8 for k in range(8))
@@ -37,22 +35,16 @@ def _chosen(total: int, wanted: int) -> np.ndarray:
     return np.arange(0, total, -(-total // min(wanted, total)))
 
 
-def _latents(folder: Path, codec, wanted: int, world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _latents(folder: Path, codec: Codec, wanted: int, world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """This rank's ids int64 [n], moments fp16 [n,2,c,s,s] and labels [n] of a latent set."""
-    manifest = read_manifest(folder)
-    if getattr(codec, "sha256", lambda: None)() != manifest["autoencoder_sha256"]:
+    latents = open_latents(folder)
+    if codec.sha256() != latents.manifest["autoencoder_sha256"]:
         raise InputError(f"validate.source={folder} was made with another autoencoder than the run's: encode the val split again")
-    names = sorted(name for name in manifest["files"] if name.startswith("moments"))
-    shards = [np.load(folder / name, mmap_mode="r") for name in names]
-    labels = np.concatenate([np.load(folder / name.replace("moments", "labels")) for name in names])
-    first = np.cumsum([0, *map(len, shards)])
-    rows = _chosen(len(labels), wanted)
+    rows = _chosen(len(latents.labels), wanted)
     ids = np.arange(world.rank, len(rows), world.size)
-    moments = np.empty((len(ids), *shards[0].shape[2:]), np.float16)
-    for i, row in enumerate(rows[ids]):
-        shard = int(np.searchsorted(first, row, "right")) - 1
-        moments[i] = shards[shard][row - first[shard], 0]
-    return ids, moments, labels[rows[ids]]
+    moments = np.empty((len(ids), *latents.shape), np.float16)
+    latents.read(rows[ids], np.zeros(len(ids), bool), moments)
+    return ids, moments, latents.labels[rows[ids]]
 
 
 def _images(config: Config, place: Path | None, world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -68,7 +60,7 @@ def _images(config: Config, place: Path | None, world: World) -> tuple[np.ndarra
     return ids, images, held.labels[ids]
 
 
-def _held_out(config: Config, place: Path | None, codec, world: World) -> tuple[Tensor, Tensor, Tensor]:
+def _held_out(config: Config, place: Path | None, codec: Codec, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's held-out images on its device: ids int64 [n], latents fp32 [n,c,s,s], labels int64 [n]. Raises InputError."""
     source, batch = config.validate.source, config.train.batch_size
     if source == "auto" and place is not None and is_latent_set(place):
@@ -79,28 +71,31 @@ def _held_out(config: Config, place: Path | None, codec, world: World) -> tuple[
     place = place if source == "auto" else Path(source)
     if place is not None and is_latent_set(place):
         ids, given, labels = _latents(place, codec, config.validate.images, world)
-        encode = codec.draw
+        encoded = True
     elif place is None or is_index(place):
         ids, given, labels = _images(config, place, world)
         given = given.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
-        encode = partial(KL.encode, codec) if isinstance(codec, KL) else codec.encode  # not CachedKL's, which takes moments
-        if not isinstance(codec, KL) and given.shape[1] != codec.channels:
-            raise InputError(f"validate.source={source} has {given.shape[1]} channels, the run's images have {codec.channels}")
+        encoded = False
+        if given.shape[1] not in (1, codec.image_channels):  # 1: the built-in digits, which the run trains on
+            raise InputError(
+                f"validate.source={source} has {given.shape[1]} channels, the run's images have {codec.image_channels}"
+            )
     else:
         raise InputError(f"validate.source={source} must be 'auto', an index with a val split or latents of one")
     check_classes(int(labels.max(initial=0)) + 1, config)
     ids, shape = torch.from_numpy(ids).to(world.device), (codec.channels, codec.size, codec.size)
     latents = [torch.empty(0, *shape, device=world.device)]
     for first in range(0, len(ids), batch):
-        noise = kernels.counter_normal(SEED, Stream.POSTERIOR, ids[first : first + batch], shape)
-        latents.append(encode(torch.from_numpy(given[first : first + batch]).to(world.device), noise))
+        noise = kernels.counter_normal(SEED, flow.Stream.POSTERIOR, ids[first : first + batch], shape)
+        part = torch.from_numpy(given[first : first + batch]).to(world.device)
+        latents.append(codec.posterior_sample(part if encoded else codec.encode(part), noise))
     return ids, torch.cat(latents), torch.from_numpy(labels.astype(np.int64)).to(world.device)
 
 
 class Validation:
     """The held-out images of a run on their rank, encoded, and the reference of its FID."""
 
-    def __init__(self, config: Config, place: Path | None, codec, run: Path, world: World) -> None:
+    def __init__(self, config: Config, place: Path | None, codec: Codec, run: Path, world: World) -> None:
         """place: of data.locate. All ranks must call it. Raises InputError."""
         self.config, self.codec, self.run, self.world = config, codec, run, world
         self.ids, self.x0, self.labels = world.together(lambda: _held_out(config, place, codec, world))
@@ -113,28 +108,34 @@ class Validation:
         reference = settings.reference or ("mnist5k" if settings.features == "digits" else None)
         if reference is None:
             raise InputError("validate.features needs validate.reference: statistics or images, as of `fastdit evaluate`")
-        channels = self.codec.channels if self.config.data.autoencoder == "pixels" else 3
         self.network = self.world.together(lambda: features.load(settings.features, self.world.device))
-        self.shape = (self.config.data.image_size, self.config.data.image_size, channels)
+        self.shape = (self.config.data.image_size, self.config.data.image_size, self.codec.image_channels)
         request = evaluate_command.Request(settings.features, reference, image_size=self.config.data.image_size)
         self.labels_drawn = image_sets.evaluation_labels("balanced", settings.samples, self.config.model.num_classes, SEED)
         self.world.together(lambda: self.network.probe(self.shape))
         self.reference = evaluate_command.open_reference(request, self.network, self.world)
 
     @torch.no_grad()
-    def losses(self, model: nn.Module) -> list[float]:
-        """The flow-matching loss at each of TIMESTEPS, the mean over all ranks' images."""
-        sums = torch.zeros(len(TIMESTEPS) + 1, dtype=torch.float64, device=self.world.device)
+    def losses(self, model: nn.Module) -> dict:
+        """Return means over all ranks' images by their keys in the log: "val_losses", the loss at each of TIMESTEPS; "val_loss",
+        their mean; and "val_loss_<name>" of each of flow.logged_parts()."""
+        names = flow.logged_parts()
+        sums = torch.zeros(len(TIMESTEPS) + len(names) + 1, dtype=torch.float64, device=self.world.device)
         sums[-1] = len(self.ids)
         for first in range(0, len(self.ids), self.config.train.batch_size):
             x0, labels, ids = (t[first : first + self.config.train.batch_size] for t in (self.x0, self.labels, self.ids))
-            noise = kernels.counter_normal(SEED, Stream.VALIDATION, ids, tuple(x0.shape[1:]))
+            noise = kernels.counter_normal(SEED, flow.Stream.VALIDATION, ids, tuple(x0.shape[1:]))
             for k, timestep in enumerate(TIMESTEPS):
                 t = torch.full((len(x0),), timestep, device=x0.device)
-                v = model(kernels.flow_interpolate(x0, noise, t), t, labels)
-                sums[k] += kernels.flow_matching_loss(v, x0, noise).double().sum()
+                found = flow.losses_at(model, x0, noise, t, labels)
+                sums[k] += found.total.double().sum()
+                for i, name in enumerate(names, len(TIMESTEPS)):
+                    sums[i] += found.parts[name].double().sum()
         dist.all_reduce(sums)
-        return (sums[:-1] / sums[-1]).tolist()
+        means = (sums[:-1] / sums[-1]).tolist()
+        by_timestep, parts = means[: len(TIMESTEPS)], means[len(TIMESTEPS) :]
+        named = {f"val_loss_{name}": part / len(TIMESTEPS) for name, part in zip(names, parts, strict=True)}
+        return {"val_loss": sum(by_timestep) / len(TIMESTEPS), "val_losses": by_timestep, **named}
 
     def _distances(self, model: nn.Module) -> dict:
         """FID and its kin of samples of the model, on rank 0."""
@@ -149,8 +150,7 @@ class Validation:
         if done % self.config.validate.steps and not last:
             return
         model = averaged()
-        losses = self.losses(model)
-        line = {"val_loss": sum(losses) / len(losses), "val_losses": losses}
+        line = self.losses(model)
         if self.network:
             line |= self._distances(model)
         log.event({"step": done, **line})

@@ -31,7 +31,7 @@ def losses(backend, steps, recompute=False):
     history = []
     for step in range(steps):
         with kernels.backend(backend):
-            loss = flow.losses(model, config.flow, 10, x0, labels, 0, flow.sample_ids(step, 0, 2, DEVICE)).mean()
+            loss = flow.losses(model, x0, labels, flow.sample_ids(step, 0, 2, DEVICE), config.flow, seed=0, null=10).total.mean()
         optimizer.zero_grad()
         loss.backward()  # on the backend of the forward, though the block is left
         optimizer.step()
@@ -68,7 +68,7 @@ def losses_in(dtype, backend, preset):
     for step in range(50):
         with kernels.backend(backend):
             ids = flow.sample_ids(step, 0, 4, torch.device("cpu"))
-            loss = flow.losses(model, config.flow, 10, x0, torch.arange(4), 0, ids).mean()
+            loss = flow.losses(model, x0, torch.arange(4), ids, config.flow, seed=0, null=10).total.mean()
         loss.backward()
         with torch.no_grad():
             for master, p in zip(masters, model.parameters(), strict=True):

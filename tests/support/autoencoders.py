@@ -6,6 +6,7 @@ import torch
 
 
 def tiny(folder: Path, seed: int = 0) -> Path:
+    """Save one in a folder, and return the folder."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)

@@ -30,15 +30,16 @@ def die() -> None:
 losses = flow.losses
 
 
-def faulty_losses(model, config, null, x0, labels, seed, ids):
+def faulty_losses(model, x0, labels, ids, config, **named):
     step = int(ids[0] >> 32)
     if rank == victim and step in steps:
         if kind == "step":
             die()
         if kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
-    found = losses(model, config, null, x0, labels, seed, ids)
-    return found * torch.nan if kind == "nan" and rank == victim and step in steps else found
+    found = losses(model, x0, labels, ids, config, **named)
+    faulty = kind == "nan" and rank == victim and step in steps
+    return found._replace(total=found.total * torch.nan) if faulty else found
 
 
 flow.losses = faulty_losses

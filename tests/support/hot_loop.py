@@ -1,10 +1,10 @@
-"""HotLoopGuard: sees every operation that PyTorch dispatches, to count the ones that a training step must not hide."""
+"""HotLoopGuard: counts the operations that PyTorch dispatches, to find those that a training step must not run."""
 
 from collections import Counter
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Reads a device value on the host: on a GPU each one waits for all the work before it.
+# Operations that read a device value on the host: on a GPU each waits for all earlier work.
 SYNCS = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal")
 
 
@@ -15,7 +15,8 @@ class HotLoopGuard(TorchDispatchMode):
     def __init__(self, columns: int = 1 << 62) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
-        self.columns, self.large_slices = columns, []
+        self.columns = columns
+        self.large_slices: list[tuple[str, tuple[int, ...]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func.overloadpacket)

@@ -71,7 +71,7 @@ def main(stage: int, precision: str) -> None:
             with hot_loop.HotLoopGuard() as guard:
                 images, labels = loader.batch(step, micro)
                 ids = flow.sample_ids(step, loader.order.first_index(micro), 4, world.device)
-                loss = flow.losses(ds, config.flow, 10, images, labels, 0, ids).mean()
+                loss = flow.losses(ds, images, labels, ids, config.flow, seed=0, null=10).total.mean()
                 ds.backward(loss)
             micro_syncs.append(guard.syncs)
             gradients = [i for i, what in enumerate(order) if what == "gradient"]

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from fastdit import data
 from fastdit.config import InputError, from_dict
 from fastdit.data import builtin
 from fastdit.distributed import World
@@ -91,8 +90,3 @@ def test_wrong_data_is_one_sentence(given, words):
     with pytest.raises(InputError) as error:
         builtin.load(from_dict(given), world())
     assert all(word in str(error.value) for word in words)
-
-
-def test_a_source_that_is_not_there_is_one_sentence():
-    with pytest.raises(InputError, match=r"data.source=nowhere/imagenet.tar is neither 'mnist5k' nor there"):
-        data.locate(from_dict({"data": {"source": "nowhere/imagenet.tar"}}))

@@ -1,0 +1,105 @@
+"""Sources of every kind: the images in them, their labels and sizes, and damaged archives."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks import photographs
+from commands import complains
+from fastdit.data import archives as archives_module
+from fastdit.data import prepare
+from fastdit.data.archives import jpeg_size
+from fastdit.data.index import FILE, open_index
+
+
+def test_folders_and_tars_give_the_same_images(full_index, tmp_path):
+    """As class folders, as one tar of them, and as webdataset tars with .cls and .json files."""
+    rows = full_index.rows("train")
+    loose, flat, shards = {}, {}, [{}, {}]
+    for i, row in enumerate(rows):
+        name, label, data = row["name"].decode(), int(row["label"]), full_index.read(row)
+        (tmp_path / "folders" / full_index.classes[label]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folders" / full_index.classes[label] / name).write_bytes(data)
+        loose[full_index.classes[label], name] = flat[f"./train/{full_index.classes[label]}/{name}"] = data
+        beside = {".cls": str(label)} if i % 2 else {".json": json.dumps({"width": 1, "label": label})}
+        key = f"{i:04d}"
+        items = [(f"{key}.jpg", data), *((key + end, text.encode()) for end, text in beside.items())]
+        shards[i % 2] |= dict(items if i % 3 else reversed(items))  # the label may come before the image
+    (tmp_path / "flat.tar").write_bytes(photographs.tar_of(flat))
+    (tmp_path / "shards").mkdir()
+    for i, files in enumerate(shards):
+        (tmp_path / "shards" / f"{i}.tar").write_bytes(photographs.tar_of(files))
+    wanted = sorted((full_index.classes[int(row["label"])], full_index.read(row)) for row in rows)
+    for source in ("folders", "flat.tar", "shards"):
+        found = open_index(prepare.prepare([tmp_path / source]))
+        names = [str(i) for i in range(5)] if source == "shards" else full_index.classes
+        assert found.classes == names and found.class_names is None
+        assert found.folder == tmp_path / f"{source}.index"
+        assert sorted((full_index.classes[int(row["label"])], found.read(row)) for row in found.rows("train")) == wanted
+        for row in found.rows("train"):
+            assert Image.open(io.BytesIO(found.read(row))).size == (row["width"], row["height"])
+
+
+def test_long_names(tmp_path):
+    """pax and GNU headers: names beyond the 100 letters of a tar header."""
+    name, data = "n" * 120 + "/" + "é" * 90 + ".jpg", photographs.encoded(next(photographs.crops(1)))
+    (tmp_path / "long.tar").write_bytes(photographs.tar_of({name: data, "short/a.jpg": data}))
+    found = open_index(prepare.prepare([tmp_path / "long.tar"]))
+    assert found.classes == ["n" * 120, "short"] and found.rows("train")["name"][0].decode() == name
+    assert all(found.read(row) == data for row in found.rows("train"))
+
+
+def test_bad_archives_are_one_sentence(archives, tmp_path, capsys):
+    train, val, devkit = archives
+    data = train.read_bytes()
+    (tmp_path / "half.tar").write_bytes(data[: len(data) // 2])
+    complains(capsys, ["prepare", tmp_path / "half.tar"], "half.tar", "cut off or damaged", "fetch it again")
+    at = data.rfind(b"_3.JPEG")  # in a header: its checksum is wrong then
+    (tmp_path / "header.tar").write_bytes(data[:at] + b"_9" + data[at + 2 :])
+    complains(capsys, ["prepare", tmp_path / "header.tar"], "header.tar", "cut off or damaged", "at byte")
+    (tmp_path / "text.tar").write_text("no archive" * 1000)
+    complains(capsys, ["prepare", tmp_path / "text.tar"], "text.tar is not a tar archive")
+    complains(capsys, ["prepare", devkit], "uncompressed .tar")
+    complains(capsys, ["prepare", tmp_path / "nowhere.tar"], "nowhere.tar", "cannot be read", "No such file")
+    (tmp_path / "empty").mkdir()
+    complains(capsys, ["prepare", tmp_path / "empty"], "neither class folders nor .tar archives")
+    (tmp_path / "folder" / "a").mkdir(parents=True)
+    complains(capsys, ["prepare", tmp_path / "folder"], "there are no images")
+    complains(capsys, ["prepare", train, "--val", val, "--out", tmp_path / "i"], "has no class", "--devkit")
+    complains(capsys, ["prepare", train, "--devkit", train, "--out", tmp_path / "i"], "is not ILSVRC2012_devkit_t12.tar.gz")
+    assert not list(tmp_path.glob(f"*/{FILE}"))
+
+
+def test_another_kind_of_archive_is_one_entry(tmp_path, monkeypatch):
+    """Images one after the other, with their lengths in the first line of the file."""
+
+    def containers(number, source):
+        yield archives_module.Container(number, 0, source.size, "only")
+
+    def scan(path, container, start):
+        data = Path(path).read_bytes()
+        at, images = data.index(b"\n") + 1, []
+        for i, length in enumerate(json.loads(data[:at])):
+            size = archives_module.image_size(data[at : at + length])
+            images.append(archives_module.ImageEntry(str(i), at, length, *size, container.label))
+            at += length
+        return archives_module.Chunk(images, [], None)
+
+    monkeypatch.setitem(archives_module.KINDS, "bag", archives_module.Kind(".bag", containers, scan))
+    images = [photographs.encoded(image) for image in photographs.crops(3)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.bag").write_bytes(json.dumps([len(data) for data in images]).encode() + b"\n" + b"".join(images))
+    index = open_index(prepare.prepare([tmp_path / "in"]))
+    assert index.sources[0].kind == "bag" and index.classes == ["only"]
+    assert [index.read(row) for row in index.rows("train")] == images
+
+
+@pytest.mark.parametrize("quality", [50, 95])
+def test_sizes_from_headers_are_pillows(quality):
+    for image in photographs.crops(8):
+        data = photographs.encoded(image, quality=quality, exif=b"Exif\0\0" + bytes(300))
+        assert jpeg_size(data) == (image.height, image.width)
+    assert jpeg_size(b"\xff\xd8\xff") is None and jpeg_size(b"\x89PNG") is None

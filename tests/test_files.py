@@ -1,0 +1,55 @@
+"""Files that are written whole or not at all, and jobs that are begun once."""
+
+import errno
+import hashlib
+
+import pytest
+
+from fastdit import files
+from fastdit.config import InputError
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path):
+    path = tmp_path / "file"
+    files.write_atomically(path, "old")
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as temporary:
+        temporary.write_text("half")
+        assert 1 / 0
+    assert path.read_text() == "old"
+    with files.replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_job_is_begun_once_with_the_same_settings(tmp_path):
+    path, settings = tmp_path / "job" / "settings.json", {"size": 32, "range": (0, 1), "name": None}
+    assert files.begin_or_match(path, settings) is None
+    written = path.read_bytes(), path.stat().st_mtime_ns
+    assert files.begin_or_match(path, dict(settings)) is None  # a tuple is a list in JSON: no difference
+    assert files.begin_or_match(path, {**settings, "size": 64}) == "was begun with size=32, this command has 64"
+    assert files.begin_or_match(path, {**settings, "new": 1}) == "was begun with new=None, this command has 1"
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == written
+
+
+def test_a_full_disk_of_a_resumable_job_is_one_sentence(tmp_path):
+    message = r"shard\.npy: No space left on device; what was done so far is kept: the same command resumes .* or use another --out"
+    with pytest.raises(InputError, match=message), files.resumable(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "shard.npy"))
+    with pytest.raises(InputError, match=f"^{tmp_path}: "), files.resumable(tmp_path):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_hashes_are_of_the_whole_file(tmp_path):
+    data = bytes(range(256)) * 20_000  # more than one block
+    (tmp_path / "file").write_bytes(data)
+    assert files.sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_paths_that_cannot_be_written_are_one_sentence(tmp_path):
+    files.check_writable(tmp_path / "new.png")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="is a folder: give the name of a file in it"):
+        files.check_writable(tmp_path)
+    with pytest.raises(InputError, match="No such file or directory: choose another path"):
+        files.check_writable(tmp_path / "nowhere" / "new.png")
