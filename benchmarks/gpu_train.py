@@ -28,7 +28,7 @@ def command(name: str, out: Path, steps: int, overrides: list[str]) -> list[str]
         "train.sample_steps": steps, "validate.steps": 0, "train.deterministic": "true",
     }  # fmt: skip
     given = [f"{key}={value}" for key, value in settings.items()]
-    return [sys.executable, "-m", "fastdit.cli", "train", "launch/quickstart.yaml", *given, *overrides]
+    return [sys.executable, "-m", "fastdit.cli", "train", "launch/configs/quickstart.yaml", *given, *overrides]
 
 
 def killed(words: list[str], checkpoints: Path, limit: float = 300) -> None:

@@ -19,7 +19,7 @@ else
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 fi
 run=runs/quickstart
-deepspeed -q --no_local_rank --num_gpus "$ranks" --module fastdit.cli train launch/quickstart.yaml train.batch_size=$((global_batch / ranks))
+deepspeed -q --no_local_rank --num_gpus "$ranks" --module fastdit.cli train launch/configs/quickstart.yaml train.batch_size=$((global_batch / ranks))
 unset OMP_NUM_THREADS
 fastdit sample --checkpoint "$run" --per-class 20 --seed-per-sample --out "$run/grid.png" --npz "$run/samples.npz"
 fastdit evaluate "$run/samples.npz" --features digits --out "$run/evaluation.json"

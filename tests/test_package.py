@@ -1,8 +1,6 @@
-"""What the wheel holds, the Python API, the README's commands, and that importing kernels needs only torch."""
+"""What the wheel holds, the Python API, and that importing kernels needs only torch."""
 
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -12,16 +10,8 @@ from pathlib import Path
 import pytest
 
 import fastdit
-from fastdit import cli
-from fastdit.config import parse
 
 ROOT = Path(__file__).parent.parent
-
-# The documented parameters of the base model's script: each needs a key of ours.
-BASE_PARAMETERS = """
-    totalSteps batchSize inCh num_classes patch_size num_blocks dim c_dim hidden_scale num_heads device wandb_name log_steps
-    p_uncond lr use_lr_scheduler ema_update_freq ema_decay warmup_steps positional_encoding numSaveSteps saveDir loadModel
-"""
 
 
 def python(code, cwd, *flags, **environment):
@@ -80,31 +70,3 @@ def test_kernels_need_only_torch(tmp_path):
     heavy = "deepspeed diffusers nvidia.dali wandb yaml PIL matplotlib safetensors"
     code, out = python(f"import sys, fastdit.kernels; print([m for m in '{heavy}'.split() if m in sys.modules])", tmp_path)
     assert code == 0 and out.strip() == "[]", out
-
-
-def test_commands_of_the_readme_parse():
-    text = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^(?:python -m )?(fastdit [a-z].*)$", "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)), re.M)
-    assert len(commands) >= 3
-    for command in commands:
-        words = shlex.split(command, comments=True)[1:]
-        arguments = cli.make_parser(words[0]).parse_args(words)
-        if arguments.command == "train":
-            files = [w for w in arguments.settings if "=" not in w]
-            parse(ROOT / files[0] if files else None, [w for w in arguments.settings if "=" in w])
-
-
-def test_quickstart_spells_out_the_defaults():
-    assert parse(ROOT / "launch/quickstart.yaml", ["validate.steps=0"]) == parse(None, ["train.name=quickstart"])
-
-
-def test_every_documented_parameter_of_the_base_script_has_a_key():
-    text = (ROOT / "README.md").read_text()
-    rows = dict(re.findall(r"^\| `(\w+)`[^|]*\| (.+) \|$", text, re.M))
-    config = parse().to_dict()
-    for parameter in BASE_PARAMETERS.split():
-        assert parameter in rows, parameter
-        keys = re.findall(r"`(model|data|flow|train|sample|zero)\.(\w+)", rows[parameter])
-        assert keys, parameter
-        for section, key in keys:
-            assert key in config[section], f"{section}.{key}"

@@ -1,6 +1,6 @@
 """The metrics of samples of known quality: a run's checkpoints, early to late, EMA and raw; late samples blurred and noisy.
 
-    fastdit train launch/quickstart.yaml train.save_steps=200 train.keep_every=200 train.name=quality
+    fastdit train launch/configs/quickstart.yaml train.save_steps=200 train.keep_every=200 train.name=quality
     python -m benchmarks.studies.quality --run runs/quality [--steps 200,600,1400] [--samples 2000] [--seeds 3]
 
 Fréchet distance, KID, precision, recall and accuracy on the features of the digits' classifier, against the 4,500 training digits.
