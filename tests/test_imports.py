@@ -1,4 +1,7 @@
-"""Imports point down only: leaves, then the core, then the rooms, then the command line."""
+"""Imports point down only: leaves, then the core, then the rooms, then the command line.
+
+`python tests/test_imports.py` draws docs/modules.svg.
+"""
 
 import ast
 import graphlib
@@ -96,3 +99,37 @@ def test_help_is_printed_without_torch():
 def test_sampling_needs_no_deepspeed():
     modules = loaded("from fastdit.sampling.sampler import Sampler")
     assert not modules & {"deepspeed", "diffusers", "torch._dynamo"}
+
+
+def draw(path):
+    """Write the picture of the levels: an arrow from each room or flat file to what it imports; one that points up would be red."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "modules"  # the same file each time
+
+    room = lambda module: module if module in LEVEL else module.split(".")[0]
+    columns = max(map(len, LEVELS))
+    aside = lambda names, y: 0.8 * (-1) ** y if len(names) == 1 else 0  # arrows along a column would hide each other
+    place = {
+        name: ((i + 0.5) * columns / len(names) + aside(names, y), y)
+        for y, names in enumerate(LEVELS)
+        for i, name in enumerate(names)
+    }
+    figure = Figure(figsize=(11, 12), layout="constrained")
+    axes = figure.subplots()
+    for a, b in sorted({(room(a), room(b)) for a, seen in GRAPH.items() for b in seen if room(a) != room(b)}):
+        upward = place[b][1] > place[a][1]
+        bend = f"arc3,rad={0.15 if place[a][1] == place[b][1] else 0}"
+        arrow = dict(arrowstyle="-|>", color="red" if upward else "0.65", connectionstyle=bend, shrinkA=14, shrinkB=14)
+        axes.annotate("", place[b], place[a], arrowprops=arrow)
+    for name, point in place.items():
+        label = f"{name}/" if (ROOT / name).is_dir() else name
+        axes.annotate(label, point, ha="center", va="center", bbox=dict(boxstyle="round", facecolor="white", edgecolor="0.3"))
+    axes.set(xlim=(0, columns), ylim=(-0.5, len(LEVELS) - 0.5))
+    axes.axis("off")
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    draw(ROOT.parent / "docs" / "modules.svg")
