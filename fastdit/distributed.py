@@ -4,7 +4,7 @@ import atexit
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,7 @@ class World(NamedTuple):
         for _, error_of_rank in outcomes:
             if error_of_rank:
                 raise error_of_rank
-        return result if everywhere else outcomes[0][0]
+        return cast(T, result) if everywhere else outcomes[0][0]  # None only if `work` returned it
 
 
 def start(device: str = "auto") -> World:
@@ -79,7 +79,8 @@ def start(device: str = "auto") -> World:
 
 def control_group() -> dist.ProcessGroup:
     """Return a new gloo group of all ranks. All ranks must call it."""
-    return dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    return cast(dist.ProcessGroup, group)  # it would be an int on a rank that is not a member
 
 
 def world_of_this_process() -> World:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
 from .library import EXTENSION
 
@@ -16,7 +16,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # A plain global, not a ContextVar: a compiled function guards on it and re-specialises when it changes.
 _setting = os.environ.get("FASTDIT_KERNELS", "auto")
 # Triton decides at decoration, so at import, whether its kernels are interpreted; so does this.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = bool(knobs.runtime.interpret)
 
 
 def _check_name(name: str) -> None:
@@ -104,7 +104,8 @@ def check_tokens(op: str, name: str, x: Tensor) -> tuple[int, int, int]:
     """Raise ValueError unless `x` is [B,T,H]; return (B, T, H)."""
     if x.ndim != 3:
         raise ValueError(f"{op}: {name} has shape {list(x.shape)}, but [batch, tokens, width] is needed")
-    return tuple(x.shape)
+    B, T, H = x.shape
+    return B, T, H
 
 
 def check_no_grad(op: str, **tensors: Tensor | None) -> None:

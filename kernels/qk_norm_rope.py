@@ -33,6 +33,7 @@ def _norm_and_rotate(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: 
     if weight is not None:
         y = F.rms_norm(y, (x.shape[-1],), weight.to(dtype), eps)
     if cos is not None:
+        assert sin is not None  # both or neither
         cos, sin = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
         x1, x2 = y.chunk(2, dim=-1)
         y = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)

@@ -8,10 +8,11 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from packaging.version import Version
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastdit import attention
@@ -19,6 +20,7 @@ from fastdit.config import Config, InputError
 from fastdit.device import DTYPES, precision
 from fastdit.distributed import World
 from fastdit.graphs import record_training
+from fastdit.model import DiT
 from fastdit.training.optimizer import STATE_NAMES, OneRankOptimizer, build, learning_rate_factor
 
 COMPILED = {"none": "eager", "graphs": "CUDA graphs", "blocks": "compiled blocks", "model": "compiled model"}
@@ -46,7 +48,6 @@ def import_deepspeed(device: torch.device):
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
-    from packaging.version import Version
 
     installed = Version(deepspeed.__version__)
     fix = f"pip install 'deepspeed>={DEEPSPEED},<{DEEPSPEED_BELOW}'"
@@ -80,7 +81,7 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
 
     Raises InputError if this torch or this device cannot run the config in that precision.
     """
-    if config.train.recompute == "full" and config.train.compile == "model" and torch.__version__ < (2, 13):
+    if config.train.recompute == "full" and config.train.compile == "model" and Version(torch.__version__) < Version("2.13"):
         raise InputError(
             f"train.recompute=full with train.compile=model recomputes nothing on torch {torch.__version__}: use "
             "train.compile=graphs or blocks, or torch 2.13"
@@ -148,17 +149,18 @@ def deterministic(enabled: bool) -> Iterator[None]:
     os.environ.setdefault("NCCL_ALGO", "Ring")
     os.environ.setdefault("NCCL_PROTO", "Simple")
     enabled_before = torch.are_deterministic_algorithms_enabled()
-    fill_before = torch.utils.deterministic.fill_uninitialized_memory
+    memory = cast(Any, torch.utils.deterministic)  # fill_uninitialized_memory is a property of the module's class
+    fill_before = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor once more
+    memory.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor once more
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled_before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill_before
+        memory.fill_uninitialized_memory = fill_before
 
 
-def _compile(model: nn.Module, config: Config, world: World) -> None:
+def _compile(model: DiT, config: Config, world: World) -> None:
     """Compile or record the model or its blocks, as the config asks for."""
     how_compiled = compiles(config, world)
     if how_compiled == "blocks":
@@ -170,7 +172,7 @@ def _compile(model: nn.Module, config: Config, world: World) -> None:
         record_training(model, per_block=world.size > 1)  # ZeRO sends a block's gradients while the blocks before it run
 
 
-def initialize(model: nn.Module, config: Config, world: World):
+def initialize(model: DiT, config: Config, world: World):
     """Return the DeepSpeed engine of a model, with its optimizer and learning-rate schedule. All ranks must call it.
 
     model: fp32 weights. It is compiled or recorded first if the config asks for that.
@@ -187,8 +189,8 @@ def initialize(model: nn.Module, config: Config, world: World):
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step)) if sharded else None
     weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()} if sharded else {}
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=groups, optimizer=optimizer, lr_scheduler=schedule,
-        config=deepspeed_config(config, world.size),
+        model=model, optimizer=optimizer, config=deepspeed_config(config, world.size),
+        model_parameters=cast(Any, groups), lr_scheduler=cast(Any, schedule),  # DeepSpeed's annotations of these are too narrow
     )  # fmt: skip
     if sharded:
         # DeepSpeed makes its masters from the bf16 parameters: restore what that rounding lost.

@@ -13,7 +13,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 import torch
 import torch.distributed as dist
@@ -30,10 +30,15 @@ from fastdit.sampling import pictures
 from fastdit.sampling.sampler import Sampler
 from fastdit.training import engine, saver, telemetry
 from fastdit.training.ema import ShardedEma, gather
+from fastdit.training.saver import Saver
 from fastdit.training.validation import Validation
+
+if TYPE_CHECKING:  # only engine.py imports deepspeed
+    from deepspeed import DeepSpeedEngine
 
 GRID_CLASSES = 10  # rows of a sample grid, at most
 GRID_COLUMNS = 8
+STDERR = cast(TextIO, sys.__stderr__)  # for faulthandler: it needs a file descriptor, and takes None as well
 
 
 def _checkpoint_to_resume(config: Config, world: distributed.World) -> tuple[Checkpoint | None, RunState]:
@@ -100,7 +105,7 @@ def train(config: Config) -> Path:
 
 
 def _train(config: Config) -> Path:
-    faulthandler.register(signal.SIGUSR1, sys.__stderr__)  # kill -USR1 prints where a run hangs
+    faulthandler.register(signal.SIGUSR1, STDERR)  # kill -USR1 prints where a run hangs
     world = distributed.start(config.train.device)
     config = engine.resolve_precision(config, world.device)
     device.check_backend(world.device)
@@ -167,9 +172,9 @@ class Trainer:
     run: Path  # the folder of the run
     validation: Validation | None
     shapes: dict[str, torch.Size]  # of the model's parameters, by name
-    engine: "deepspeed.DeepSpeedEngine"  # noqa: F821 (only engine.py imports deepspeed)
+    engine: "DeepSpeedEngine"
     ema: ShardedEma
-    saver: saver.Saver
+    saver: Saver
     log: telemetry.Log
     clock: telemetry.StepClock
     # state
@@ -213,7 +218,7 @@ class Trainer:
             optimizer=engine.one_rank_optimizer(self.engine),
         )  # fmt: skip
         self.clock = telemetry.StepClock(world.device)
-        self.saver = saver.Saver(run / "checkpoints", config, world)
+        self.saver = Saver(run / "checkpoints", config, world)
         if resume_from:
             saver.load(resume_from, self.engine, self.ema, self.sums, config, world)
         self.log = world.together(lambda: telemetry.Log(run, config, world, self.start, state.wandb_id))
@@ -252,7 +257,7 @@ class Trainer:
     def _loop(self, settings: TrainConfig, profiler: torch.profiler.profile | None) -> None:
         for step in range(self.start, settings.total_steps):
             # Ends the process if the step hangs: cancelled below, or set again by the next step.
-            faulthandler.dump_traceback_later(settings.timeout_s, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(settings.timeout_s, exit=True, file=STDERR)
             done = step + 1
             last = done == settings.total_steps
             self.step(step)
@@ -404,7 +409,7 @@ class Trainer:
     def _averaged_model(self) -> DiT:
         """Return a copy of the model with the EMA weights, fp32 on a CPU, else in the run's precision. All ranks must call it."""
         self._finish_step()
-        release_recorded(self.engine.module)  # for whatever uses the copy, which needs memory as activations do
+        release_recorded(cast(DiT, self.engine.module))  # for whatever uses the copy, which needs memory as activations do
         model = DiT(self.config.model).to(self.world.device).requires_grad_(False).eval()
         model.load_state_dict(gather(self.ema, self.shapes, self.world))
         return model if self.world.device.type == "cpu" else model.to(DTYPES[self.config.train.precision])
@@ -416,6 +421,7 @@ class Trainer:
         sampler = Sampler.of_model(self._averaged_model(), self.config, self.codec)
         images = sampler.draw(shown.repeat_interleave(GRID_COLUMNS), self.config.train.seed, world=self.world)
         if self.world.rank == 0:
+            assert images is not None  # `draw` returns them on rank 0
             path = self.run / "samples" / f"{checkpoint.folder_name(done)}.png"
             pictures.save_picture(pictures.grid(images, GRID_COLUMNS), path)
             self.log.picture(done, path)

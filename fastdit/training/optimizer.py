@@ -6,6 +6,7 @@ memory plans what it keeps per parameter.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def build(config: Config, model: nn.Module, sharded: bool) -> tuple[list[dict], 
     """
     train = config.train
     groups = [{"params": list(model.parameters())}]
-    options = dict(betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
+    options: dict[str, Any] = dict(betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
     if sharded:
         return groups, torch.optim.AdamW(groups, train.lr, fused=True, **options)
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -92,7 +93,9 @@ class OneRankAdamW(torch.optim.Optimizer):
 
     @staticmethod
     def _accumulate(parameter: Tensor, master: Tensor) -> None:
-        master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+        gradient = parameter.grad
+        assert gradient is not None  # the hook runs after it was accumulated
+        master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
         parameter.grad = None
 
     @property
@@ -118,9 +121,9 @@ class OneRankAdamW(torch.optim.Optimizer):
             group["lr"] = self.schedule(self.steps)
 
     def _make_tensors(self) -> kernels.AdamWTensors:
-        moments = ([self.state[master][name] for master in self.masters] for name in STATE_NAMES)
+        exp_avgs, exp_avg_sqs = ([self.state[master][name] for master in self.masters] for name in STATE_NAMES)
         copies = None if self.masters is self.parameters else [p.detach() for p in self.parameters]
-        return kernels.AdamWTensors([m.detach() for m in self.masters], *moments, copies, self.averages)
+        return kernels.AdamWTensors([m.detach() for m in self.masters], exp_avgs, exp_avg_sqs, copies, self.averages)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -128,7 +131,8 @@ class OneRankAdamW(torch.optim.Optimizer):
         are freed."""
         self.finish_step()
         self._tensors = self._tensors or self._make_tensors()
-        gradients = [p.grad for p in (self.masters if self.masters_hold_gradients else self.parameters)]
+        holders = self.masters if self.masters_hold_gradients else self.parameters
+        gradients = [cast(Tensor, p.grad) for p in holders]  # a backward pass reaches all parameters
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
         self._norm.copy_(norm, non_blocking=True)
         if self._norm_copied:

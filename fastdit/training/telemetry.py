@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -45,15 +46,20 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.spans: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []  # (phase, start, end)
+        self.spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []  # (phase, start, end) on the device
+        self.host_seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)  # of phases by the host's clock
 
     @contextmanager
     def phase(self, name: str, on_host: bool = False) -> Iterator[None]:
         """Time the block as part of a phase, without waiting for the device. on_host=True uses the host's clock: the host waits."""
-        now = time.perf_counter if on_host or not self.cuda else self._event
-        start = now()
-        yield
-        self.spans.append((name, start, now()))
+        if self.cuda and not on_host:
+            start = self._event()
+            yield
+            self.spans.append((name, start, self._event()))
+        else:
+            start = time.perf_counter()
+            yield
+            self.host_seconds[name] += time.perf_counter() - start
 
     def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -62,9 +68,10 @@ class StepClock:
 
     def read(self) -> dict[str, float]:
         """Return the seconds of each phase since the last call. On a GPU, the work up to here must be done."""
-        totals = dict.fromkeys(PHASES, 0.0)
+        totals = self.host_seconds
+        self.host_seconds = dict.fromkeys(PHASES, 0.0)
         for name, start, end in self.spans:
-            totals[name] += end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+            totals[name] += start.elapsed_time(end) / 1e3
         self.spans.clear()
         return totals
 
@@ -157,7 +164,7 @@ class Log:
         card = cards.card_of(device_name(world.device))
         self.peak = card.peak(config.train.precision) if card else None  # FLOP/s of a device
         self.bar = progress_bar(config.train.total_steps, start_step)
-        if card:
+        if card and self.peak:
             self.print(f"MFU is relative to {self.peak / 1e12:g} TFLOP/s: {card.name}, {config.train.precision}, {card.source}")
         self.line_time = time.perf_counter()  # when the last log line was written, plus the pauses since
         self.line_step = start_step  # its step
@@ -168,9 +175,9 @@ class Log:
         try:
             self.wandb = wandb.init(
                 project=config.train.wandb_project, name=config.train.name, config=config.to_dict(), dir=run,
-                mode=config.train.wandb, id=self.wandb_id, resume="allow",
+                mode=cast(Literal["offline", "online"], config.train.wandb), id=self.wandb_id, resume="allow",
             )  # fmt: skip
-        except wandb.errors.Error as error:
+        except wandb.Error as error:
             raise InputError(f"train.wandb={config.train.wandb} failed: {error}: use train.wandb=offline") from error
         self.wandb_id = self.wandb.id
 
@@ -199,7 +206,7 @@ class Log:
         self.event(line)
         if self.wandb:
             flat = {key: value for key, value in line.items() if key not in ("step", "loss_by_t")}
-            flat |= {f"loss_by_t/bin_{i}": value for i, value in enumerate(values["loss_by_t"])}
+            flat |= {f"loss_by_t/bin_{i}": value for i, value in enumerate(cast(list, values["loss_by_t"]))}
             self.wandb.log(flat, step=step)
         loss = "none" if values["loss"] is None else f"{values['loss']:.4f}"
         share = f"MFU {speed['mfu']:.0%}" if self.peak else f"{speed['tflops']:.3g} TFLOP/s"

@@ -59,6 +59,7 @@ def _images(config: Config, index: Path | None, world: World) -> tuple[np.ndarra
         image_set = image_sets.of_index(index, config.data.image_size, "val", world.device, config.validate.images)
     parts = [(np.empty(0, np.int64), np.empty((0, *image_set.shape), np.uint8)), *image_set.batches(world)]
     ids, images = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    assert image_set.labels is not None  # the digits and an index have them
     return ids, images, image_set.labels[ids]
 
 
@@ -104,8 +105,8 @@ class Validation:
         self.run = run
         self.world = world
         self.ids, self.x0, self.labels = world.together(lambda: _held_out(config, place, codec, world))
-        self.network = None
-        self.reference = None
+        self.network: features.FeatureNetwork | None = None
+        self.reference: metrics.Summary | None = None
         if config.validate.features != "none":
             self._open_reference()
 
@@ -114,12 +115,13 @@ class Validation:
         reference = settings.reference or ("mnist5k" if settings.features == "digits" else None)
         if reference is None:
             raise InputError("validate.features needs validate.reference: statistics or images, as in `fastdit evaluate`")
-        self.network = self.world.together(lambda: features.load(settings.features, self.world.device))
+        network = self.world.together(lambda: features.load(settings.features, self.world.device))
         shape = (self.config.data.image_size, self.config.data.image_size, self.codec.image_channels)
         request = evaluate_command.EvaluationRequest(settings.features, reference, image_size=self.config.data.image_size)
         self.labels_drawn = image_sets.evaluation_labels("balanced", settings.samples, self.config.model.num_classes, SEED)
-        self.world.together(lambda: self.network.probe(shape))
-        self.reference = evaluate_command.open_reference(request, self.network, self.world)
+        self.world.together(lambda: network.probe(shape))
+        self.network = network
+        self.reference = evaluate_command.open_reference(request, network, self.world)
 
     @torch.no_grad()
     def losses(self, model: nn.Module) -> dict:
@@ -143,13 +145,13 @@ class Validation:
         named = {f"val_loss_{name}": part / len(TIMESTEPS) for name, part in zip(names, parts, strict=True)}
         return {"val_loss": sum(by_timestep) / len(TIMESTEPS), "val_losses": by_timestep, **named}
 
-    def _distances(self, model: DiT) -> dict:
+    def _distances(self, model: DiT, network: features.FeatureNetwork, reference: metrics.Summary) -> dict:
         """Return the metrics of samples of the model on rank 0, nothing on the others. The model cannot be used afterwards."""
         config = self.config
         sampler = Sampler.of_model(model, config, self.codec)
         drawn = image_sets.of_sampler(sampler, config.sample, self.labels_drawn, SEED, {})
-        samples = evaluate_command.summarize(drawn, self.network, self.world, "FID")
-        return metrics.scalars(metrics.compare(samples, self.reference, self.world.device)) if self.world.rank == 0 else {}
+        samples = evaluate_command.summarize(drawn, network, self.world, "FID")
+        return metrics.scalars(metrics.compare(samples, reference, self.world.device)) if self.world.rank == 0 else {}
 
     def step(self, done: int, last: bool, averaged: Callable[[], DiT], log: Log) -> None:
         """After step `done`, if it is time: validate the model that `averaged` makes, log, draw. All ranks must call it."""
@@ -157,8 +159,8 @@ class Validation:
             return
         model = averaged()
         line = self.losses(model)
-        if self.network:
-            line |= self._distances(model)
+        if self.network and self.reference:
+            line |= self._distances(model, self.network, self.reference)
         log.write_validation(done, TIMESTEPS, line)
         if self.world.rank == 0:
             plot_validation(self.run)
