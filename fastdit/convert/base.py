@@ -7,6 +7,7 @@ import argparse
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -181,11 +182,12 @@ def _autoencoder(weights: dict[str, Tensor], file: Path):
     """Return the SD-VAE whose weights a base checkpoint contains. Raises InputError if they are another autoencoder's."""
     from diffusers import AutoencoderKL
 
+    blocks: dict[str, Any] = {  # not as plain arguments: diffusers annotates these as tuples of one element
+        "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }  # fmt: skip
     with torch.device("meta"):
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, scaling_factor=0.18215, sample_size=256,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
+        vae = AutoencoderKL(layers_per_block=2, latent_channels=4, scaling_factor=0.18215, sample_size=256, **blocks)
     try:
         vae.load_state_dict(weights, assign=True)
     except RuntimeError as error:

@@ -80,6 +80,7 @@ def samples_of(sampler: Sampler, request: EvaluationRequest) -> ImageSet:
 
 def open_source(request: EvaluationRequest, device: torch.device) -> tuple[ImageSet, EvaluationRequest]:
     """Return the images of a request, and the request with every open choice made. Raises InputError."""
+    assert request.source is not None  # `evaluate` opens none without
     path = Path(request.source)
     if not is_checkpoint(path):
         images = image_sets.open_images(request.source, request.image_size, request.split, device)
@@ -136,14 +137,15 @@ def open_reference(request: EvaluationRequest, network: features.FeatureNetwork,
     All ranks must call it. Raises InputError.
     """
     path = Path(request.reference)
-    summary = world.together(lambda: metrics.load(path)) if path.is_file() else None
+    stored = world.together(lambda: metrics.load(path)) if path.is_file() else None
     about = {"features": network.about(), "path": request.reference}
-    if summary is None:
+    if stored is None:
         source = world.together(lambda: image_sets.open_images(request.reference, request.image_size, request.split, world.device))
         world.together(lambda: network.probe(source.shape))
         summary = summarize(source, network, world, "reference", REFERENCE_FEATURES)
         return replace(summary, about={**summary.about, **about})
-    world.together(lambda: _check_fits(summary, path, network))
+    world.together(lambda: _check_fits(stored, path, network))
+    summary = stored
     if summary.features is None and image_sets.has_images(path):  # ADM's: 10,000 images beside the statistics of all
         source = world.together(lambda: image_sets.of_npz(path))
         world.together(lambda: network.probe(source.shape))

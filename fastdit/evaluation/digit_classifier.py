@@ -30,6 +30,7 @@ class Classifier(nn.Module):
             layers += [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
         self.layers = nn.Sequential(*layers)
         self.output = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(WIDTH * 16, 10))
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]: torch's overloads lack it
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features fp32 [n,WIDTH], the mean of the last activations over the image, and logits fp32 [n,10] of images uint8
@@ -40,7 +41,7 @@ class Classifier(nn.Module):
 
 def load() -> Classifier:
     """Return the classifier with its trained weights, in eval mode."""
-    net = Classifier().to(memory_format=torch.channels_last)
+    net = Classifier()
     net.load_state_dict(load_file(WEIGHTS))
     return net.eval().requires_grad_(False)
 
@@ -52,7 +53,7 @@ def train_classifier(epochs: int = 8, seed: int = 0) -> Classifier:
     images, labels = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = Classifier().to(memory_format=torch.channels_last)
+        net = Classifier()
         batch = 100
         optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * len(images) // batch)

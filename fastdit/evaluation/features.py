@@ -83,7 +83,8 @@ class FeatureNetwork:
         for first in range(0, len(images), BATCH):
             part = torch.from_numpy(np.ascontiguousarray(images[first : first + BATCH])).permute(0, 3, 1, 2).to(self.device)
             padded = F.pad(part, (0, 0, 0, 0, 0, 0, 0, BATCH - len(part)))
-            yield Outputs(*(None if o is None else o[: len(part)] for o in self._batch(padded)))
+            vectors, *others = self._batch(padded)
+            yield Outputs(vectors[: len(part)], *(None if o is None else o[: len(part)] for o in others))
 
     def about(self) -> dict:
         """Return what results say of the network, as JSON types."""

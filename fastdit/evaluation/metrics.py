@@ -119,6 +119,7 @@ class Statistics:
         """
         self.moments.update(outputs.features)
         if self.spatial:
+            assert outputs.spatial is not None  # its width is not 0
             self.spatial.update(outputs.spatial)
         if outputs.probabilities is not None:
             p, split = outputs.probabilities.double(), ids.to(self.members.device) % self.splits
@@ -246,11 +247,14 @@ def _fid(samples: Summary, reference: Summary) -> dict:
 def _sfid(samples: Summary, reference: Summary) -> dict:
     if samples.mu_s is None or reference.mu_s is None:
         return {}
+    assert samples.sigma_s is not None and reference.sigma_s is not None  # made, and checked by `load`, with mu_s
     return {"sfid": frechet_distance(samples.mu_s, samples.sigma_s, reference.mu_s, reference.sigma_s)}
 
 
 def _kid(samples: Summary, reference: Summary) -> dict:
-    return {} if reference.features is None else {"kid": kernel_distance(samples.features, reference.features)}
+    if samples.features is None or reference.features is None:
+        return {}
+    return {"kid": kernel_distance(samples.features, reference.features)}
 
 
 def _inception_score(samples: Summary, reference: Summary) -> dict:
@@ -258,7 +262,9 @@ def _inception_score(samples: Summary, reference: Summary) -> dict:
 
 
 def _precision_recall(samples: Summary, reference: Summary) -> dict:
-    if reference.features is None or min(len(samples.features), len(reference.features)) <= NEIGHBOUR:
+    if samples.features is None or reference.features is None:
+        return {}
+    if min(len(samples.features), len(reference.features)) <= NEIGHBOUR:
         return {}
     return dict(zip(("precision", "recall"), precision_recall(reference.features, samples.features), strict=True))
 
@@ -337,4 +343,5 @@ def load(path: Path) -> Summary | None:
             if arrays[mean].ndim != 1 or covariance not in arrays or arrays[covariance].shape != (width, width):
                 raise InputError(f"{path} holds {mean} of width {width} but no {covariance} of {width} x {width}: make it again")
             arrays |= {key: arrays[key].double() for key in (mean, covariance)}
-    return Summary(**arrays, about=about)
+    mu_s, sigma_s, features = (arrays.get(key) for key in ("mu_s", "sigma_s", "features"))
+    return Summary(arrays["mu"], arrays["sigma"], mu_s, sigma_s, features, about=about)

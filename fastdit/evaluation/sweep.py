@@ -128,11 +128,12 @@ def sweep(request: EvaluationRequest, axes: dict[str, list], out: Path) -> list[
     """
     world = distributed.world_of_this_process()
     world.together(lambda: files.check_writable(out))
-    if not evaluate_command.is_checkpoint(Path(request.source)):
+    if request.source is None or not evaluate_command.is_checkpoint(Path(request.source)):
         raise InputError(f"{request.source} is no checkpoint: a sweep draws its samples anew under each setting")
     network = world.together(lambda: features.load(request.features, world.device, request.feature_sha256, request.spatial))
     settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    samples = world.together(lambda: _samples_of_settings(request, settings, world.device))
+    path = Path(request.source)
+    samples = world.together(lambda: _samples_of_settings(path, request, settings, world.device))
     world.together(lambda: network.probe(samples[0].shape))
     evaluate_command.say_dtype(samples[0], world)
     reference = evaluate_command.open_reference(request, network, world)
@@ -152,10 +153,10 @@ def sweep(request: EvaluationRequest, axes: dict[str, list], out: Path) -> list[
     return rows
 
 
-def _samples_of_settings(request: EvaluationRequest, settings: list[dict], device: torch.device) -> list[ImageSet]:
-    """Return the samples of each setting, nothing drawn yet. A bad value raises InputError now, not after an hour.
+def _samples_of_settings(path: Path, request: EvaluationRequest, settings: list[dict], device: torch.device) -> list[ImageSet]:
+    """Return the samples of the checkpoint at `path` under each setting, nothing drawn yet.
 
-    The checkpoint is opened once, and loaded once for each kind of weights.
+    A bad value raises InputError now, not after an hour. The checkpoint is opened once, and loaded once for each kind of weights.
     """
     samplers: dict[str, Sampler] = {}
     samples = []
@@ -164,7 +165,7 @@ def _samples_of_settings(request: EvaluationRequest, settings: list[dict], devic
         weights = setting.get("weights", request.weights)
         if weights not in samplers:
             first = next(iter(samplers.values()), None)
-            source, codec = (first.source, first.codec) if first else (Path(request.source), None)
+            source, codec = (first.source or path, first.codec) if first else (path, None)
             samplers[weights] = Sampler(source, weights, device, request.dtype, codec=codec)
         asked = replace(request, sampler={**request.sampler, **sampler_settings})
         samples.append(evaluate_command.samples_of(samplers[weights], asked))

@@ -161,8 +161,8 @@ class Drawing:
         """Compute this rank's batches and write the files of one batch or one image. Returns the speed in words."""
         request, at_once, steps = self.request, self.request.at_once, self.settings.steps
         adaptive = SOLVERS[self.settings.solver].adaptive
-        only_npz = self.parts and not (request.out or request.folder or request.gif or request.latents)
-        skip = lambda ids: bool(only_npz and self.parts.has(ids.start // at_once))
+        parts = None if request.out or request.folder or request.gif or request.latents else self.parts
+        skip = lambda ids: parts is not None and parts.has(ids.start // at_once)
         mine = [ids for ids in shares(len(self.labels), self.world, at_once) if not skip(ids)]
         clock = Clock(self.sampler.device)
 
@@ -204,7 +204,9 @@ class Drawing:
     def write(self) -> None:
         """Gather the results of all ranks and write the files that hold all of them. All ranks must call it."""
         request = self.request
-        latents, images, frames = (gather(parts, self.world) for parts in (self.latents, self.images, self.frames))
+        latents = gather(self.latents, self.world)
+        images = gather(self.images, self.world)
+        frames = gather(self.frames, self.world)
         if self.world.rank > 0:
             return
         if request.out:
@@ -215,9 +217,9 @@ class Drawing:
         if self.parts:
             self.parts.join(np.array(self.labels))
         if request.gif:
-            self._write_animation([frames[i] for i in self.in_gif])
+            self._write_animation([frames[i] for i in self.in_gif], request.gif)
 
-    def _write_animation(self, frames: list[list[Tensor]]) -> None:
+    def _write_animation(self, frames: list[list[Tensor]], path: Path) -> None:
         """Write the animation of some samples, each given as its latents [C,h,w] after each step."""
         steps = [torch.stack(step).to(self.sampler.device) for step in zip(*frames, strict=True)]
         with progress_bar(len(steps), description="animation", unit="frame") as bar:
@@ -225,7 +227,7 @@ class Drawing:
             for x in steps:
                 pictures.append(grid(self.sampler.decode(x), min(len(x), FRAME_COLUMNS)))
                 bar.update()
-        save_animation(pictures, self.request.gif, self.request.gif_fps)
+        save_animation(pictures, path, self.request.gif_fps)
 
 
 def sample(request: SampleRequest) -> None:

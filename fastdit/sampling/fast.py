@@ -4,6 +4,7 @@ B batch size, T tokens, H width, C/h/w channels, rows and columns of a latent.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class Graphs:
     copied before the next replay.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: DiT) -> None:
         self.model = model
         self.pool = graph_pool(torch.device("cuda"))
         self.captured: dict[int, tuple] = {}  # by batch size, least recently used first
@@ -102,7 +103,7 @@ def fast_velocity(model: DiT, device: torch.device) -> Callable | None:
     if bf16 and fits and plain and native_bf16(device) and kernels.dit_block_is_fast(device):
         model.register_state_dict_pre_hook(_refuse_state)
         for i, block in enumerate(model.blocks):
-            model.blocks[i] = PackedBlock(block)
+            model.blocks[i] = PackedBlock(cast(Block, block))
         for parent in list(model.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, nn.Linear):

@@ -119,7 +119,7 @@ class Sampler:
         """
         device = device if isinstance(device, torch.device) else choose_device(device)
         vae = None
-        if str(source).endswith(".pkl"):
+        if not isinstance(source, Checkpoint) and str(source).endswith(".pkl"):
             source = Path(source)
             if weights != "ema":
                 raise InputError(f"{source} holds no {weights} weights, only one set of the base model's: leave --weights out")
@@ -268,11 +268,15 @@ class Sampler:
     def images(self, classes: str, count: int = 1, seed: int = 0, per_sample: bool = False, **overrides) -> np.ndarray:
         """Return images uint8 [n,S,S,1 or 3], `count` of each class.
 
-        classes: as in `fastdit sample --class`, such as "207,otter"; overrides: values of the run's sample settings.
+        classes: as in `fastdit sample --class`, such as "207,otter"; overrides: values of the run's sample settings. Raises
+        InputError for a bad value.
         """
         settings = self.settings(**overrides)
         chosen = parse_classes(classes, self.null, self.names, seed)
         labels = [c for c in chosen for _ in range(count)]
         with progress_bar(-(-len(labels) // BATCH) * settings.steps, description=f"{len(labels)} images") as bar:
             advance = lambda ids, step, x: step and bar.update()
-            return self.draw(labels, seed, settings, per_sample=per_sample, watch=advance)
+            images = self.draw(labels, seed, settings, per_sample=per_sample, watch=advance)
+        if images is None:
+            raise InputError(f"count {count} must be at least 1")
+        return images

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ def timesteps(steps: int, shift: float = 1.0, device: torch.device | None = None
     times = torch.linspace(1, 1 / steps, steps)
     pairs = shifted(torch.stack((times, times - 1 / steps)), shift).to(device)
     at = [shifted((steps - i) / steps, shift) for i in range(steps + 1)]
-    return [Step(*pair.unbind(), at[i], at[i + 1]) for i, pair in enumerate(pairs.unbind(1))]
+    return [Step(t, t_next, at[i], at[i + 1]) for i, (t, t_next) in enumerate(pairs.unbind(1))]
 
 
 @solver("euler", calls=1, help="Euler, first order")
@@ -177,7 +177,8 @@ def dopri5(
 
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     points = shifted(times, shift).to(x)
-    yield from odeint(lambda t, x: velocity(x, t.float(), t.item()), x, points, rtol=rtol, atol=atol, method="dopri5")[1:]
+    solution = odeint(lambda t, x: velocity(x, t.float(), t.item()), x, points, rtol=rtol, atol=atol, method="dopri5")
+    yield from cast("Tensor", solution)[1:]  # a tuple only if x is one, or with events
 
 
 @solver("euler_stochastic", calls=1, stochastic=True, help="the base model's: Euler with added noise")
@@ -189,6 +190,7 @@ def euler_stochastic(
     It adds noise without the drift that would keep the marginals, so it ends beside the data's distribution however many steps it
     takes; `sde` does not. noise fp32 [steps,B,C,h,w].
     """
+    assert noise is not None  # as Solver.solve says of a stochastic one
     for step, z in zip(timesteps(steps, shift, x.device), noise, strict=True):
         s = step.at * (1 - step.at) / (1 - step.at + 0.008)
         x = x - velocity(x, step.t, step.at) * step.dt + z * (s * step.dt**0.5)
@@ -202,6 +204,7 @@ def sde(velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, noise: Te
 
     Weak order 1. The last step is Euler's without noise, which would stay in the image. noise fp32 [steps,B,C,h,w].
     """
+    assert noise is not None  # as Solver.solve says of a stochastic one
     for step, z in zip(timesteps(steps, shift, x.device), noise, strict=True):
         w = step.at if step.to > 0 else 0.0
         v = velocity(x, step.t, step.at)

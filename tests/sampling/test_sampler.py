@@ -114,6 +114,11 @@ def test_a_model_in_memory_gives_the_samples_of_its_checkpoint(run):
     assert np.array_equal(in_memory.draw([1, 2], 3, settings), from_file.draw([1, 2], 3, settings))
 
 
+def test_no_images_are_refused(run):
+    with pytest.raises(InputError, match="count 0 must be at least 1"):
+        Sampler(run, device="cpu").images("3", count=0)
+
+
 def test_what_a_sampler_says_of_its_weights(run, tmp_path):
     exported = tmp_path / "model.safetensors"
     assert cli.main(["export", str(run), "--out", str(exported)]) == 0
