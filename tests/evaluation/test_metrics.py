@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,39 @@ def test_precision_and_recall_equal_a_plain_loop(monkeypatch):
     found = metrics.precision_recall(torch.from_numpy(real), torch.from_numpy(fake))
     assert found == pytest.approx((share(fake, real), share(real, fake)))
     assert 0.1 < found[0] < 0.99 and 0.1 < found[1] < 0.99
+
+
+def test_every_metric_has_a_known_value():
+    """The samples are the reference, moved by 5, far more than its spread: of a Fréchet distance only |Δμ|² is left, and neither
+    manifold holds a sample of the other."""
+    x = cloud(40, width=4) * np.float32(0.05)
+    y = x + np.float32([3, 4, 0, 0])
+    sigma = torch.eye(2, dtype=torch.float64)
+    spatial = [torch.full((2,), value, dtype=torch.float64) for value in (0.0, 2.0)]
+    reference = replace(summary(x), mu_s=spatial[0], sigma_s=sigma)
+    hits = torch.tensor([[3, 1], [0, 4]])
+    samples = replace(summary(y), mu_s=spatial[1], sigma_s=sigma, inception_score=2.5, hits=hits)
+    known = {
+        "fid": 25,
+        "sfid": 8,
+        "kid": numpy_kid(y, x),
+        "inception_score": 2.5,
+        "precision": 0,
+        "recall": 0,
+        "accuracy": 7 / 8,
+        "accuracy_by_class": [0.75, 1],
+    }
+    values = metrics.compare(samples, reference, ALONE.device)
+    assert values.keys() == metrics.METRICS.keys() == known.keys()
+    for name, value in known.items():
+        assert values[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_a_metric_without_its_statistics_is_left_out():
+    """Files of other evaluators hold only means and covariances."""
+    only_moments = replace(summary(cloud(40)), features=None)
+    values = metrics.compare(summary(cloud(40, seed=1)), only_moments, ALONE.device)
+    assert values.keys() >= {"fid"} and not values.keys() & {"sfid", "kid", "inception_score", "precision", "recall", "accuracy"}
 
 
 def test_features_are_kept_evenly():
