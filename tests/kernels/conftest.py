@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, on one thread: both must be set before triton is imported.
+"""The op tests: one thread, and the tolerance that they share.
 
 FASTDIT_NO_VALUES=1 is for a CUDA host whose kernels do nothing (the CUDA builds of torch and triton on libraries that only answer):
 the tests then call, compile and launch everything, and compare shapes and dtypes but no values. Tests that compare values, other
@@ -13,8 +13,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 NO_VALUES = os.environ.get("FASTDIT_NO_VALUES") == "1"
 
 
