@@ -85,8 +85,8 @@ class TimeEmbedding(nn.Module):
         computes the elements that do not fill a pair of vectors one by one, which rounds differently; a pair has 32 elements with
         AVX-512, where the base model was run, and 16 with AVX2. Hence the split here.
         """
-        if isinstance(self.map, nn.Linear):  # the base model's
-            H = self.map.in_features
+        if self.base:
+            H = cast(nn.Linear, self.map).in_features
             exponents = 2 * torch.arange(H, device="cpu") / H
             in_pairs = H // 32 * 32
             parts = exponents[:in_pairs], *exponents[in_pairs:].split(1)
@@ -104,7 +104,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t fp32 [B] -> [B,H] in the dtype of the parameters."""
-        first = self.map if isinstance(self.map, nn.Linear) else cast(nn.Linear, self.map[0])
+        # by `base`, not by the class: the fast path replaces every Linear
+        first = cast(nn.Linear, self.map if self.base else cast(nn.Sequential, self.map)[0])
         return self.map(self.features(t).to(first.weight.dtype))
 
 

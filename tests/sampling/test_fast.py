@@ -17,10 +17,12 @@ CPU = torch.device("cpu")
 
 @pytest.mark.skipif(not kernels.library.EXTENSION, reason="the C++ extension is not built")
 @pytest.mark.skipif(not native_bf16(CPU), reason="oneDNN has no bf16 for this CPU")
+@pytest.mark.parametrize("time_embedding", ["sinusoidal", "base"])
 @torch.no_grad()
-def test_packed_blocks_sample_as_the_model_does(monkeypatch):
+def test_packed_blocks_sample_as_the_model_does(monkeypatch, time_embedding):
     """Where AMX is, and without it with plain vectors in its place: no further from fp32 than the model's own bf16."""
-    config = from_dict({"model": {"preset": "test/4", "zero_init_gates": False, "input_size": 16, "patch_size": 2}})
+    sizes = {"preset": "test/4", "zero_init_gates": False, "input_size": 16, "patch_size": 2}
+    config = from_dict({"model": {**sizes, "time_embedding": time_embedding}})
 
     def final(dtype, fast):
         torch.manual_seed(0)
