@@ -12,7 +12,7 @@ import torch.distributed as dist
 from fastdit.config import InputError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)  # for a collective of tensors
+TIMEOUT = timedelta(minutes=10)  # for a collective of tensors, unless `start` is given more
 CONTROL_TIMEOUT = timedelta(minutes=60)  # for flags and objects: rank 0 may hash and write for long while the others wait
 
 
@@ -46,10 +46,11 @@ class World(NamedTuple):
         return cast(T, result) if everywhere else outcomes[0][0]  # None only if `work` returned it
 
 
-def start(device: str = "auto") -> World:
+def start(device: str = "auto", timeout_s: int = 0) -> World:
     """Join the processes that a launcher started (deepspeed, torchrun), or start a group of one process.
 
-    device: "auto" (CUDA if there is a GPU) | "cpu" | "cuda". Raises InputError if there is no such device for this rank.
+    device: "auto" (CUDA if there is a GPU) | "cpu" | "cuda". timeout_s: seconds that a collective of tensors may take, if above
+    TIMEOUT. Raises InputError if there is no such device for this rank.
     """
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
@@ -72,7 +73,7 @@ def start(device: str = "auto") -> World:
     else:
         rank_device = torch.device("cpu")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, **options)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=max(TIMEOUT, timedelta(seconds=timeout_s)), **options)
         atexit.register(dist.destroy_process_group)
     return World(dist.get_rank(), dist.get_world_size(), rank_device, control_group())
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model and its samples: installs into .venv (or $VENV), trains a small DiT on real handwritten
-# digits through the deepspeed launcher, draws a 10 x 10 grid (one row a class) and evaluates 200 samples.
-# Run again, it finds everything done and only draws.
+# digits through the deepspeed launcher, draws a 10 x 10 grid (one row per class) and evaluates 200 samples.
+# A second call finds everything done and only draws.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 launch/install.sh
@@ -23,4 +23,4 @@ deepspeed -q --no_local_rank --num_gpus "$ranks" --module fastdit.cli train laun
 unset OMP_NUM_THREADS
 fastdit sample --checkpoint "$run" --per-class 20 --seed-per-sample --out "$run/grid.png" --npz "$run/samples.npz"
 fastdit evaluate "$run/samples.npz" --features digits --out "$run/evaluation.json"
-echo "ten digits of each class, a row a class: $PWD/$run/grid.png"
+echo "ten digits of each class, one row per class: $PWD/$run/grid.png"

@@ -2,7 +2,7 @@
 # Train on one node or on several: launch/train.sh [--restarts N] CONFIG.yaml [section.key=value …]
 # Paths are relative to where you stand.
 #   GPUS=N          ranks of this node (default: all its GPUs, or those of CUDA_VISIBLE_DEVICES; 1 without any)
-#   HOSTFILE=FILE   several nodes, as DeepSpeed's launcher wants them ("host slots=8" a line; ssh without a password); environment
+#   HOSTFILE=FILE   several nodes, as DeepSpeed's launcher wants them (one line "host slots=8" per node; ssh without a password); environment
 #                   variables for them go into .deepspeed_env, as NAME=value lines
 #   MASTER_PORT=N   default 29500: another one for a second run on the same node
 # --restarts N: when the run fails, start it again from its newest whole checkpoint, N times at most. Not after bad input (exit code 2),

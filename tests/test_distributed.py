@@ -1,5 +1,7 @@
 """How a process joins the ranks. Runs on two ranks are in training/test_ranks.py."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 
@@ -33,6 +35,20 @@ def test_a_rank_without_a_gpu_is_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="rank 1 of this node has no GPU of its own: 1 are visible"):
         distributed.start("cuda")
+
+
+@pytest.mark.parametrize(("timeout_s", "minutes"), [(0, 10), (600, 10), (3600, 60)])
+def test_a_longer_step_is_a_longer_collective(monkeypatch, timeout_s, minutes):
+    timeouts = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda _, timeout, **options: timeouts.append(timeout))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(distributed.atexit, "register", lambda _: None)
+    monkeypatch.setattr(distributed, "control_group", lambda: None)
+    monkeypatch.setenv("RANK", "0")
+    distributed.start("cpu", timeout_s)
+    assert timeouts == [timedelta(minutes=minutes)]
 
 
 def test_one_process_works_without_a_group():

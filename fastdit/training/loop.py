@@ -67,12 +67,12 @@ def _checkpoint_to_resume(config: Config, world: distributed.World) -> tuple[Che
 
 def open_data(config: Config, world: distributed.World) -> tuple[Path | None, Loader, Codec]:
     """Where a run's data lie, their loader, and the codec that makes latents of them. Raises InputError on all ranks."""
-    place = world.together(lambda: data.locate(config), everywhere=False)
-    loader = world.together(lambda: data.load(config, place, world))
+    path = world.together(lambda: data.locate(config), everywhere=False)
+    loader = world.together(lambda: data.load(config, path, world))
     codec = world.together(lambda: autoencoder.load(config.data, config.model, loader.channels, world.device, loader.manifest))
     if world.device.type == "cuda":
         codec = codec.for_encoding(DTYPES[config.train.precision])
-    return place, loader, codec
+    return path, loader, codec
 
 
 def _lock_run_folder(run: Path) -> TextIO:
@@ -106,7 +106,8 @@ def train(config: Config) -> Path:
 
 def _train(config: Config) -> Path:
     faulthandler.register(signal.SIGUSR1, STDERR)  # kill -USR1 prints where a run hangs
-    world = distributed.start(config.train.device)
+    world = distributed.start(config.train.device, config.train.timeout_s)
+    engine.import_deepspeed(world.device)  # an unsuitable version is refused before anything is written
     config = engine.resolve_precision(config, world.device)
     device.check_backend(world.device)
     resume_from, state = world.together(lambda: _checkpoint_to_resume(config, world), everywhere=False)

@@ -63,25 +63,25 @@ def _images(config: Config, index: Path | None, world: World) -> tuple[np.ndarra
     return ids, images, image_set.labels[ids]
 
 
-def _held_out(config: Config, place: Path | None, codec: Codec, world: World) -> tuple[Tensor, Tensor, Tensor]:
+def _held_out(config: Config, path: Path | None, codec: Codec, world: World) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's held-out images on its device: ids int64 [n], latents fp32 [n,c,s,s], labels int64 [n]. Raises InputError."""
     source, batch = config.validate.source, config.train.batch_size
-    if source == "auto" and place is not None and is_latent_set(place):
+    if source == "auto" and path is not None and is_latent_set(path):
         raise InputError(
             f"validate.steps={config.validate.steps} needs held-out images, and data.source={config.data.source} holds latents of "
             "one split: set validate.source to those of `fastdit encode --split val`"
         )
-    place = place if source == "auto" else Path(source)
-    if place is not None and is_latent_set(place):
-        ids, given, labels = _latents(place, codec, config.validate.images, world)
+    path = path if source == "auto" else Path(source)
+    if path is not None and is_latent_set(path):
+        ids, inputs, labels = _latents(path, codec, config.validate.images, world)
         encoded = True
-    elif place is None or is_index(place):
-        ids, given, labels = _images(config, place, world)
-        given = given.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    elif path is None or is_index(path):
+        ids, inputs, labels = _images(config, path, world)
+        inputs = inputs.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
         encoded = False
-        if given.shape[1] not in (1, codec.image_channels):  # 1: the built-in digits, which the run trains on
+        if inputs.shape[1] not in (1, codec.image_channels):  # 1: the built-in digits, which the run trains on
             raise InputError(
-                f"validate.source={source} has {given.shape[1]} channels, the run's images have {codec.image_channels}"
+                f"validate.source={source} has {inputs.shape[1]} channels, the run's images have {codec.image_channels}"
             )
     else:
         raise InputError(f"validate.source={source} must be 'auto', an index with a val split or latents of one")
@@ -90,7 +90,7 @@ def _held_out(config: Config, place: Path | None, codec: Codec, world: World) ->
     latents = [torch.empty(0, *shape, device=world.device)]
     for first in range(0, len(ids), batch):
         noise = kernels.counter_normal(SEED, flow.Stream.POSTERIOR, ids[first : first + batch], shape)
-        part = torch.from_numpy(given[first : first + batch]).to(world.device)
+        part = torch.from_numpy(inputs[first : first + batch]).to(world.device)
         latents.append(codec.posterior_sample(part if encoded else codec.encode(part), noise))
     return ids, torch.cat(latents), torch.from_numpy(labels.astype(np.int64)).to(world.device)
 
@@ -98,13 +98,13 @@ def _held_out(config: Config, place: Path | None, codec: Codec, world: World) ->
 class Validation:
     """The held-out images of this rank, encoded, and the reference of the FID."""
 
-    def __init__(self, config: Config, place: Path | None, codec: Codec, run: Path, world: World) -> None:
-        """place: path from data.locate; run: folder of the run. All ranks must call it. Raises InputError."""
+    def __init__(self, config: Config, path: Path | None, codec: Codec, run: Path, world: World) -> None:
+        """path: what data.locate returned; run: folder of the run. All ranks must call it. Raises InputError."""
         self.config = config
         self.codec = codec
         self.run = run
         self.world = world
-        self.ids, self.x0, self.labels = world.together(lambda: _held_out(config, place, codec, world))
+        self.ids, self.x0, self.labels = world.together(lambda: _held_out(config, path, codec, world))
         self.network: features.FeatureNetwork | None = None
         self.reference: metrics.Summary | None = None
         if config.validate.features != "none":
@@ -135,10 +135,10 @@ class Validation:
             noise = kernels.counter_normal(SEED, flow.Stream.VALIDATION, ids, tuple(x0.shape[1:]))
             for k, timestep in enumerate(TIMESTEPS):
                 t = torch.full((len(x0),), timestep, device=x0.device)
-                found = flow.losses_at(model, x0, noise, t, labels)
-                sums[k] += found.total.double().sum()
+                losses = flow.losses_at(model, x0, noise, t, labels)
+                sums[k] += losses.total.double().sum()
                 for i, name in enumerate(names, len(TIMESTEPS)):
-                    sums[i] += found.parts[name].double().sum()
+                    sums[i] += losses.parts[name].double().sum()
         dist.all_reduce(sums)
         means = (sums[:-1] / sums[-1]).tolist()
         by_timestep, parts = means[: len(TIMESTEPS)], means[len(TIMESTEPS) :]
