@@ -11,9 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from commands import settings
 from fastdit import __version__, cli
-from fastdit.config import InputError, SampleConfig, Stopped, parse
+from fastdit.config import InputError, SampleConfig, Stopped
 from fastdit.sampling.command import sampler_settings
 
 
@@ -141,11 +140,3 @@ def test_a_reader_that_has_gone_gets_no_traceback(form):
         command = [sys.executable, "-m", "fastdit.cli", "plan", "--preset", "test/4", *form]
         done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (141, "")
-
-
-def test_dry_run_prints_a_config_that_reads_back(tmp_path, capsys):
-    first, *others = settings(tmp_path)
-    assert cli.main(["train", first, "--dry-run", *others]) == 0
-    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
-    assert parse(tmp_path / "c.yaml") == parse(None, settings(tmp_path))
-    assert not (tmp_path / "r").exists()
