@@ -20,7 +20,7 @@ from .library import cdiv, cpp, find, inner_contiguous, launch, load_columns, re
 from .token_sums import reduce_partials
 from .tuning import chunks
 
-BYTES = (6, 10)  # per element of the result [..,F] in bf16: both halves of packed, out; dout, packed, dpacked. with_out: 2 more
+BYTES = (6, 10)  # per element of the result [..,F] in bf16: both halves of packed, out; dout, packed, dpacked. `again`: 2 more
 ROWS = 2  # rows that a program takes at a time
 
 
@@ -117,12 +117,13 @@ def _forward_fake(packed: Tensor, bias: Tensor | None = None) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2))
 
 
-def _backward_fake(
-    dout: Tensor, packed: Tensor, bias: Tensor | None = None, with_out: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dpacked, the bias's gradient [2F] and the forward's output; the last two are empty unless asked for."""
+def _backward_fake(dout: Tensor, packed: Tensor, bias: Tensor | None = None, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dpacked, the bias's gradient [2F] and the forward's output, which are empty without a bias and unless `again`.
+
+    The argument keeps its name: TorchInductor's caches on users' disks hold calls that give it by keyword.
+    """
     dbias = packed.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return packed.new_empty(packed.shape), dbias, packed.new_empty(dout.shape if with_out else 0)
+    return packed.new_empty(packed.shape), dbias, packed.new_empty(dout.shape if again else 0)
 
 
 @register("swiglu_forward_triton(Tensor packed, Tensor? bias=None) -> Tensor", _forward_fake)
@@ -141,14 +142,14 @@ def _forward_triton(packed: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @register(
-    "swiglu_backward_triton(Tensor dout, Tensor packed, Tensor? bias=None, bool with_out=False) -> (Tensor, Tensor, Tensor)",
+    "swiglu_backward_triton(Tensor dout, Tensor packed, Tensor? bias=None, bool again=False) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
 )
 def _backward_triton(
-    dout: Tensor, packed: Tensor, bias: Tensor | None = None, with_out: bool = False
+    dout: Tensor, packed: Tensor, bias: Tensor | None = None, again: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch; with a bias a second one adds its partial sums."""
-    dpacked, dbias, out = _backward_fake(dout, packed, bias, with_out)
+    dpacked, dbias, out = _backward_fake(dout, packed, bias, again)
     if not dout.numel():
         return dpacked, dbias.zero_(), out
     flat, dout = _rows(packed), _rows(dout)
@@ -161,7 +162,7 @@ def _backward_triton(
         parts, rows_per_program = chunks(across, M, blocks(width), flat.device)
         sums = packed.new_empty((1, parts, 1, 2 * width), dtype=torch.float32)
     launch(
-        swiglu_backward_kernel, (parts, across), flat, dout, flat, bias, dpacked, out if with_out else None, sums,
+        swiglu_backward_kernel, (parts, across), flat, dout, flat, bias, dpacked, out if again else None, sums,
         dout.stride(0), flat.stride(0), M, rows_per_program, width, ROWS, columns, num_warps=max(1, columns // 256),
     )  # fmt: skip
     if sums is not None:
@@ -178,17 +179,15 @@ def _forward_cpp(packed: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @register(
-    "swiglu_backward_cpp(Tensor dout, Tensor packed, Tensor? bias=None, bool with_out=False) -> (Tensor, Tensor, Tensor)",
+    "swiglu_backward_cpp(Tensor dout, Tensor packed, Tensor? bias=None, bool again=False) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
 )
-def _backward_cpp(
-    dout: Tensor, packed: Tensor, bias: Tensor | None = None, with_out: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    dpacked, dbias, out = _backward_fake(dout, packed, bias, with_out)
+def _backward_cpp(dout: Tensor, packed: Tensor, bias: Tensor | None = None, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    dpacked, dbias, out = _backward_fake(dout, packed, bias, again)
     if not dout.numel():
         return dpacked, dbias.zero_(), out
     bias = bias if bias is None else inner_contiguous(bias)
-    cpp.swiglu_backward(_rows(dout), _rows(packed), bias, dpacked, None if bias is None else dbias, out if with_out else None)
+    cpp.swiglu_backward(_rows(dout), _rows(packed), bias, dpacked, None if bias is None else dbias, out if again else None)
     return dpacked, dbias, out
 
 

@@ -192,7 +192,7 @@ def test_a_card_without_a_fused_kernel_is_one_sentence_at_the_start(monkeypatch,
     module.check(replace(model, attention="matmul"), torch.bfloat16, cuda, True)
     with pytest.raises(InputError, match=r"Tesla T4 has no fused attention kernel for bfloat16 and a head dim of \d+: use fp32"):
         module.check(model, torch.bfloat16, cuda, True)
-    monkeypatch.setattr(distributed, "start", lambda device: distributed.World(0, 1, cuda, None))
+    monkeypatch.setattr(distributed, "start", lambda *_: distributed.World(0, 1, cuda, None))
     assert cli.main(["train", "train.precision=bf16"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("fastdit: Tesla T4 has no fused attention kernel")
 

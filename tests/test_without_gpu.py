@@ -113,7 +113,7 @@ def test_launches_of_fused_ops_are_those_counted_by_hand(monkeypatch):
     both = (B, T, F), (B, T, 2 * F)
     assert launched("swiglu_backward_triton", *both) == [5 * hidden]
     assert launched("swiglu_backward_triton", *both, (2 * F,)) == [5 * hidden + bias + sums, sums + bias]
-    assert launched("swiglu_backward_triton", *both, (2 * F,), with_out=True) == [6 * hidden + bias + sums, sums + bias]
+    assert launched("swiglu_backward_triton", *both, (2 * F,), again=True) == [6 * hidden + bias + sums, sums + bias]
     tables = 2 * 2 * D + 2 * 2 * T * D // 2  # two weights [D], cos and sin [T,D/2]
     heads = (B, T, 3 * H), (D,), (D,), (T, D // 2), (T, D // 2), N, 1e-6
     assert launched("qk_norm_rope_forward_triton", *heads) == [4 * TOKENS + tables]  # q and k read and written, v not

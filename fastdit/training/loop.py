@@ -107,9 +107,9 @@ def train(config: Config) -> Path:
 def _train(config: Config) -> Path:
     faulthandler.register(signal.SIGUSR1, STDERR)  # kill -USR1 prints where a run hangs
     world = distributed.start(config.train.device, config.train.timeout_s)
-    engine.import_deepspeed(world.device)  # an unsuitable version is refused before anything is written
     config = engine.resolve_precision(config, world.device)
     device.check_backend(world.device)
+    engine.import_deepspeed(world.device)  # an unsuitable version is refused before anything is written
     resume_from, state = world.together(lambda: _checkpoint_to_resume(config, world), everywhere=False)
     if resume_from and state.step >= config.train.total_steps:
         if world.rank == 0:
