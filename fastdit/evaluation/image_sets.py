@@ -55,6 +55,11 @@ def of_array(images: np.ndarray, labels: np.ndarray | None, about: dict) -> Imag
     return ImageSet(len(images), images.shape[1:], batches, {**about, "images": len(images)}, labels)
 
 
+def evenly_spread(count: int, at_most: int) -> np.ndarray:
+    """Return the indices int64 of at most `at_most` of `count` images, evenly spread."""
+    return np.arange(0, count, -(-count // min(at_most, count)))
+
+
 def _shares(count: int, world: World) -> Iterator[np.ndarray]:
     """Yield the ids int64 [b] of this rank, at most BATCH at a time."""
     for ids in shares(count, world, BATCH):
@@ -200,7 +205,8 @@ def of_index(folder: Path, size: int, split: str, device: torch.device, at_most:
 
     index = open_index(folder)
     rows = index.rows(split)
-    rows = rows[:: -(-len(rows) // (at_most or len(rows)))]
+    if at_most:
+        rows = rows[evenly_spread(len(rows), at_most)]
 
     def batches(world: World) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         shares = list(_shares(len(rows), world))

@@ -236,7 +236,7 @@ def sample(request: SampleRequest) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         world = distributed.start("cuda" if request.device == "gpu" else request.device)
     else:
-        world = World(0, 1, choose_device(request.device), None)  # without importing DeepSpeed
+        world = World(0, 1, choose_device(request.device), None)
     if request.seed == -1:
         request.seed = world.together(lambda: secrets.randbits(32), everywhere=False)
     sampler = world.together(lambda: Sampler(request.checkpoint, request.weights, world.device, request.dtype, request.params))

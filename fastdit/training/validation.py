@@ -32,17 +32,12 @@ TIMESTEPS = tuple((k + 0.5) / 8 for k in range(8))
 SEED = 0  # seed of the noise in every run
 
 
-def _chosen(total: int, wanted: int) -> np.ndarray:
-    """Return the rows of at most `wanted` evenly spread images of all."""
-    return np.arange(0, total, -(-total // min(wanted, total)))
-
-
 def _latents(folder: Path, codec: Codec, wanted: int, world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """This rank's ids int64 [n], moments fp16 [n,2,c,s,s] and labels [n] of a latent set."""
     latents = open_latents(folder)
     if codec.sha256() != latents.manifest["autoencoder_sha256"]:
         raise InputError(f"validate.source={folder} was made with another autoencoder than the run's: encode the val split again")
-    rows = _chosen(len(latents.labels), wanted)
+    rows = image_sets.evenly_spread(len(latents.labels), wanted)
     ids = np.arange(world.rank, len(rows), world.size)
     moments = np.empty((len(ids), *latents.shape), np.float16)
     latents.read(rows[ids], np.zeros(len(ids), bool), moments)
@@ -53,7 +48,7 @@ def _images(config: Config, index: Path | None, world: World) -> tuple[np.ndarra
     """Return this rank's ids int64 [n], images uint8 [n,S,S,C] and labels [n] of an index' val split, or of the digits (None)."""
     if index is None:
         images, labels = mnist5k("val")
-        rows = _chosen(len(images), config.validate.images)
+        rows = image_sets.evenly_spread(len(images), config.validate.images)
         image_set = image_sets.of_array(images[rows], labels[rows], {})
     else:
         image_set = image_sets.of_index(index, config.data.image_size, "val", world.device, config.validate.images)

@@ -15,28 +15,8 @@ import inception as inception_net
 from benchmarks import photographs
 from commands import environment
 from fastdit import cli, files
-from fastdit.config import parse
 from fastdit.data.builtin import mnist5k
 from fastdit.sampling import sampler
-from fastdit.training.loop import train
-from runs import TINY_RUN
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Four training steps."""
-    out = tmp_path_factory.mktemp("runs")
-    train(parse(None, [*TINY_RUN, f"train.out={out}", "train.name=r"]))
-    return out / "r"
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """Statistics of the held-out digits."""
-    path = tmp_path_factory.mktemp("reference") / "digits.npz"
-    words = ["--features", "digits", "--reference", "mnist5k", "--split", "val", "--save-reference", str(path)]
-    assert cli.main(["evaluate", *words]) == 0
-    return path
 
 
 def run(source, reference, out, *words, expect=0):
