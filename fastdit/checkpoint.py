@@ -41,6 +41,9 @@ class RunState:
     ema_updates: int = 0
     global_batch: int = 0  # images per step
     class_names: list[str] | None = None
+    class_counts: list[int] | None = None  # training images of labels 0, 1, …
+    data_sha256: str | None = None  # Loader.digest
+    autoencoder_sha256: str | None = None  # Codec.sha256()
     wandb_id: str | None = None
     versions: dict[str, str] | None = None  # of the installed packages
     format: int | None = None  # FORMAT at the time of writing; None: the checkpoint cannot be resumed from

@@ -1,12 +1,16 @@
 """Files that are written whole or not at all, resumable jobs, hashes. Imports only the standard library and config."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from fastdit.config import InputError
 
@@ -68,6 +72,26 @@ def resumable(folder: Path) -> Iterator[None]:
             f"{error.filename or folder}: {error.strerror or error}; what was done so far is kept: the same command resumes once "
             "that is fixed, or use another --out"
         ) from error
+
+
+def lock(path: Path, taken: str) -> TextIO:
+    """Make and lock the file at `path`. The lock holds until the returned file is closed or the process ends, however it ends.
+
+    taken: the sentence of the InputError if another process holds the lock. A file system without locks is a warning. Raises
+    OSError if the file cannot be made.
+    """
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise InputError(taken) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        warning = f"fastdit: warning: the file system of {path} has no locks ({error.strerror}): nothing keeps a second process out"
+        print(warning, file=sys.stderr)
+    return file
 
 
 def sha256(path: Path) -> str:

@@ -22,6 +22,8 @@ class Loader(Protocol):
 
     channels: int  # of the images, also of those that moments were encoded from
     class_names: list[str] | None  # of labels 0, 1, …, None if the data set has none
+    class_counts: list[int]  # images of labels 0, 1, …
+    digest: str  # SHA-256 of the images and labels, wherever they lie
     order: Order
     manifest: dict | None  # of a latent set: `batch` returns moments. None: `batch` returns images
 

@@ -9,25 +9,19 @@ import io
 import json
 import mmap
 import os
-import struct
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from PIL import Image
-
 from fastdit.config import InputError
+from fastdit.data import pixels
+from fastdit.data.pixels import IMAGE_SUFFIXES, BadImage
 
 CHUNK = 4096  # images
-IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-IMAGE_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF"}  # that both Pillow and DALI decode
 LABEL_KEYS = ("label", "cls", "class", "class_id")  # of a .json beside an image
-
-
-class BadImage(Exception):
-    """An image that cannot be used, and why."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +54,16 @@ class ImageEntry(NamedTuple):
     name: str  # its path in the archive or folder
     offset: int  # of its bytes in the source, 0 in a folder
     bytes: int
-    height: int  # pixels
+    crc: int  # CRC-32 of its bytes
+    height: int  # pixels, as stored
     width: int
+    flags: int  # of pixels.Header
     label: str | None  # class
+
+
+def entry(name: str, offset: int, data: bytes, label: str | None) -> ImageEntry:
+    """Return the entry of an encoded image, whose bytes begin at `offset` of its source. Raises BadImage."""
+    return ImageEntry(name, offset, len(data), zlib.crc32(data), *pixels.inspect(data), label)
 
 
 @dataclass(frozen=True)
@@ -89,47 +90,6 @@ class Kind(NamedTuple):
     suffix: str | None  # of archives, None for folders
     containers: Callable[[int, Source], Iterator[Container]]  # (number of the source, source)
     scan: Callable[[str, Container, int], Chunk]  # (path of the source, container, start)
-
-
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return (height, width) from a JPEG's frame header (ITU T.81, B.2.2), None without one or if the data are no JPEG."""
-    if data[:2] != b"\xff\xd8":
-        return None
-    at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return struct.unpack(">HH", data[at + 5 : at + 9])
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
-
-
-def image_size(data: bytes) -> tuple[int, int]:
-    """Return (height, width) of an encoded image. Raises BadImage.
-
-    The frame header of a JPEG that also has its end marker is trusted; everything else is decoded in full.
-    """
-    if not data:
-        raise BadImage("the file is empty")
-    size = jpeg_size(data)
-    return size if size and 0 not in size and data[-2:] == b"\xff\xd9" else decode(data)
-
-
-def decode(data: bytes) -> tuple[int, int]:
-    """Decode an image in full and return (height, width). Raises BadImage."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.format not in IMAGE_FORMATS:
-                raise BadImage(f"{image.format} images cannot be read")
-            image.load()
-            return image.height, image.width
-    except Image.UnidentifiedImageError as error:
-        raise BadImage("it is no image") from error
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise BadImage(" ".join(str(error).split())) from error
 
 
 def _label_beside(member: tarfile.TarInfo, data: bytes) -> str | None:
@@ -218,13 +178,11 @@ def _scan_tar(path: str, container: Container, start: int) -> Chunk:
             for member in group:
                 name = PurePosixPath(member.name)
                 if name.suffix.lower() in IMAGE_SUFFIXES:
+                    label_or_folder = label or name.parent.name or None
                     try:
-                        size = image_size(_content(data, member))
+                        images.append(entry(member.name, member.offset_data, _content(data, member), label_or_folder))
                     except BadImage as error:
                         bad.append((member.name, str(error)))
-                    else:
-                        label_or_folder = label or name.parent.name or None
-                        images.append(ImageEntry(member.name, member.offset_data, member.size, *size, label_or_folder))
     return Chunk(images, bad, None)
 
 
@@ -243,9 +201,8 @@ def _scan_folder(path: str, container: Container, start: int) -> Chunk:
     )
     images, bad = [], []
     for file in files[start : start + CHUNK]:
-        data = Path(path, file).read_bytes()
         try:
-            images.append(ImageEntry(file, 0, len(data), *image_size(data), container.label))
+            images.append(entry(file, 0, Path(path, file).read_bytes(), container.label))
         except BadImage as error:
             bad.append((file, str(error)))
     return Chunk(images, bad, start + CHUNK if start + CHUNK < len(files) else None)

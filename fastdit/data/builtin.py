@@ -4,6 +4,7 @@ n images, B batch size per rank, C channels, S image size in pixels.
 """
 
 import gzip
+import hashlib
 import importlib.metadata
 
 import numpy as np
@@ -61,6 +62,8 @@ class ArrayLoader:
         self.images = torch.from_numpy(images).to(world.device).permute(0, 3, 1, 2)
         self.labels = torch.from_numpy(labels).to(world.device)
         self.channels = self.images.shape[1]
+        self.class_counts = np.bincount(labels).tolist()
+        self.digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
 
     def batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
         """Return images fp32 [B,C,S,S] in [-1,1] and labels int64 [B]."""

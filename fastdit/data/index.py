@@ -6,6 +6,7 @@ An index is a folder that `fastdit prepare` makes:
     bad_files.csv       files that were left out, and why
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -18,16 +19,16 @@ from fastdit.data.archives import Source
 from fastdit.files import replacing
 
 FILE = "index.json"
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "val")
 
 
 def record(name_length: int) -> np.dtype:
-    """Return the dtype of an image's record: source (a number), byte offset and length in it, pixels, label, and name, which is its
-    path in the archive or folder in UTF-8."""
+    """Return the dtype of an image's record: source (a number), byte offset and length in it, CRC-32 of the bytes, stored pixels,
+    flags of pixels.Header, label, and name, which is its path in the archive or folder in UTF-8."""
     return np.dtype([
-        ("source", "<i4"), ("offset", "<i8"), ("bytes", "<i8"), ("height", "<i4"), ("width", "<i4"), ("label", "<i4"),
-        ("name", f"S{max(1, name_length)}"),
+        ("source", "<i4"), ("offset", "<i8"), ("bytes", "<i8"), ("crc", "<u4"), ("height", "<i4"), ("width", "<i4"),
+        ("flags", "<u4"), ("label", "<i4"), ("name", f"S{max(1, name_length)}"),
     ])  # fmt: skip
 
 
@@ -48,6 +49,10 @@ class Index:
             raise InputError(f"index {self.folder} has no images for {split!r}: run `fastdit prepare` with --val")
         return np.load(path, mmap_mode="r")
 
+    def digest(self, split: str) -> str:
+        """Return the `digest` of a split. Raises InputError if the index has no such split."""
+        return digest(self.rows(split), self.classes)
+
     def read(self, row: np.void) -> bytes:
         """Return the encoded bytes of an image. Raises OSError if the file is gone or shorter than it was."""
         number, offset, size = int(row["source"]), int(row["offset"]), int(row["bytes"])
@@ -64,6 +69,14 @@ class Index:
     def name(self, row: np.void) -> str:
         """Return an image's name for people: its archive or folder, and its path in there."""
         return f"{self.sources[row['source']].path}/{os.fsdecode(row['name'])}"
+
+
+def digest(rows: np.ndarray, classes: list[str]) -> str:
+    """Return the SHA-256 of a split, wherever it lies: of the order, CRC-32, sizes and labels of its images, and the classes."""
+    hashed = hashlib.sha256(json.dumps(classes).encode())
+    for key in ("bytes", "crc", "height", "width", "label"):
+        hashed.update(np.ascontiguousarray(rows[key]).data)
+    return hashed.hexdigest()
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

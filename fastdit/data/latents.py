@@ -7,6 +7,7 @@ A latent set is a folder:
     manifest.json             settings, classes, counts and SHA-256 of every file; written last
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -105,6 +106,9 @@ class LatentLoader:
         classes = self.manifest["classes"]
         check_classes(len(classes), config)
         self.class_names = self.manifest["class_names"] or classes
+        self.class_counts = np.bincount(self.latents.labels, minlength=len(classes)).tolist()
+        files = {name: file["sha256"] for name, file in self.manifest["files"].items()}
+        self.digest = hashlib.sha256(json.dumps([files, classes], sort_keys=True).encode()).hexdigest()
         self.order = Order(len(self.latents.labels), config, world)
         self.flip = config.data.flip
         self.device = world.device

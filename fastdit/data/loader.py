@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdit.config import Config, InputError
-from fastdit.data.archives import BadImage, decode
 from fastdit.data.index import Index
 from fastdit.data.order import Order, center_crops, check_classes
+from fastdit.data.pixels import BadImage, decode
 from fastdit.distributed import World
 
 if TYPE_CHECKING:
@@ -261,6 +261,8 @@ class ImageLoader:
         self.data = data
         self.device = world.device
         self.labels = np.array(rows["label"])
+        self.class_counts = np.bincount(self.labels, minlength=len(index.classes)).tolist()
+        self.digest = index.digest("train")
         self.heights = np.array(rows["height"])
         self.widths = np.array(rows["width"])
         self.decoder = Decoder(

@@ -105,7 +105,10 @@ def _write_rows(
     at = 0
     for (source, chunk), chunk_labels, chunk_names in zip(chunks, labels, names, strict=True):
         for image, label, name in zip(chunk.images, chunk_labels, chunk_names, strict=True):
-            rows[at] = (first_source + source, image.offset, image.bytes, image.height, image.width, label_of[label], name)
+            rows[at] = (
+                first_source + source, image.offset, image.bytes, image.crc, image.height, image.width, image.flags,
+                label_of[label], name,
+            )  # fmt: skip
             at += 1
     save_array(path, rows)
     return len(rows)

@@ -6,7 +6,6 @@ which reads the gradient norm and the overflow flag.
 """
 
 import faulthandler
-import fcntl
 import math
 import signal
 import sys
@@ -83,15 +82,10 @@ def _lock_run_folder(run: Path) -> TextIO:
     try:
         for folder in (run / "checkpoints", run / "samples"):
             folder.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w")
+        return files.lock(run / ".lock", f"another process trains in {run}: wait for it, or use another train.name")
     except OSError as error:
         reason = f"{error.strerror}: set train.out to a folder you may write"
         raise InputError(f"the run's folder {run} cannot be made: {reason}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise InputError(f"another process trains in {run}: wait for it, or use another train.name") from error
-    return lock
 
 
 def train(config: Config) -> Path:
@@ -392,6 +386,9 @@ class Trainer:
         state = RunState(
             done, summed_steps=self.summed_steps, wandb_id=self.log.wandb_id, versions=device.versions(),
             class_names=self.loader.class_names,
+            class_counts=self.loader.class_counts,
+            data_sha256=self.loader.digest,
+            autoencoder_sha256=self.codec.sha256(),
         )  # fmt: skip
         self._finish_save(required=False)
         self.saver.save(self.engine, self.ema, state, self.sums)

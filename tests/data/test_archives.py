@@ -11,8 +11,8 @@ from benchmarks import photographs
 from commands import complains
 from fastdit.data import archives as archives_module
 from fastdit.data import prepare
-from fastdit.data.archives import jpeg_size
 from fastdit.data.index import FILE, open_index
+from fastdit.data.pixels import jpeg_size
 
 
 def test_folders_and_tars_give_the_same_images(full_index, tmp_path):
@@ -83,8 +83,7 @@ def test_another_kind_of_archive_is_one_entry(tmp_path, monkeypatch):
         data = Path(path).read_bytes()
         at, images = data.index(b"\n") + 1, []
         for i, length in enumerate(json.loads(data[:at])):
-            size = archives_module.image_size(data[at : at + length])
-            images.append(archives_module.ImageEntry(str(i), at, length, *size, container.label))
+            images.append(archives_module.entry(str(i), at, data[at : at + length], container.label))
             at += length
         return archives_module.Chunk(images, [], None)
 

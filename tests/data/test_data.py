@@ -67,7 +67,7 @@ def test_every_loader_keeps_the_contract(index, latents, vae):
     ):
         loader = data.load(config, path, World(0, 1, CPU, None))
         members = {*data.Loader.__annotations__, "batch"}
-        assert len(members) == 5 and all(hasattr(loader, name) for name in members)
+        assert len(members) == 7 and all(hasattr(loader, name) for name in members)
         assert loader.channels == channels and (loader.manifest is not None) == (path == latents)
         assert (loader.class_names is None) == (path is None)
         x, labels = loader.batch(0, 0)

@@ -66,7 +66,7 @@ def test_what_is_no_index_of_this_version_is_one_sentence(prepared, tmp_path):
         open_index(tmp_path)
     content = json.loads((folder / FILE).read_text())
     (folder / FILE).write_text(json.dumps({**content, "format": 99}))
-    with pytest.raises(InputError, match="has format 99, this fastdit reads 1: run `fastdit prepare` again"):
+    with pytest.raises(InputError, match="has format 99, this fastdit reads 2: run `fastdit prepare` again"):
         open_index(folder)
     (folder / FILE).write_text('{"format": 1}')
     with pytest.raises(InputError, match="is not an index"):

@@ -66,9 +66,9 @@ def test_many_chunks_give_the_index_of_one(archives, tmp_path, monkeypatch):
 SLOWLY = """
 import sys, time, scipy.io
 from pathlib import Path
-from fastdit.data import archives, prepare
-image_size, archives.CHUNK = archives.image_size, 2
-archives.image_size = lambda data: (time.sleep(0.04), image_size(data))[1]
+from fastdit.data import archives, pixels, prepare
+inspect, archives.CHUNK = pixels.inspect, 2
+pixels.inspect = lambda data: (time.sleep(0.04), inspect(data))[1]
 print("begun", flush=True)
 prepare.prepare([Path(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
 """
@@ -115,7 +115,7 @@ def test_a_full_disk_keeps_what_was_done(archives, full_index, tmp_path, capsys,
 def test_a_file_size_limit_keeps_what_was_done(archives, full_index, tmp_path):
     train, val, devkit = archives
     words = [str(w) for w in ("prepare", train, "--val", val, "--devkit", devkit, "--out", tmp_path / "index")]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))  # a part fits, the index of 35 images does not
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1536, 1536))  # a part fits, the index of 35 images does not
     command = [sys.executable, "-m", "fastdit.cli", *words]
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
     assert done.returncode == 2 and "File too large" in done.stderr and "kept" in done.stderr, done.stderr
