@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from fastdit.config import InputError
-from fastdit.data import pixels
+from fastdit.data import parquet, pixels
 from fastdit.data.pixels import IMAGE_SUFFIXES, BadImage
 
 CHUNK = 4096  # images
@@ -208,7 +208,34 @@ def _scan_folder(path: str, container: Container, start: int) -> Chunk:
     return Chunk(images, bad, start + CHUNK if start + CHUNK < len(files) else None)
 
 
-KINDS = {"folder": Kind(None, _folder_containers, _scan_folder), "tar": Kind(".tar", _tar_containers, _scan_tar)}
+def _parquet_containers(number: int, source: Source) -> Iterator[Container]:
+    """Yield the Parquet file itself."""
+    yield Container(number, 0, source.size, None)
+
+
+def _scan_parquet(path: str, container: Container, start: int) -> Chunk:
+    """Scan whole row groups of a Parquet file from row `start`. An image's offset is its row. Raises InputError."""
+    end = parquet.next_start(path, start, CHUNK)
+    images, bad = [], []
+    for row, data, label in parquet.scan(path, start, end):
+        name = f"row {row}"
+        if data is None:
+            bad.append((name, "there are no bytes in it"))
+        elif label is None or label == "" or (isinstance(label, int) and label < 0):
+            bad.append((name, f"its label is {label!r}, which names no class"))
+        else:
+            try:
+                images.append(entry(name, row, data, str(label)))
+            except BadImage as error:
+                bad.append((name, str(error)))
+    return Chunk(images, bad, end)
+
+
+KINDS = {
+    "folder": Kind(None, _folder_containers, _scan_folder),
+    "tar": Kind(".tar", _tar_containers, _scan_tar),
+    "parquet": Kind(".parquet", _parquet_containers, _scan_parquet),
+}
 
 
 def find_sources(paths: list[Path]) -> list[Source]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdit.config import InputError
+from fastdit.data import parquet
 from fastdit.data.archives import Source
 from fastdit.data.pixels import BadImage
 from fastdit.files import replacing
@@ -109,6 +110,8 @@ def _read(source: Source, row: np.void) -> bytes:
     """Return an image's bytes, fewer if its file has become shorter. Raises OSError."""
     if source.kind == "folder":
         return (Path(source.path) / os.fsdecode(row["name"])).read_bytes()
+    if source.kind == "parquet":
+        return parquet.read(source.path, source.mtime_ns, int(row["offset"]))
     archive = _descriptor(source)  # held while it is read: the cache may drop it meanwhile
     return os.pread(archive.number, int(row["bytes"]), int(row["offset"]))
 

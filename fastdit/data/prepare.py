@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastdit.config import InputError
-from fastdit.data import archives, imagenet
+from fastdit.data import archives, imagenet, parquet
 from fastdit.data.archives import Chunk, Container, ImageEntry, Source
-from fastdit.data.index import FILE, FORMAT, is_index, record, requested_sources, save_array
+from fastdit.data.index import FILE, FORMAT, SPLITS, is_index, record, requested_sources, save_array
 from fastdit.files import begin_or_match, resumable, write_atomically
 from fastdit.progress import progress_bar
 
@@ -162,11 +162,20 @@ def prepare(
         if begin_or_match(journal / "request.json", request):  # a journal of other sources
             shutil.rmtree(journal)
             begin_or_match(journal / "request.json", request)
-        kit = imagenet.read_devkit(devkit) if devkit else None
+        kit = imagenet.read_devkit(devkit) if devkit else _columns_said(requested)
         scanned = {split: _scan_split(split, requested[split], journal) for split in ("train", "val") if requested[split]}
         _write_index(out, scanned, kit, request)
         shutil.rmtree(journal)
     return out
+
+
+def _columns_said(requested: dict[str, list[Source]]) -> imagenet.Devkit | None:
+    """Print what is read of Parquet files, and return their class names, None without one. Raises InputError."""
+    paths = [source.path for split in SPLITS for source in requested[split] if source.kind == "parquet"]
+    names, notes = parquet.describe(paths)
+    for note in notes:
+        print(f"fastdit: {note}", file=sys.stderr)
+    return imagenet.Devkit(names, []) if names else None
 
 
 def _write_index(out: Path, scanned: dict[str, ScannedSplit], devkit: imagenet.Devkit | None, request: dict) -> None:

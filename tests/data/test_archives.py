@@ -65,7 +65,7 @@ def test_bad_archives_are_one_sentence(archives, tmp_path, capsys):
     complains(capsys, ["prepare", devkit], "uncompressed .tar")
     complains(capsys, ["prepare", tmp_path / "nowhere.tar"], "nowhere.tar", "cannot be read", "No such file")
     (tmp_path / "empty").mkdir()
-    complains(capsys, ["prepare", tmp_path / "empty"], "neither class folders nor .tar archives")
+    complains(capsys, ["prepare", tmp_path / "empty"], "neither class folders nor .tar, .parquet archives")
     (tmp_path / "folder" / "a").mkdir(parents=True)
     complains(capsys, ["prepare", tmp_path / "folder"], "there are no images")
     complains(capsys, ["prepare", train, "--val", val, "--out", tmp_path / "i"], "has no class", "--devkit")
