@@ -255,7 +255,7 @@ class ImageLoader:
     def __init__(self, index: Index, config: Config, world: World) -> None:
         """Raises InputError if the index does not fit the config."""
         data, rows = config.data, index.rows("train")
-        check_classes(len(index.classes), config)
+        check_classes(len(index.classes), config, world)
         self.class_names = index.class_names or index.classes
         self.order = Order(len(rows), config, world)
         self.data = data
