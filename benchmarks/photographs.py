@@ -115,3 +115,22 @@ def imagenet(folder: Path, classes: int = 5, each: int = 6, val: int = 8) -> tup
         add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", meta.getvalue())
         add(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", truth)
     return train, val_tar, devkit
+
+
+def kaggle(folder: Path, classes: int = 3, each: int = 2, val: int = 6) -> Path:
+    """Write ImageNet as Kaggle's archive holds it, unzipped, and return its CLS-LOC. Validation image i has class i % classes."""
+    data, images = folder / "ILSVRC/Data/CLS-LOC", crops(10_000)
+    wnids = [f"n{i * 7 % 10:02d}{i:06d}" for i in range(classes)]
+    files = {data / f"train/{wnid}/{wnid}_{j}.JPEG": encoded(next(images)) for wnid in wnids for j in range(each)}
+    name = "ILSVRC2012_{}_{:08d}"
+    files |= {data / f"val/{name.format('val', i)}.JPEG": encoded(next(images)) for i in range(1, val + 1)}
+    files |= {data / f"test/{name.format('test', i)}.JPEG": encoded(next(images)) for i in range(1, 3)}
+    files[folder / "ILSVRC/Annotations/CLS-LOC/val/ILSVRC2012_val_00000001.xml"] = b"<annotation/>"
+    files[folder / "ILSVRC/ImageSets/CLS-LOC/val.txt"] = b"ILSVRC2012_val_00000001 1\n"
+    truth = [f"{name.format('val', i)},{wnids[i % classes]} 1 2 30 40 {wnids[i % classes]} 5 6 70 80 \n" for i in range(val, 0, -1)]
+    files[folder / "LOC_val_solution.csv"] = "".join(["ImageId,PredictionString\n", *truth]).encode()
+    files[folder / "LOC_synset_mapping.txt"] = "".join(f"{wnid} thing {i}, item {i}\n" for i, wnid in enumerate(wnids)).encode()
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return data

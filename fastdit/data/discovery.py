@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastdit.config import InputError
-from fastdit.data import archives, folders
+from fastdit.data import archives, folders, imagenet
 from fastdit.data.archives import Source, absolute
 from fastdit.data.folders import Listing
 from fastdit.data.pixels import IMAGE_SUFFIXES, is_hidden
@@ -201,6 +201,9 @@ def _expand(folder: str, layout: Layout, label: str) -> None:
         else:
             layout.splits["train"] += [Item(path_of(name), name) for name in level.folders]
     elif level.archives:
+        kinds = sorted({folders.suffix(name) for name in level.archives})
+        if len(kinds) > 1:
+            raise InputError(f"{folder} holds {' and '.join(kinds)} archives, which may be the same images: give those of one kind")
         _note_left_out(folder, level, layout, folders=level.folders, loose_pictures=level.images)
         splits = _by_split(level.archives, _split_of_archive)
         several = len(splits) > 1 and splits.keys() & {"val", "test"}
@@ -245,7 +248,9 @@ def lay_out(paths: list[Path], val: Path | None, named: bool) -> Layout:
     if not val and not named:
         for item in [item for item in layout.splits["val"] if item.flat and not item.label]:
             layout.splits["val"].remove(item)
-            layout.notes.append(f"{item.path} is left out: its pictures lie in no class folders")
+            of_imagenet = any(imagenet.VAL_NAME.search(name) for name in os.listdir(item.path))
+            fix = f"; {imagenet.HOW_TO_LABEL}" if of_imagenet else ""
+            layout.notes.append(f"{item.path} is left out: its pictures lie in no class folders{fix}")
     return layout
 
 
@@ -259,7 +264,7 @@ def find(paths: list[Path], val: Path | None = None, named: bool = False) -> Fou
 
 
 def _sources(items: list[Item], notes: list[str]) -> list[Source]:
-    """Return the sources of a split, and note what is left out of its folders. Raises OSError."""
+    """Return the sources of a split, and note what is left out of its folders. Raises InputError, OSError."""
     listings: dict[str, Listing] = {}
     class_folders = [item.path for item in items if os.path.isdir(item.path)]
     bar = progress_bar(len(class_folders), description="list", unit="folder", delay=2)
@@ -267,6 +272,11 @@ def _sources(items: list[Item], notes: list[str]) -> list[Source]:
         for path, listing in zip(class_folders, pool.map(folders.walk, class_folders), strict=True):
             listings[path] = listing
             bar.update()
+    archives_in = [path for path, listing in listings.items() if listing.others.keys() & set(_archive_suffixes())]
+    if archives_in and len(listings) == len(items) and not any(listing.images for listing in listings.values()):
+        raise InputError(
+            f"{_listed(archives_in)} hold archives and no pictures, so that they are no classes: give one of these folders"
+        )
     sources, taken = [], []
     for item in items:
         listing = listings.get(item.path)

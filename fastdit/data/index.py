@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastdit.config import InputError
-from fastdit.data import discovery, folders, parquet
+from fastdit.data import discovery, folders, imagenet, parquet
 from fastdit.data.archives import Source
 from fastdit.data.pixels import BadImage
 from fastdit.files import replacing
@@ -232,7 +232,8 @@ def _check_layout(folder: Path, content: Content) -> None:
     if all(os.path.exists(path) and os.stat(path).st_mtime_ns == mtime_ns for path, mtime_ns in content.levels):
         return
     val = Path(content.val) if content.val else None
-    layout = discovery.lay_out([Path(path) for path in content.paths], val, bool(content.request["devkit"]))
+    lists = [Path(source.path) for source in content.request["devkit"]]
+    layout = discovery.lay_out([Path(path) for path in content.paths], val, imagenet.label_val(lists))
     for split in SPLITS:
         before, now = {s.path for s in content.request[split]}, {item.path for item in layout.splits[split]}
         for path in sorted(now - before):

@@ -242,7 +242,7 @@ def scan(path: str, first: int, end: int | None) -> Iterator[tuple[int, bytes | 
 
     footer = _footer_now(path)
     groups = list(range(*np.searchsorted(footer.starts, [first, footer.starts[-1] if end is None else end])))
-    leaf, label, _ = footer.columns
+    leaf, label, names = footer.columns
     with _reading(path), pa.OSFile(path) as file:
         opened = pq.ParquetFile(file, metadata=footer.metadata, buffer_size=1 << 20)
         for batch in opened.iter_batches(BATCH, groups, [leaf, label] if label else [leaf], use_threads=False):
@@ -250,6 +250,11 @@ def scan(path: str, first: int, end: int | None) -> Iterator[tuple[int, bytes | 
             images = _bytes_of(batch.column(1 - at))
             labels = batch.column(at).to_pylist() if label else [ONE_CLASS] * len(images)
             for image, value in zip(images, labels, strict=True):
+                if names and isinstance(value, int) and value >= len(names):
+                    raise InputError(
+                        f"row {first} of {path} has the label {value}, but only {len(names)} classes have names: repair the names "
+                        "in the file's schema or in the data set's README.md"
+                    )
                 yield first, image.as_py(), value
                 first += 1
 
@@ -294,6 +299,12 @@ def read(path: str, mtime_ns: int, row: int) -> bytes:
             _drop_groups()
         images = group.images
     return images[row - int(footer.starts[number])].as_py() or b""
+
+
+def clear() -> None:
+    """Forget the decoded row groups."""
+    with _groups_lock:
+        _groups.clear()
 
 
 def _drop_groups() -> None:

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import sys
 from collections import Counter
@@ -73,20 +72,22 @@ def _scan_split(split: str, sources: list[Source], journal: Path) -> ScannedSpli
     return ScannedSplit(sources, chunks, {container.label for container in containers if container.label is not None})
 
 
-def _labels(split: str, scanned: ScannedSplit, devkit: imagenet.Devkit | None) -> list[list[str]]:
-    """Return the class of every image of every chunk. Raises InputError if an image has none."""
+def _labels(split: str, scanned: ScannedSplit, kit: imagenet.Devkit, known: set[str]) -> list[list[str]]:
+    """Return the class of every image of every chunk. Raises InputError if an image has none.
+
+    known: classes of the training images: a validation image that is not in one of them is looked up in the kit.
+    """
     labels = []
     for source, chunk in scanned.chunks:
         chunk_labels = []
         for image in chunk.images:
-            number = re.search(r"ILSVRC2012_val_(\d{8})\.", image.name)
             label = image.label
-            if split == "val" and number and devkit and int(number[1]) <= len(devkit.val):
-                label = devkit.val[int(number[1]) - 1]
+            if split == "val" and label not in known:
+                label = kit.label_of(image.name) or label
             if label is None:
                 fix = (
-                    "give --devkit ILSVRC2012_devkit_t12.tar.gz"
-                    if number
+                    imagenet.HOW_TO_LABEL
+                    if imagenet.VAL_NAME.search(image.name)
                     else "put it into a class folder, or a .cls file beside it"
                 )
                 raise InputError(f"{scanned.sources[source].path}: image {image.name} has no class: {fix}")
@@ -165,16 +166,21 @@ def prepare(
 
     out: folder of the index (default: beside the first source); val: archive or folder of the validation images (default: those
     that lie beside the training images in a root of splits); devkit: ImageNet's development kit, for the classes of its validation
-    archive and the names of all classes; verify: compare the MD5 sums of ImageNet's archives first. Raises InputError.
+    images and the names of all classes (default: the lists that Kaggle ships, in or above the images); verify: compare the MD5 sums
+    of ImageNet's archives first. Raises InputError.
     """
     out = out or default_index(sources[0])
-    found = discovery.find(sources, val, named=devkit is not None)
+    sources = [imagenet.data_folder(path) for path in sources]
+    lists = [devkit] if devkit else imagenet.find_lists([*sources, *([val] if val else [])])
+    found = discovery.find(sources, val, named=imagenet.label_val(lists))
+    if lists and not devkit:
+        found.layout.notes.append(f"ImageNet's lists are read: {', '.join(map(str, lists))}")
     for note in found.layout.notes:
         _say(note)
     try:
-        request = {**found.sources, "devkit": [Source.of(devkit)] if devkit else []}
+        request = {**found.sources, "devkit": [Source.of(path) for path in lists]}
     except OSError as error:
-        raise InputError(f"{devkit} cannot be read: {error.strerror}") from error
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
     if verify:
         check_md5({role: p for role, p in (("train", sources[0]), ("val", val), ("devkit", devkit)) if p})
     journal = out / ".parts"
@@ -185,7 +191,8 @@ def prepare(
         with files.lock(out / ".lock", f"another `fastdit prepare` makes {out}: wait for it, or use another --out"):
             if not _fits(out, request):
                 _begin(journal, request)
-                kit = imagenet.read_devkit(devkit) if devkit else _parquet_kit(request)
+                kit = imagenet.read_lists(lists)
+                kit.names.update(_parquet_names(request))
                 scanned = {split: _scan_split(split, request[split], journal) for split in SPLITS if request[split]}
                 paths = [archives.absolute(path) for path in sources]
                 content = Content({}, 0, [], None, request, paths, archives.absolute(val) if val else None, found.layout.levels)
@@ -217,18 +224,18 @@ def _begin(journal: Path, request: dict[str, list[Source]]) -> None:
         raise InputError(f"{file} was not written by `fastdit prepare`: delete {journal}") from error
 
 
-def _parquet_kit(request: dict[str, list[Source]]) -> imagenet.Devkit | None:
-    """Return the class names of Parquet files, None without one, and say which of their columns are read. Raises InputError."""
+def _parquet_names(request: dict[str, list[Source]]) -> dict[str, str]:
+    """Return the class names of Parquet files by class, and say which of their columns are read. Raises InputError."""
     names, notes = parquet.describe([source.path for split in SPLITS for source in request[split] if source.kind == "parquet"])
     for note in notes:
         _say(note)
-    return imagenet.Devkit(names, []) if names else None
+    return names
 
 
 def _write_index(
     out: Path,
     scanned: dict[str, ScannedSplit],
-    devkit: imagenet.Devkit | None,
+    kit: imagenet.Devkit,
     content: Content,
     bad_links: list[tuple[str, str, str]],
 ) -> None:
@@ -236,14 +243,16 @@ def _write_index(
 
     content: with what is known before the scan; bad_links: folder, name and reason of files beside the sources.
     """
-    labels = {split: _labels(split, scanned[split], devkit) for split in scanned}
-    classes_of = {
-        split: {label for chunk_labels in labels[split] for label in chunk_labels} | scanned[split].container_labels
-        for split in scanned
-    }
+    labels: dict[str, list[list[str]]] = {}
+    classes_of: dict[str, set[str]] = {}
+    for split in scanned:  # train first
+        labels[split] = _labels(split, scanned[split], kit, classes_of.get("train", set()))
+        classes_of[split] = {label for chunk_labels in labels[split] for label in chunk_labels} | scanned[split].container_labels
     sources = content.request["train"]
     if not any(labels["train"]):
-        raise InputError(f"there are no images in {', '.join(s.path for s in sources[:3])}: see `fastdit prepare --help`")
+        bad_files = [(name, reason) for _, chunk in scanned["train"].chunks for name, reason in chunk.bad]
+        all_bad = f", only {len(bad_files):,} bad files, the first of which is {' ('.join(bad_files[0])})" if bad_files else ""
+        raise InputError(f"there are no images in {', '.join(s.path for s in sources[:3])}{all_bad}: see `fastdit prepare --help`")
     classes = _class_ids(classes_of["train"])
     if unknown := sorted(classes_of.get("val", set()) - set(classes)):
         raise InputError(
@@ -267,8 +276,8 @@ def _write_index(
     csv.writer(table, lineterminator="\n").writerows([("split", "source", "file", "reason"), *rows])
     write_atomically(out / "bad_files.csv", table.getvalue())
     names = None
-    if devkit and set(classes) <= set(devkit.names):
-        names = [devkit.names[c] for c in classes]
+    if set(classes) <= set(kit.names):
+        names = [kit.names[c] for c in classes]
     elif imagenet.are_imagenet(classes):
         names = imagenet.imagenet_names()
     _note_gaps(classes)

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -20,9 +22,11 @@ import torch
 import latent_sets
 from benchmarks import photographs
 from commands import complains
+from fastdit.config import InputError
 from fastdit.data import archives, parquet, prepare
 from fastdit.data.index import FILE, open_index
 from fastdit.data.loader import ImageLoader
+from fastdit.data.pixels import BadImage
 from fastdit.distributed import World
 
 NAMES = ["ant", "bee", "cat"]
@@ -80,13 +84,41 @@ def test_threads_decode_a_row_group_once_and_keep_few(two_forms, pictures, monke
         assert [index.read(rows[i]) for i in order] == [pictures[0][i] for i in order]
 
     for cache, most in ((parquet.CACHE, 6), (1, 8 * 24)):
-        parquet._groups.clear()
+        parquet.clear()
         decoded.clear()
         monkeypatch.setattr(parquet, "CACHE", cache)
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(work, range(8)))
         assert 6 <= len(decoded) <= most
     assert sum(group.images is not None for group in parquet._groups.values()) == 1  # the last one stays, however large
+
+
+def test_files_run_out_of_descriptors_or_go(pictures, tmp_path):
+    """More files than may be open are read; without a descriptor left, or a file, none is replaced by another's image."""
+    for i in range(40):
+        photographs.write_parquet(tmp_path / "many" / f"{i:02d}.parquet", [pictures[0][i % 24]], [0], ["a"], 5)
+    index = open_index(prepare.prepare([tmp_path / "many"]))
+    rows, (soft, hard) = index.rows("train"), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, hard))
+    held = []
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(index.read, rows)) == [pictures[0][i % 24] for i in range(40)]
+        parquet.clear()
+        with pytest.raises(OSError, match="Too many"):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(InputError, match=r"Too many open files\).*ulimit -n"):
+            index.read(rows[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for number in held:
+            os.close(number)
+    assert index.read(rows[0]) == pictures[0][0]
+    parquet.clear()
+    os.remove(index.sources[1].path)
+    with pytest.raises(BadImage, match="No such file"):
+        index.read(rows[1])
 
 
 def write(path: Path, columns: dict, metadata: dict | None = None, **options) -> Path:
@@ -111,7 +143,7 @@ def plain(images):
     [
         (lambda x: {"img": x, "fine_label": [0, 1] * 3, "coarse_label": [0] * 6}, ["0", "1"], [3, 3], "'fine_.*not from 'coarse"),
         (lambda x: {"picture": x, "class": ["cat", "ant", "cat"] * 2}, ["ant", "cat"], [2, 4], None),
-        (lambda x: {"jpg": plain(x), "cls": [0, 1, 1] * 2, "__key__": list("abcdef")}, ["0", "1"], [2, 4], None),
+        (lambda x: {"jpg": plain(x), "cls": [3, 7, 7] * 2, "__key__": list("abcdef")}, ["3", "7"], [2, 4], None),
         (lambda x: {"x": plain(x)}, ["images"], [6], "no column of labels .*one class$"),
         (lambda x: {"image": x, "text": ["a"] * 6}, ["images"], [6], "one class, its columns text are not used"),
         (lambda x: {"image": x, "mask": x, "label": [0, 1] * 3}, ["0", "1"], [3, 3], "from column 'image'.*not from 'mask'"),
@@ -131,22 +163,22 @@ def test_columns_of_other_names_and_types(few, tmp_path, capsys, columns, classe
 
 def test_names_of_classes(few, tmp_path, capsys):
     """In the schema, or else in the card beside the files or above them; a card of several configs that differ is said."""
-    labels = [2, 0, 1] * 2
+    labels = [2, 0, 2] * 2
     info = {"info": {"features": {"label": {"_type": "ClassLabel", "names": NAMES}}}}
     feature = {"name": "label", "dtype": {"class_label": {"names": {"0": "no", "1": "1e3", "2": "null"}}}}
     card = f"---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - {json.dumps(feature)}\n---\n# A data set\n"
     names_of = lambda path: open_index(prepare.prepare([path], tmp_path / "index")).class_names
     write(tmp_path / "a" / "data" / "train-0.parquet", {"image": few, "label": labels}, info)
-    assert names_of(tmp_path / "a" / "data") == NAMES
+    assert names_of(tmp_path / "a" / "data") == ["ant", "cat"]  # of the labels that there are
     write(tmp_path / "b" / "data" / "train-0.parquet", {"image": few, "label": labels})
     assert names_of(tmp_path / "b" / "data") is None
     (tmp_path / "b" / "README.md").write_text(card)
     parquet._footer.cache_clear()
     (tmp_path / "index" / FILE).unlink()
-    assert names_of(tmp_path / "b" / "data") == ["no", "1e3", "null"]
+    assert names_of(tmp_path / "b" / "data") == ["no", "null"]
     (tmp_path / "a" / "README.md").write_text(card)
     parquet._footer.cache_clear()
-    assert names_of(tmp_path / "a" / "data") == NAMES
+    assert names_of(tmp_path / "a" / "data") == ["ant", "cat"]  # of the labels that there are
     other = {**feature, "dtype": {"class_label": {"names": ["x", "y", "z"]}}}
     configs = [{"config_name": name, "features": [f]} for name, f in (("one", feature), ("two", other))]
     (tmp_path / "b" / "README.md").write_text(f"---\ndataset_info: {json.dumps(configs)}\n---\n")
@@ -211,9 +243,44 @@ def test_what_is_damaged_or_ambiguous_is_one_sentence(few, pictures, tmp_path, c
     photographs.write_parquet(tmp_path / "two" / "a.parquet", pictures[0][:2], [0, 1], ["x", "y"], 5)
     photographs.write_parquet(tmp_path / "two" / "b.parquet", pictures[0][:2], [0, 1], ["y", "x"], 5)
     refused(tmp_path / "two", "classes named x, y", "classes named y, x")
+    photographs.write_parquet(path, pictures[0][:4], [0, 1, 2, 0], ["x", "y"], 2)
+    refused(path, f"row 2 of {path} has the label 2", "only 2 classes have names", "README.md")
+    photographs.write_parquet(path, [], [], ["x", "y"], 2)
+    refused(path, "there are no images")
+    photographs.write_parquet(path, [None] * 3, [0, 1, 0], ["x", "y"], 2)
+    refused(path, "there are no images", "only 3 bad files, the first of which is row 0 (there are no bytes in it)")
     parquet._footer.cache_clear()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused(tmp_path / "two" / "a.parquet", "is a Parquet file, which needs pyarrow: pip install pyarrow")
+
+
+def test_where_parquet_files_lie(pictures, tmp_path, capsys):
+    """As in the Hub's cache, whose files are links to blobs without a suffix; one folder per split; beside other data."""
+    make = lambda name: photographs.write_parquet(tmp_path / name, pictures[0][:4], [0, 1] * 2, ["x", "y"], 5)
+    for split, blob in (("train", "a1"), ("validation", "b2")):
+        make(f"cache/blobs/{blob}")
+        link = tmp_path / "cache" / "snapshots" / "main" / "data" / f"{split}-00000-of-00001.parquet"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(tmp_path / "cache" / "blobs" / blob)
+        make(f"converted/default/{split}/0000.parquet")
+    for source in ("cache/snapshots/main", "cache/snapshots/main/data", "converted"):
+        index = open_index(prepare.prepare([tmp_path / source], tmp_path / "index"))
+        assert [len(index.rows(split)) for split in ("train", "val")] == [4, 4] and index.class_names == ["x", "y"]
+        assert index.read(index.rows("val")[3]) == pictures[0][3]
+    make("configs/one/train-0.parquet"), make("configs/two/train-0.parquet")
+    words = ["prepare", tmp_path / "configs", "--out", tmp_path / "none"]
+    complains(capsys, words, "configs/one", "hold archives and no pictures", "give one of these folders")
+    make("both/train-0.parquet")
+    (tmp_path / "both" / "train-0.tar").write_bytes(photographs.tar_of({"x/0.jpg": pictures[0][1]}))
+    complains(capsys, ["prepare", tmp_path / "both"], ".parquet and .tar archives", "may be the same images")
+    make("beside/train-0.parquet"), make("beside/test-0.parquet")
+    (tmp_path / "beside" / "x").mkdir()
+    (tmp_path / "beside" / "x" / "0.jpg").write_bytes(pictures[0][1])
+    assert open_index(prepare.prepare([tmp_path / "beside"])).classes == ["x"]
+    assert "left out in" in (said := capsys.readouterr().err) and "archives: 2 (test-0.parquet, train-0.parquet)" in said
+    (tmp_path / "beside" / "x" / "0.jpg").unlink()
+    assert open_index(prepare.prepare([tmp_path / "beside"], tmp_path / "index")).class_names == ["x", "y"]
+    assert "left out: test-0.parquet" in capsys.readouterr().err
 
 
 SLOWLY = """
