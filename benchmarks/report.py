@@ -220,6 +220,19 @@ def evaluate_table(rows: list[Row]) -> tuple[str, str]:
     return sentence, markdown([{head: row[key] for key, head in heads.items()} | {"ratio": ratio(row)} for row in rows])
 
 
+def parquet_table(rows: list[Row]) -> tuple[str, str]:
+    sentence = (
+        "**Parquet files against tars** of the same photographs: images per second, and CPU time per image over that of tars, "
+        f"median of {all_of(rows, 'turns')} (range); row groups of {all_of(rows, 'rows_per_group')} images of "
+        f"{all_of(rows, 'kb_per_image')} kB: {all_of(rows, 'device')}"
+    )
+    ratio = lambda row: f"{row['ratio']} ({row['ratio_min']} to {row['ratio_max']})"
+    heads = {"case": "case", "tar_images_per_s": "tar, images/s", "parquet_images_per_s": "Parquet, images/s"}
+    return sentence, markdown(
+        [{head: row[key] for key, head in heads.items()} | {"CPU time over tars": ratio(row)} for row in rows]
+    )
+
+
 def memory_table(rows: list[Row]) -> tuple[str, str]:
     sentence = (
         "**Memory of a train step**: resident memory of real steps over the prediction of `fastdit plan`, with an allocator that "
@@ -244,7 +257,7 @@ def quality_table(rows: list[Row]) -> tuple[str, str]:
 # Prefix of the names of CSVs that no suite writes -> their table and the sentence above it.
 TABLES = {
     "cuda_host": host_table, "cuda_kernels": block_table, "optimizer_step": optimizer_table, "engine_overhead": engine_table,
-    "evaluate_overhead": evaluate_table, "plan_memory": memory_table, "quality": quality_table,
+    "evaluate_overhead": evaluate_table, "parquet_speed": parquet_table, "plan_memory": memory_table, "quality": quality_table,
 }  # fmt: skip
 
 
