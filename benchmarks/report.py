@@ -222,8 +222,8 @@ def evaluate_table(rows: list[Row]) -> tuple[str, str]:
 
 def prepare_table(rows: list[Row]) -> tuple[str, str]:
     sentence = (
-        "**Index of class folders**: CPU seconds of `fastdit prepare` over those of commit d2c3ac2, which knew neither checksums of "
-        f"images nor changes of folders, median of {all_of(rows, 'rounds')} rounds (range); of the same command where the index "
+        "**Index of class folders**: CPU seconds of `fastdit prepare` over those of commit d2c3ac2, which knew neither checksums "
+        f"of images nor changes of folders, median of {all_of(rows, 'rounds')} rounds (range); of the same command where the index "
         f"exists, and of opening the index: {all_of(rows, 'device')}"
     )
     ratio = lambda row: f"{row['ratio']} ({row['ratio_min']} to {row['ratio_max']})"
