@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ class Source:
     """An archive, or a folder of images of one class, as it was when the index was made. Names hold any bytes, as surrogates."""
 
     path: str  # absolute; a link keeps its name
-    size: int  # bytes, 0 of a folder
+    size: int  # bytes, or images of a folder
     mtime_ns: int  # 0 of a folder
     kind: str  # key of KINDS
     label: str | None = None  # class of all images of a folder
@@ -47,7 +48,7 @@ class Source:
     @classmethod
     def of_folder(cls, path: str, label: str | None, listing: folders.Listing) -> "Source":
         """Describe a folder by what folders.walk found there."""
-        return cls(path, 0, 0, "folder", label, listing.digest, listing.folders)
+        return cls(path, len(listing.images), 0, "folder", label, listing.digest, listing.folders)
 
 
 def absolute(path: Path) -> str:
@@ -80,7 +81,7 @@ class Container:
 
     source: int  # number of the source
     start: int  # where its first chunk begins: a byte of the source, or 0, the first image of a folder
-    progress: int  # its share of the progress bar: bytes, or 1 for a folder
+    progress: int  # its share of the progress bar: bytes, or images of a folder
     label: str | None  # class of all its images
 
 
@@ -219,12 +220,19 @@ def _scan_tar(path: str, container: Container, start: int) -> Chunk:
 
 def _folder_containers(number: int, source: Source) -> Iterator[Container]:
     """Yield the folder itself."""
-    yield Container(number, 0, 1, source.label)
+    yield Container(number, 0, source.size, source.label)
+
+
+@lru_cache(maxsize=1)
+def _listing(path: str) -> folders.Listing:
+    return folders.walk(path, with_state=False)
 
 
 def _scan_folder(path: str, container: Container, start: int) -> Chunk:
     """Scan a folder from its `start`th image, in the order of their names."""
-    listing = folders.walk(path, with_state=False)
+    if not start:  # a folder of a million images is listed once, not with every chunk
+        _listing.cache_clear()
+    listing = _listing(path)
     images, bad = [], [] if start else listing.bad
     for name in listing.images[start : start + CHUNK]:
         try:

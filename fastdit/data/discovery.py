@@ -17,6 +17,7 @@ from typing import NamedTuple
 from fastdit.config import InputError
 from fastdit.data import archives, folders, imagenet
 from fastdit.data.archives import Source, absolute
+from fastdit.data.classes import printable
 from fastdit.data.folders import Listing
 from fastdit.data.pixels import IMAGE_SUFFIXES, is_hidden
 from fastdit.progress import progress_bar
@@ -296,6 +297,8 @@ def _note_listings(taken: list[tuple[Item, Listing]], listings: dict[str, Listin
         others += listing.others
         hidden += listing.hidden
         by_identity[listing.identity].append(item.label)
+    if empty := [printable(str(item.label)) for item, listing in taken if not listing.images]:
+        notes.append(f"class folders without images: {len(empty):,} ({_listed(empty)})")
     outputs = [os.path.join(path, name) for path, listing in listings.items() for name in listing.outputs]
     if others:
         read = ", ".join(sorted(IMAGE_SUFFIXES))

@@ -245,18 +245,22 @@ def _check_layout(folder: Path, content: Content) -> None:
 def _check_files(index: Index, rows: np.ndarray) -> None:
     """Raise InputError if one of SAMPLE files of class folders has changed."""
     sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE), dtype=np.int64)]
+    roots = [source.path if source.kind == "folder" else None for source in index.sources]
+    files = list(zip(*(sample[key].tolist() for key in ("source", "name", "bytes", "mtime_ns")), strict=True))
 
-    def changed(row: np.void) -> bool:
-        source = index.sources[row["source"]]
-        if source.kind != "folder":
-            return False
-        try:
-            now = os.stat(f"{source.path}/{os.fsdecode(row['name'])}")
-        except OSError:
-            return True
-        return (now.st_size, now.st_mtime_ns) != (row["bytes"], row["mtime_ns"])
+    def first_changed(part: list[tuple[int, bytes, int, int]]) -> str | None:
+        for source, name, size, mtime_ns in part:
+            if root := roots[source]:
+                path = f"{root}/{os.fsdecode(name)}"
+                try:
+                    now = os.stat(path)
+                except OSError:
+                    return path
+                if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
+                    return path
+        return None
 
     with ThreadPoolExecutor(discovery.THREADS) as pool:
-        for row, is_changed in zip(sample, pool.map(changed, sample), strict=True):
-            if is_changed:
-                raise _stale(index.folder, index.name(row), "which has changed")
+        for path in pool.map(first_changed, (files[i :: discovery.THREADS] for i in range(discovery.THREADS))):
+            if path:
+                raise _stale(index.folder, path, "which has changed")

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 from PIL import Image
 
-IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 IMAGE_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF"}  # that both Pillow and DALI decode
 
-SYSTEM_NAMES = {  # of files and folders that operating systems, NAS boxes and archivers leave behind
-    "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db",
+SYSTEM_NAMES = {  # in lower case, of files and folders that operating systems, NAS boxes and archivers leave behind
+    "__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found",
+    "thumbs.db", "ehthumbs.db", "desktop.ini",
 }  # fmt: skip
 
 
@@ -28,7 +29,7 @@ class Header(NamedTuple):
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is not part of a data set: it is hidden, or a system's own."""
-    return name.startswith(".") or name in SYSTEM_NAMES
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:

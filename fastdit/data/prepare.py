@@ -57,7 +57,8 @@ def _scan_split(split: str, sources: list[Source], journal: Path) -> ScannedSpli
     """Scan all containers of a split's sources. Raises InputError if one is damaged."""
     containers = list(archives.find_containers(sources))
     total = sum(container.progress for container in containers)
-    bar_unit: dict[str, Any] = {"unit": "B", "unit_scale": True} if total != len(containers) else {"unit": "class"}
+    in_archives = any(source.kind != "folder" for source in sources)
+    bar_unit: dict[str, Any] = {"unit": "B", "unit_scale": True} if in_archives else {"unit": "image"}
     chunks = []
     with progress_bar(total, description=f"scan {split}", **bar_unit) as bar:
         for number, container in enumerate(containers):

@@ -182,7 +182,9 @@ def test_what_class_folders_hold_besides_images_is_said(tmp_path):
     found = discovery.find([tmp_path])
     assert [source.label for source in found.sources["train"]] == ["a", "b"]
     notes = "\n".join(found.layout.notes)
-    for text in ("1 .avif, 2 .gif files; only .bmp, .jpeg", ".cache (1)", "b/run, ", "runs/r, made by fastdit", "b/deep/er/3.jpg"):
+    (tmp_path / "empty").mkdir()
+    assert "class folders without images: 1 (empty)" in discovery.find([tmp_path]).layout.notes
+    for text in ("1 .avif, 2 .gif files; only .bmp, .jfif", ".cache (1)", "b/run, ", "runs/r, made by fastdit", "b/deep/er/3.jpg"):
         assert text in notes, notes
 
 

@@ -20,7 +20,7 @@ def test_images_at_any_depth_in_the_order_of_their_bytes(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [".ipynb_checkpoints/x.jpg", "__MACOSX/x.jpg", "@eaDir/x.jpg", ".cache/deep/er/x.jpg", "#recycle/x.jpg", "lost+found/x.jpg",
-     "$RECYCLE.BIN/x.jpg", "System Volume Information/x.jpg", "sub/.hidden/x.jpg"],
+     "$RECYCLE.BIN/x.jpg", "System Volume Information/x.jpg", "sub/.hidden/x.jpg", "__macosx/x.jpg", "#snapshot/x.jpg"],
 )  # fmt: skip
 def test_hidden_and_system_folders_are_counted(tmp_path, name):
     pictures.write(tmp_path, "a.jpg", name)
@@ -30,9 +30,9 @@ def test_hidden_and_system_folders_are_counted(tmp_path, name):
 
 
 def test_hidden_files_are_left_out_and_others_counted(tmp_path):
-    pictures.write(tmp_path, "a.jpg", "._a.jpg", ".DS_Store", "Thumbs.db", "b.gif", "c.GIF", "d.tar.gz", "README")
+    pictures.write(tmp_path, "a.jfif", "._a.jpg", ".DS_Store", "Thumbs.db", "desktop.ini", "b.gif", "c.GIF", "d.tar.gz", "README")
     listing = walk(str(tmp_path))
-    assert listing.images == ["a.jpg"] and listing.others == {".gif": 2, ".tar.gz": 1, "": 1}
+    assert listing.images == ["a.jfif"] and listing.others == {".gif": 2, ".tar.gz": 1, "": 1}
     assert folders.counted(listing.others) == "1 without a suffix, 2 .gif, 1 .tar.gz"
 
 

@@ -23,7 +23,7 @@ from commands import complains
 from fastdit import cli, files
 from fastdit.config import InputError
 from fastdit.data import archives as archives_module
-from fastdit.data import imagenet, prepare
+from fastdit.data import folders, imagenet, prepare
 from fastdit.data.folders import DANGLING
 from fastdit.data.index import FILE, open_index
 
@@ -77,6 +77,17 @@ prepare.prepare([Path(sys.argv[1])], Path(sys.argv[2]), Path(sys.argv[3]), Path(
 """
 
 
+def test_a_folder_of_many_chunks_is_listed_once(tmp_path, monkeypatch):
+    source = pictures.write(tmp_path / "d", *(f"a/{i}.jpg" for i in range(9)), "b/0.jpg")
+    whole = prepare.prepare([source], tmp_path / "whole")
+    walk, walked = folders.walk, []
+    monkeypatch.setattr(folders, "walk", lambda path, *rest, **options: (walked.append(path), walk(path, *rest, **options))[1])
+    monkeypatch.setattr(archives_module, "CHUNK", 2)
+    chunked = prepare.prepare([source], tmp_path / "chunked")
+    assert contents(chunked) == contents(whole)
+    assert len(walked) == 4  # each class folder once for its state, and once to scan it
+
+
 def test_a_killed_run_resumes_to_the_same_bytes(archives, full_index, tmp_path, seed):
     train, val, devkit = archives
     command, out = [sys.executable, "-c", SLOWLY, train, tmp_path / "index", val, devkit], tmp_path / "index"
@@ -99,11 +110,11 @@ def test_a_full_disk_keeps_what_was_done(archives, full_index, tmp_path, capsys,
     words = ["prepare", train, "--val", val, "--devkit", devkit, "--out", tmp_path / "index"]
     write, written = Path.write_text, []
 
-    def full(self, text, *rest):
+    def full(self, text, **options):
         if len(written) == 4:
             raise OSError(errno.ENOSPC, "No space left on device", str(self))
         written.append(self)
-        return write(self, text, *rest)
+        return write(self, text, **options)
 
     monkeypatch.setattr(Path, "write_text", full)
     complains(capsys, words, "No space left on device", "kept")
