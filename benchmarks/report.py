@@ -222,12 +222,12 @@ def evaluate_table(rows: list[Row]) -> tuple[str, str]:
 
 def parquet_table(rows: list[Row]) -> tuple[str, str]:
     sentence = (
-        "**Parquet files against tars** of the same photographs: images per second, and CPU time per image over that of tars, "
-        f"median of {all_of(rows, 'turns')} (range); row groups of {all_of(rows, 'rows_per_group')} images of "
+        "**Parquet files against tars** of the same photographs: images per second and core, and CPU time per image over that of "
+        f"tars, median of {all_of(rows, 'turns')} (range); row groups of {all_of(rows, 'rows_per_group')} images of "
         f"{all_of(rows, 'kb_per_image')} kB: {all_of(rows, 'device')}"
     )
     ratio = lambda row: f"{row['ratio']} ({row['ratio_min']} to {row['ratio_max']})"
-    heads = {"case": "case", "tar_images_per_s": "tar, images/s", "parquet_images_per_s": "Parquet, images/s"}
+    heads = {"case": "case", "tar_images_per_cpu_s": "tar, images/s", "parquet_images_per_cpu_s": "Parquet, images/s"}
     return sentence, markdown(
         [{head: row[key] for key, head in heads.items()} | {"CPU time over tars": ratio(row)} for row in rows]
     )

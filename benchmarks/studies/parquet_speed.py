@@ -1,12 +1,12 @@
-"""Images from Parquet files against the same images in tars: images per second of `fastdit prepare` and of training batches.
+"""Images from Parquet files against the same images in tars: images per CPU second of `fastdit prepare` and of training batches.
 
     python -m benchmarks.studies.parquet_speed [--images 2000] [--rows 100] [--turns 5]
 
 Photographs of about 500x375 pixels, in row groups of 100 as the Hub has them, from the page cache. prepare: to an index. Three
 cases of batches of 32 images at 256 pixels, read and decoded by the loader: `in cache`, an epoch's order after all row groups have
 been decoded, as of a data set of less than 512 MiB; `beyond cache`, the same without the cache, as of a data set of many times its
-size; `file order`, as `fastdit encode` reads, from an empty cache. The two take turns; CPU time is that of all threads. 10 minutes
-on 2 cores.
+size; `file order`, as `fastdit encode` reads, from an empty cache. The two take turns. The CPU time is that of all threads: the
+images per second are those of one core. 10 minutes on 2 cores.
 """
 
 import statistics
@@ -42,15 +42,15 @@ def write_sources(folder: Path, count: int, rows: int) -> dict[str, Path]:
     return {"tar": folder / "images.tar", "parquet": folder / "images.parquet"}
 
 
-def timed(work: Callable[[], None]) -> tuple[float, float]:
-    """Return the (wall, CPU) seconds of a call; CPU: of all threads of the process."""
-    wall, cpu = time.perf_counter(), time.process_time()
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Return the CPU seconds of all threads of this process during a call."""
+    before = time.process_time()
     work()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return time.process_time() - before
 
 
-def read_batches(index: Index, case: str, count: int) -> tuple[float, float]:
-    """Return `timed` of `count` images in batches, in the order of a case."""
+def read_batches(index: Index, case: str, count: int) -> float:
+    """Return the CPU seconds of `count` images in batches, in the order of a case."""
     parquet.CACHE = CASES[case]
     parquet.clear()
     rows = index.rows("train")
@@ -60,7 +60,7 @@ def read_batches(index: Index, case: str, count: int) -> tuple[float, float]:
     order = np.arange(count) if case == "file order" else np.random.default_rng(0).permutation(len(rows))[:count]
     batches = np.array_split(order, max(1, count // BATCH))
     decoder = center_crop_decoder(index, rows, batches, max(map(len, batches)), SIZE, torch.device("cpu"), 0)
-    return timed(lambda: [decoder.next() for _ in batches])
+    return cpu_seconds(lambda: [decoder.next() for _ in batches])
 
 
 def main(words: list[str] | None = None) -> int:
@@ -71,11 +71,11 @@ def main(words: list[str] | None = None) -> int:
     options = results_csv.parse(parser, words)
     with tempfile.TemporaryDirectory() as folder, progress_bar(options.turns, description="turns", unit="turn") as bar:
         sources = write_sources(Path(folder), options.images, options.rows)
-        timings: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        timings: dict[tuple[str, str], list[float]] = {}
         for turn in range(options.turns):
             for kind, source in list(sources.items())[:: -1 if turn % 2 else 1]:
                 out = Path(folder) / f"{kind}-{turn}.index"
-                timings.setdefault(("prepare", kind), []).append(timed(lambda s=source, o=out: prepare.prepare([s], o)))
+                timings.setdefault(("prepare", kind), []).append(cpu_seconds(lambda s=source, o=out: prepare.prepare([s], o)))
                 index = open_index(out)
                 for case in CASES:
                     timings.setdefault((case, kind), []).append(read_batches(index, case, options.images))
@@ -83,13 +83,12 @@ def main(words: list[str] | None = None) -> int:
         sizes = np.array(index.rows("train")["bytes"])
     result = []
     for case in ("prepare", *CASES):
-        walls, cpus = ({kind: [pair[i] for pair in timings[case, kind]] for kind in sources} for i in (0, 1))
-        ratios = [p / t for t, p in zip(cpus["tar"], cpus["parquet"], strict=True)]
+        seconds = {kind: timings[case, kind] for kind in sources}
+        ratios = [p / t for t, p in zip(seconds["tar"], seconds["parquet"], strict=True)]
         result.append({
             "case": case, "images": options.images, "rows_per_group": options.rows, "kb_per_image": f"{sizes.mean() / 1e3:.0f}",
             "turns": options.turns,
-            **{f"{kind}_images_per_s": f"{options.images / statistics.median(walls[kind]):.0f}" for kind in sources},
-            **{f"{kind}_cpu_ms": f"{1e3 * statistics.median(cpus[kind]) / options.images:.2f}" for kind in sources},
+            **{f"{kind}_images_per_cpu_s": f"{options.images / statistics.median(seconds[kind]):.0f}" for kind in sources},
             "ratio": f"{statistics.median(ratios):.2f}", "ratio_min": f"{min(ratios):.2f}", "ratio_max": f"{max(ratios):.2f}",
         })  # fmt: skip
         print(results_csv.line(result[-1]))
