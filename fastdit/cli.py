@@ -3,9 +3,9 @@
 Only the module of the given command is imported, so that `fastdit --help` and `fastdit prepare` need no torch. `run` returns the
 text that rank 0 prints at the end, or None.
 
-Exit codes: 0; 1 for a run that diverged; 2 for bad input, after one sentence; 75 after SIGTERM, when the run was saved; 130 after
-Ctrl-C; 141 if the reader of stdout has gone. FASTDIT_NO_REEXEC=1 skips the restart that gives glibc's allocator its settings, which
-debuggers and profilers may not follow.
+Exit codes: 0; 1 for a run that diverged or samples that are not finite; 2 for bad input, after one sentence; 75 after SIGTERM, when
+the run was saved; 130 after Ctrl-C; 141 if the reader of stdout has gone. FASTDIT_NO_REEXEC=1 skips the restart that gives glibc's
+allocator its settings, which debuggers and profilers may not follow.
 """
 
 import argparse
@@ -132,7 +132,8 @@ def main(words: list[str] | None = None) -> int:
             print(f"fastdit: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 75  # EX_TEMPFAIL: try again
     except FloatingPointError as error:
-        print(f"fastdit: {error}", file=sys.stderr)
+        if first_rank:
+            print(f"fastdit: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("fastdit: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)

@@ -24,6 +24,9 @@ from fastdit.sampling.solvers import SOLVERS  # which imports neither torch nor 
 RENAMED = {"train.checkpoint": "train.recompute"}  # old key: new key; saved configs may have either
 RECOMPUTE = ("none", "light", "full")  # values of train.recompute
 ZERO_STAGES = (1, 2, 3)  # values of zero.stage
+MAX_STEPS = 10_000  # of sample.steps
+MAX_GUIDANCE = 100  # of sample.guidance; papers use up to 20
+MAX_SHIFT = 1000  # of sample.time_shift and its inverse: beyond, timesteps are rounded to 0 or 1
 
 
 class InputError(Exception):
@@ -129,12 +132,12 @@ class FlowConfig:
 
     logit_mean: float = 0.0  # mean of the logit-normal timesteps, t = sigmoid(normal(mean, std)): arXiv:2403.03206, equation 19
     logit_std: float = 1.0  # their standard deviation, before the sigmoid
-    label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance
+    label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance (default with one class: 0)
 
     def __post_init__(self) -> None:
         _at_least("flow", self, "logit_std", 0)
-        if not 0 <= self.label_dropout <= 1:
-            raise InputError(f"flow.label_dropout={self.label_dropout} must be between 0 and 1")
+        if not 0 <= self.label_dropout < 1:
+            raise InputError(f"flow.label_dropout={self.label_dropout} must be at least 0 and below 1: at 1 no class is trained")
 
 
 @dataclass(frozen=True)
@@ -217,21 +220,32 @@ class SampleConfig:
 
     steps: int = 15  # solver steps
     solver: str = "heun"  # a name of SOLVERS in sampling/solvers.py
-    guidance: float = 2.0  # w of (1+w)·v(class) − w·v(null); the scale s in papers is 1+w
+    # w of (1+w)·v(class) − w·v(null); the scale s in papers is 1+w. Default with one class or without label dropout: 0
+    guidance: float = 2.0
     guidance_low: float = 0.0  # least timestep with guidance (t = 1 is noise)
     guidance_high: float = 1.0  # greatest timestep with guidance
     time_shift: float = 1.0  # shift of the timesteps: above 1, more steps near noise
 
     def __post_init__(self) -> None:
-        _at_least("sample", self, "steps", 1)
-        _at_least("sample", self, "guidance", 0)
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise InputError(f"sample.steps={self.steps} must be between 1 and {MAX_STEPS:,}")
+        if not 0 <= self.guidance <= MAX_GUIDANCE:  # NaN fails too
+            raise InputError(
+                f"sample.guidance={self.guidance} must be between 0 and {MAX_GUIDANCE}: images are saturated far below"
+            )
         _one_of("sample", self, "solver", tuple(SOLVERS))
         if not 0 <= self.guidance_low <= self.guidance_high <= 1:
             raise InputError(
                 f"sample.guidance_low={self.guidance_low} and guidance_high={self.guidance_high} must be 0 <= low <= high <= 1"
             )
-        if not 0 < self.time_shift < math.inf:
-            raise InputError(f"sample.time_shift={self.time_shift} must be above 0 and finite")
+        if not 1 / MAX_SHIFT <= self.time_shift <= MAX_SHIFT:
+            raise InputError(f"sample.time_shift={self.time_shift} must be between {1 / MAX_SHIFT} and {MAX_SHIFT}")
+
+    def asks_for_guidance(self) -> str | None:
+        """Return the first setting that only guided samples have, such as "guidance=2.0", or None."""
+        unguided = {"guidance": 0, "guidance_low": 0, "guidance_high": 1}
+        asked = (f"{key}={getattr(self, key)}" for key, value in unguided.items() if getattr(self, key) != value)
+        return next(asked, None)
 
 
 @dataclass(frozen=True)
@@ -278,6 +292,12 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
 
     def __post_init__(self) -> None:
+        if self.flow.label_dropout == 0 and (asked := self.sample.asks_for_guidance()):
+            default = " (its default with model.num_classes=1)" * (self.model.num_classes == 1)
+            raise InputError(
+                f"sample.{asked} needs the null class, which flow.label_dropout=0{default} does not train: leave it out, or set "
+                "flow.label_dropout=0.1"
+            )
         if self.zero.stage == 3 and self.train.compile in ("graphs", "blocks", "model"):
             raise InputError(
                 f"train.compile={self.train.compile} does not work with zero.stage=3, whose hooks break graphs: use auto or none"
@@ -362,7 +382,20 @@ def from_dict(values: dict) -> Config:
     if name not in PRESETS:
         raise InputError(f"model.preset={name} is unknown: {nearest(name, list(PRESETS))}")
     given["model"] = {**PRESETS[name], **model}
+    _without_null_class(given)
     return Config(**{section: sections[section](**entries) for section, entries in given.items()})
+
+
+def _without_null_class(given: dict[str, dict]) -> None:
+    """Set the defaults of label dropout and guidance that follow from other settings. given: values by section, changed in place.
+
+    One class needs no guidance, so that its labels are not dropped; without dropped labels the null class is not trained.
+    """
+    one_class = given["model"].get("num_classes") == 1
+    if one_class:
+        given.setdefault("flow", {}).setdefault("label_dropout", 0.0)
+    if one_class or given.get("flow", {}).get("label_dropout") == 0:
+        given.setdefault("sample", {}).setdefault("guidance", 0.0)
 
 
 def _is_text(section: str, key: str) -> bool:
@@ -407,6 +440,8 @@ def from_saved(values: dict) -> Config:
         section, key = old.split(".")
         if key in values.get(section, {}):
             values[section][new.partition(".")[2]] = values[section].pop(key)
+    if (values.get("flow") or {}).get("label_dropout") == 0:  # runs of before were guided by their untrained null class
+        values["sample"] = {**(values.get("sample") or {}), "guidance": 0.0, "guidance_low": 0.0, "guidance_high": 1.0}
     return from_dict(values)
 
 

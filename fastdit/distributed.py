@@ -27,8 +27,8 @@ class World(NamedTuple):
     def together(self, work: Callable[[], T], everywhere: bool = True) -> T:
         """Run `work` on every rank and return its result. All ranks must call it.
 
-        everywhere=False runs it only on rank 0 and returns that result on all ranks. An InputError on any rank is raised on all, so
-        that none waits for a rank that has left.
+        everywhere=False runs it only on rank 0 and returns that result on all ranks. An InputError or a FloatingPointError on any
+        rank is raised on all, so that none waits for a rank that has left.
         """
         if self.size == 1:
             return work()
@@ -36,7 +36,7 @@ class World(NamedTuple):
         if everywhere or self.rank == 0:
             try:
                 result = work()
-            except InputError as caught:
+            except (InputError, FloatingPointError) as caught:
                 error = caught
         outcomes: list = [None] * self.size
         dist.all_gather_object(outcomes, (None if everywhere else result, error), group=self.control)

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, resumable jobs, hashes. Imports only the standard library and config."""
 
+import argparse
 import errno
 import fcntl
 import hashlib
@@ -7,8 +8,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -94,6 +95,32 @@ def lock(path: Path, taken: str) -> TextIO:
     return file
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError, such as a full disk, into an InputError that says that `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}: make room, or choose another path") from error
+
+
+@contextmanager
+def outputs(paths: Iterable[Path]) -> Iterator[None]:
+    """Check that files can be written at `paths`, and keep every other command from writing them during the block.
+
+    The locks are files beside them, which are removed at the end. Raises InputError.
+    """
+    with ExitStack() as stack:
+        for path in paths:
+            check_writable(path)
+            with writing(path):
+                lock_file = path.with_name(f".{path.name}.lock")
+                taken = f"another command writes {path}: wait for it, or choose another path"
+                stack.enter_context(lock(lock_file, taken))
+            stack.callback(lock_file.unlink, missing_ok=True)
+        yield
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's contents, in hexadecimal."""
     digest = hashlib.sha256()
@@ -105,9 +132,21 @@ def sha256(path: Path) -> str:
 
 def check_writable(path: Path) -> None:
     """Raise InputError unless a file can be written at `path`."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give the name of a file in it")
     try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: give the name of a file in it")
+        if path.exists() and not path.is_file():  # the rename would replace a device such as /dev/null
+            raise InputError(f"{path} is no regular file: choose another path")
+        if len(os.fsencode(path.name)) > 180:  # of 255, because temporary files and locks have longer names
+            raise InputError(f"{path.name[:20]}… is longer than 180 bytes: choose a shorter name")
         tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}: choose another path") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be written: {reason}: choose another path") from error
+
+
+def path_argument(text: str) -> Path:
+    """Return a path of a command line. Raises ArgumentTypeError for '', which is not the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no path: give one, or leave the option out")
+    return Path(text)

@@ -26,6 +26,7 @@ from fastdit.device import DTYPES, native_bf16
 from fastdit.graphs import release_recorded
 from fastdit.model import DiT
 from fastdit.sampling import pictures
+from fastdit.sampling.class_names import with_images
 from fastdit.sampling.sampler import Sampler
 from fastdit.training import engine, saver, telemetry
 from fastdit.training.ema import ShardedEma, gather
@@ -112,7 +113,8 @@ def _train(config: Config) -> Path:
     world.together(lambda: telemetry.check_wandb(config))
     data_path, loader, codec = open_data(config, world)
     run = Path(config.train.out) / config.train.name
-    validation = Validation(config, data_path, codec, run, world) if config.validate.steps else None
+    learned = with_images(config.model.num_classes, loader.class_counts, loader.class_names)
+    validation = Validation(config, data_path, codec, run, world, learned) if config.validate.steps else None
     lock = world.together(lambda: _lock_run_folder(run) if world.rank == 0 else None)
     Trainer(config, world, loader, codec, run, resume_from, state, validation).loop()
     if world.rank == 0:
@@ -123,7 +125,7 @@ def _train(config: Config) -> Path:
 
 
 def _notes(config: Config, world: distributed.World) -> list[str]:
-    """Return what makes this run slower than its user may expect, a sentence each."""
+    """Return what its user may not expect of this run, a sentence each."""
     notes = []
     if config.train.precision == "bf16" and not native_bf16(world.device):
         notes.append("warning: bf16 matmuls are emulated on this device, and far slower than with train.precision=fp32")
@@ -132,6 +134,8 @@ def _notes(config: Config, world: distributed.World) -> list[str]:
             "note: train.compile=model makes one graph of the backward pass: gradients are sent after it, and no communication is "
             "hidden (train.compile=graphs and blocks hide it)"
         )
+    if config.flow.label_dropout == 0:
+        notes.append("note: flow.label_dropout=0 trains no null class: samples are drawn without guidance")
     return notes
 
 
@@ -414,8 +418,8 @@ class Trainer:
 
     def _draw(self, done: int) -> None:
         """Write a grid of samples of the EMA weights, drawn from a copy of the model that lives as long as the drawing."""
-        classes = self.config.model.num_classes
-        shown = torch.linspace(0, classes - 1, min(classes, GRID_CLASSES)).round().long()
+        learned = torch.tensor(with_images(self.config.model.num_classes, self.loader.class_counts, self.loader.class_names))
+        shown = learned[torch.linspace(0, len(learned) - 1, min(len(learned), GRID_CLASSES)).round().long()]
         sampler = Sampler.of_model(self._averaged_model(), self.config, self.codec)
         images = sampler.draw(shown.repeat_interleave(GRID_COLUMNS), self.config.train.seed, world=self.world)
         if self.world.rank == 0:
