@@ -145,6 +145,19 @@ def check_writable(path: Path) -> None:
         raise InputError(f"{path} cannot be written: {reason}: choose another path") from error
 
 
+def check_readable(name: str, path: str | Path) -> None:
+    """Raise InputError if no path can be `path`, given as the option or argument `name`. It need not exist."""
+    try:
+        if not str(path):
+            raise ValueError("it is empty")
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return  # whoever reads it says what it should be
+    except (OSError, ValueError) as error:  # too long, a loop of links, no permission; ValueError: a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name} {str(path)[:50]!r} cannot be read: {reason}") from error
+
+
 def path_argument(text: str) -> Path:
     """Return a path of a command line. Raises ArgumentTypeError for '', which is not the current folder."""
     if not text:

@@ -106,7 +106,8 @@ def of_checkpoint(sampler: Sampler, count: int, balance: str, overrides: dict, s
         "kind": "checkpoint", "path": str(sampler.path), "step": sampler.step, "sha256": sampler.sha256,
         "weights": sampler.weights, "ema_decay": sampler.ema_decay, "sampler": asdict(settings),
         "guidance_scale": 1 + settings.guidance, "guided_channels": "all", "labels": balance, "seed": seed, "images": count,
-        "classes": len(learned), "dtype": sampler.dtype, "autoencoder": config.data.autoencoder,
+        "classes": len(learned), "left_out": sorted({*range(sampler.null)}.difference(learned)), "dtype": sampler.dtype,
+        "autoencoder": config.data.autoencoder,
         "autoencoder_sha256": codec.sha256(),
         "autoencoder_dtype": str(codec.dtype).removeprefix("torch.") if codec.dtype else None,
     }  # fmt: skip

@@ -74,7 +74,8 @@ def _id(text: str, num_classes: int, names: _Names) -> int:
     return number
 
 
-def _some(classes: list[int]) -> str:
+def some(classes: list[int]) -> str:
+    """Return class ids as text, at most SHOWN of them."""
     return ", ".join(map(str, classes[:SHOWN])) + f", … ({len(classes)} classes)" * (len(classes) > SHOWN)
 
 
@@ -105,7 +106,7 @@ def parse_classes(
         raise InputError("--class all may be the class of that name or all classes: give ids")
     if text == "all":
         if left_out:
-            say(f"classes without images in training are left out: {_some(left_out)}")
+            say(f"classes without images in training are left out: {some(left_out)}")
         return learned
     classes: list[int] = []
     parts = [part.strip() for part in text.split(",")]
@@ -131,7 +132,7 @@ def parse_classes(
             raise InputError(f"--class {text!r} must be 'all' or class ids such as 3 or 207,360")
         position += count or 1
     if unlearned := sorted(set(classes).intersection(left_out)):
-        say(f"warning: the model has seen no images of {'class' if len(unlearned) == 1 else 'classes'} {_some(unlearned)}")
+        say(f"warning: the model has seen no images of {'class' if len(unlearned) == 1 else 'classes'} {some(unlearned)}")
     return classes
 
 

@@ -17,7 +17,7 @@ from fastdit.config import InputError, SampleConfig
 from fastdit.data.classes import class_table
 from fastdit.device import DTYPES, choose_device, device_name, native_bf16, synchronize
 from fastdit.distributed import World
-from fastdit.files import check_writable, path_argument
+from fastdit.files import check_readable, check_writable, path_argument
 from fastdit.progress import progress_bar, say, warn
 from fastdit.sampling import pictures
 from fastdit.sampling.class_names import FEW_CLASSES, NUMBER, parse_classes
@@ -57,6 +57,7 @@ class SampleRequest:
 
     def __post_init__(self) -> None:
         """Raises InputError."""
+        check_readable("--checkpoint", self.checkpoint)
         if not any((self.out, self.folder, self.gif, self.npz, self.latents)):
             self.out = Path("samples.png")
         for flag, value in (("per-class", self.per_class), ("at-once", self.at_once)):
