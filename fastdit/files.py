@@ -142,7 +142,7 @@ def check_writable(path: Path) -> None:
         tempfile.TemporaryFile(dir=path.parent).close()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be written: {reason}: choose another path") from error
+        raise InputError(f"{str(path)[:200]} cannot be written: {reason}: choose another path") from error
 
 
 def check_readable(name: str, path: str | Path) -> None:

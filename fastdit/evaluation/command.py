@@ -7,6 +7,7 @@ evaluators differ, this one follows the ADM evaluator (fastdit/evaluation/metric
 import argparse
 import json
 import math
+import os
 import shlex
 import time
 from contextlib import ExitStack
@@ -204,13 +205,13 @@ def say_model(source: ImageSet, world: World) -> None:
 
 def _reserve(stack: ExitStack, request: EvaluationRequest, out: Path | None, save_reference: Path | None) -> None:
     """Lock the files to write until `stack` is closed. Raises InputError."""
-    inputs = [Path(path).resolve() for path in (request.source, request.reference, request.features) if path]
-    inputs += [path.with_suffix(".json") for path in inputs if path.suffix == ".safetensors"]
+    inputs = [os.path.realpath(path) for path in (request.source, request.reference, request.features) if path]
+    inputs += [path.removesuffix(".safetensors") + ".json" for path in inputs if path.endswith(".safetensors")]
     paths = {name: path for name, path in (("--out", out), ("--save-reference", save_reference)) if path is not None}
     for name, path in paths.items():
-        if path.resolve() in inputs:
+        if os.path.realpath(path) in inputs:
             raise InputError(f"{name} {path} is read by this command: choose another path")
-    if out is not None and save_reference is not None and out.resolve() == save_reference.resolve():
+    if out is not None and save_reference is not None and os.path.realpath(out) == os.path.realpath(save_reference):
         raise InputError(f"--out and --save-reference are both {out}: give two paths")
     stack.enter_context(files.outputs(paths.values()))
 

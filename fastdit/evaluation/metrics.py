@@ -254,6 +254,8 @@ def _sfid(samples: Summary, reference: Summary) -> dict:
 def _kid(samples: Summary, reference: Summary) -> dict:
     if samples.features is None or reference.features is None:
         return {}
+    if min(len(samples.features), len(reference.features)) < 2:
+        return {}
     return {"kid": kernel_distance(samples.features, reference.features)}
 
 
@@ -346,10 +348,10 @@ def _check(arrays: dict[str, Tensor], path: Path) -> None:
         if mean not in arrays:
             continue
         width, sigma = arrays[mean].numel(), arrays.get(covariance)
-        if arrays[mean].ndim != 1 or sigma is None or sigma.shape != (width, width):
+        if not width or arrays[mean].ndim != 1 or sigma is None or sigma.shape != (width, width):
             raise InputError(f"{path} holds {mean} of width {width} but no {covariance} of {width} x {width}: make it again")
-        if (sigma - sigma.T).abs().max() > 1e-5 * sigma.abs().max():
-            raise InputError(f"{path} holds a {covariance} that is not symmetric, and no covariance: make it again")
+        if (sigma - sigma.T).abs().max() > 1e-5 * sigma.abs().max() or sigma.diagonal().min() < 0:
+            raise InputError(f"{path} holds a {covariance} that is not symmetric, or has negative variances: make it again")
     if "features" in arrays and arrays["features"].shape[1:] != arrays["mu"].shape:
         raise InputError(
             f"{path} holds features {list(arrays['features'].shape)} but mu of width {len(arrays['mu'])}: make it again"

@@ -48,14 +48,16 @@ def parse_axes(words: list[str]) -> dict[str, list]:
     axes: dict[str, list] = {}
     for word in words:
         key, equals, text = word.partition("=")
-        if not equals or key not in kinds:
-            raise InputError(f"{word!r} must be KEY=VALUE,VALUE: {nearest(key, list(kinds))}")
+        if key not in kinds:
+            raise InputError(f"{word[:60]!r} must be KEY=VALUE,VALUE: {nearest(key, list(kinds))}")
+        if not equals:
+            raise InputError(f"{word!r} has no values: give {key}=VALUE,VALUE")
         if key in axes:
             raise InputError(f"{key} is given twice: give all its values at once, {key}=VALUE,VALUE")
         try:
             axes[key] = [kinds[key](value) for value in text.split(",")]
         except ValueError as error:
-            raise InputError(f"{word!r} must hold values of type {kinds[key].__name__}: {error}") from error
+            raise InputError(f"{word[:60]!r} must hold values of type {kinds[key].__name__}: {str(error)[:100]}") from error
     if not axes:
         raise InputError("nothing to sweep over: give KEY=VALUE,VALUE, such as guidance=0,1,2 steps=8,15 weights=ema,raw")
     return axes

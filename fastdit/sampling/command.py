@@ -65,16 +65,16 @@ class SampleRequest:
                 raise InputError(f"--{flag} {value} must be at least 1")
         if not -1 <= self.seed < 2**63:
             raise InputError(f"--seed {self.seed} must be at least -1 (drawn and printed) and below 2^63")
-        if not 0 < self.gif_fps <= 100:
-            raise InputError(f"--gif-fps {self.gif_fps} must be above 0 and at most 100")
+        if not 0.01 <= self.gif_fps <= 100:
+            raise InputError(f"--gif-fps {self.gif_fps} must be between 0.01 and 100")
         if self.gif_of is not None and not self.gif:
             raise InputError(f"--gif-of {self.gif_of} needs --gif FILE")
-        flags: dict[Path, str] = {}
+        flags: dict[str, str] = {}
         for flag, target in self.targets().items():
             if flag in SUFFIXES:
                 check_writable(target)
                 pictures.check_suffix(f"--{flag}", target, SUFFIXES[flag])
-            if (other := flags.setdefault(target.resolve(), flag)) != flag:
+            if (other := flags.setdefault(os.path.realpath(target), flag)) != flag:
                 raise InputError(f"--{other} and --{flag} are both {target}: give two paths")
 
     def targets(self) -> dict[str, Path]:
