@@ -2,11 +2,15 @@
 
 import errno
 import fcntl
+import functools
+import glob
 import hashlib
 import json
 import os
+import platform
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,17 +28,34 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@functools.cache  # once per folder: a journal has thousands of files
+def _delete_stale(folder: Path) -> None:
+    """Delete the temporary files in a folder that processes of this machine left which do not run any more."""
+    start = f".tmp-{platform.node()}-"
+    for temporary in folder.glob(f"{glob.escape(start)}*"):
+        try:
+            os.kill(int(temporary.name.removeprefix(start).partition("-")[0]), 0)  # sends nothing
+        except ProcessLookupError:
+            temporary.unlink(missing_ok=True)
+        except (PermissionError, OverflowError, ValueError):  # it runs, as somebody else; not a name of `replacing`
+            continue
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, and replace `path` by it at the end of the block: fsync, then rename."""
-    temporary = path.with_name(f".tmp-{path.name}")
+    """Yield a temporary path to write to, and replace `path` by it at the end of the block: fsync, then rename.
+
+    The temporary path is of this thread only: of two commands that write one file, the last one wins.
+    """
+    _delete_stale(path.parent)
+    temporary = path.with_name(f".tmp-{platform.node()}-{os.getpid()}-{threading.get_native_id()}-{path.name}")
     try:
         yield temporary
+        flush(temporary)
+        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    flush(temporary)
-    temporary.replace(path)
     flush(path.parent)
 
 
@@ -55,7 +76,13 @@ def begin_or_match(path: Path, settings: dict) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
         return None
-    begun, given = json.loads(path.read_text()), json.loads(text)
+    given = json.loads(text)
+    try:
+        begun = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        begun = None
+    if not isinstance(begun, dict):
+        return f"was begun by something else than fastdit: {path.name} in it is damaged"
     for key in given:
         if begun.get(key) != given[key]:
             return f"was begun with {key}={begun.get(key)}, this command has {given[key]}"
