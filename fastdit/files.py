@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, resumable jobs, hashes. Imports only the standard library and config."""
+"""Files and folders that are written whole or not at all, resumable jobs, hashes. Imports only the standard library and config."""
 
 import errno
 import fcntl
@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import threading
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import TextIO
 
 from fastdit.config import InputError
+
+MANIFEST = "manifest.json"  # of a folder: names, sizes and SHA-256 of its files, written last
 
 
 def flush(path: Path) -> None:
@@ -128,6 +131,55 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def damage(folder: Path, by_hash: bool = True) -> str | None:
+    """Return the first difference between a folder and its manifest, such as "a.bin has 3 bytes, not 4", or None if it is whole.
+
+    by_hash=False compares only the sizes.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        expected = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in files.items()}
+        if not expected:
+            raise ValueError("a manifest of no files")
+    except OSError as error:
+        return f"{MANIFEST}: {error.strerror}"
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not what was written"
+    for name, (size, _) in expected.items():
+        if "/" in name or not os.path.isfile(folder / name):
+            return f"{name} is missing"
+        if (folder / name).stat().st_size != size:
+            return f"{name} has {(folder / name).stat().st_size} bytes, not {size}"
+    for name, (_, digest) in expected.items() if by_hash else ():
+        try:
+            if sha256(folder / name) != digest:
+                return f"{name} has other contents than were written"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Return the folders named step_NNNNNNNN in a folder, the last step first; other names and files are left out.
+
+    Raises InputError if it cannot be read.
+    """
+    try:
+        names = [
+            entry.name for entry in os.scandir(folder) if re.fullmatch(r"step_\d{8,}", entry.name, re.ASCII) and entry.is_dir()
+        ]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}") from error
+    return [folder / name for name in sorted(names, key=step_of, reverse=True)]
+
+
+def step_of(name: str) -> int:
+    """Return the step in the name of a folder that `step_folders` lists."""
+    return int(name.removeprefix("step_"))
 
 
 def check_writable(path: Path) -> None:

@@ -368,8 +368,8 @@ class Trainer:
     def _diverged(self, reason: str) -> FloatingPointError:
         """Return the error that ends the run, which names its last checkpoint."""
         self._finish_save(required=False)
-        saved = checkpoint.find(self.run)
-        last = f"the last good checkpoint is {saved.path}" if saved else "there is no checkpoint yet"
+        whole = [folder for folder in files.step_folders(self.run / "checkpoints") if checkpoint.is_complete(folder, by_hash=False)]
+        last = f"the last good checkpoint is {whole[0]}" if whole else "there is no checkpoint yet"
         return FloatingPointError(f"{reason}: stopped, {last}; lower train.lr and run the same command again")
 
     def _save(self, done: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdit.checkpoint import FORMAT, Checkpoint, RunState, commit, folder_name, is_complete, shard_file
 from fastdit.config import Config, InputError, ModelConfig
 from fastdit.distributed import World, control_group
-from fastdit.files import flush, sha256
+from fastdit.files import flush, sha256, step_folders, step_of
 from fastdit.training.ema import ShardedEma
 from fastdit.training.engine import continue_from, optimizer_state, steps_applied
 
@@ -94,10 +94,10 @@ def prune(newest: Path, keep: int, keep_every: int) -> None:
     Of the complete ones, `newest` and the latest keep - 1 others stay. Those whose step is a multiple of keep_every stay as well
     and do not count (keep_every=0: there are none). Incomplete folders are left alone.
     """
-    others = [path for path in sorted(newest.parent.glob("step_*")) if path != newest and is_complete(path, by_hash=False)]
+    others = [path for path in step_folders(newest.parent) if path != newest and is_complete(path, by_hash=False)]
     if keep_every:
-        others = [path for path in others if int(path.name.removeprefix("step_")) % keep_every]
-    for path in others[: max(0, len(others) + 1 - keep)]:
+        others = [path for path in others if step_of(path.name) % keep_every]
+    for path in others[keep - 1 :]:
         shutil.rmtree(path)
 
 
