@@ -148,6 +148,7 @@ class TrainConfig:
     total_steps: int = 1400  # optimizer steps of the whole run
     batch_size: int = 32  # images per device and micro-step
     accumulation: int = 1  # micro-steps per optimizer step
+    allow_batch_change: bool = False  # resume with another number of images per step than the checkpoint's
     precision: str = "auto"  # auto: bf16 if the device has fast matmuls in it, else fp32 | bf16 (with fp32 masters) | fp32
     device: str = "auto"  # auto: CUDA if there is a GPU | cpu | cuda
     # auto: graphs on CUDA below ZeRO 3, else none | graphs: CUDA graphs, of the model on one rank, of each block on several |
