@@ -18,6 +18,7 @@ import shutil
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class RunState:
     optimizer_steps: int = 0  # applied steps: completed ones without those that were skipped
     ema_updates: int = 0
     global_batch: int = 0  # images per step
+    batch_since: Sequence[int] = (0, 0, 0, 0)  # data.order.Since: where in the data the run took on that many images per step
+    images_seen: int = 0  # images of all steps
     class_names: list[str] | None = None
     class_counts: list[int] | None = None  # training images of labels 0, 1, …
     data_sha256: str | None = None  # Loader.digest

@@ -157,6 +157,7 @@ class TrainConfig:
     total_steps: int = 1400  # optimizer steps of the whole run
     batch_size: int = 32  # images per device and micro-step
     accumulation: int = 1  # micro-steps per optimizer step
+    allow_batch_change: bool = False  # resume with another number of images per step than the checkpoint's
     precision: str = "auto"  # auto: bf16 if the device has fast matmuls in it, else fp32 | bf16 (with fp32 masters) | fp32
     device: str = "auto"  # auto: CUDA if there is a GPU | cpu | cuda
     # auto: graphs on CUDA below ZeRO 3, else none | graphs: CUDA graphs, of the model on one rank, of each block on several |
@@ -169,6 +170,7 @@ class TrainConfig:
     eps: float = 1e-8  # AdamW's epsilon
     weight_decay: float = 0.01  # AdamW's decoupled weight decay
     schedule: str = "constant"  # learning rate after the warm-up: constant, for the EMA to average | cosine, to 0 at total_steps
+    decay_steps: int = 0  # with schedule=constant, last steps in which the learning rate falls to 0, as 1-sqrt: arXiv:2405.18392
     warmup_steps: int = 50  # steps of linear warm-up of the learning rate
     clip: float = 1.0  # largest gradient norm; 0: no clipping
     ema_decay: float = 0.99  # decay of the EMA per update
@@ -199,7 +201,10 @@ class TrainConfig:
             "timeout_s",
         ):
             _at_least("train", self, key, 1)
-        for key in ("seed", "lr", "eps", "weight_decay", "warmup_steps", "clip", "sample_steps", "keep_every", "max_skipped_steps"):
+        for key in (
+            "seed", "lr", "eps", "weight_decay", "decay_steps", "warmup_steps", "clip", "sample_steps", "keep_every",
+            "max_skipped_steps",
+        ):  # fmt: skip
             _at_least("train", self, key, 0)
         _at_most("train", self, "timeout_s", 30 * 86_400)  # 30 days: faulthandler takes no more than some centuries
         _one_of("train", self, "precision", ("auto", "bf16", "fp32"))
@@ -208,6 +213,13 @@ class TrainConfig:
         _one_of("train", self, "device", ("auto", "cpu", "cuda"))
         _one_of("train", self, "schedule", ("constant", "cosine"))
         _one_of("train", self, "wandb", ("disabled", "offline", "online"))
+        if self.decay_steps and self.schedule != "constant":
+            raise InputError(f"train.decay_steps={self.decay_steps} needs train.schedule=constant: {self.schedule} falls by itself")
+        if self.decay_steps and self.warmup_steps + self.decay_steps > self.total_steps:
+            raise InputError(
+                f"train.decay_steps={self.decay_steps} and train.warmup_steps={self.warmup_steps} must fit into "
+                f"train.total_steps={self.total_steps}"
+            )
         shares = {"beta1": self.beta1, "beta2": self.beta2, "ema_decay": self.ema_decay}
         for key, value in [*shares.items(), *(("ema_more", decay) for decay in self.ema_more)]:
             if not 0 <= value < 1:

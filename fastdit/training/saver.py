@@ -168,10 +168,12 @@ def check(saved: Checkpoint, config: Config, world: World) -> None:
     if state.format != FORMAT:
         raise InputError(f"checkpoint {folder} was written by another version of fastdit: it can be sampled from, not continued")
     batch = config.train.batch_size * config.train.accumulation * world.size
-    if batch != state.global_batch:
+    if batch != state.global_batch and not config.train.allow_batch_change:
+        same, impossible = divmod(state.global_batch, world.size)
+        keep = "" if impossible else f"change train.batch_size or train.accumulation so that their product is {same} per rank, or "
         raise InputError(
-            f"checkpoint {folder} was trained with {state.global_batch} images per step, but this run has {batch}: change "
-            f"train.batch_size or train.accumulation so that their product times the number of ranks is {state.global_batch}"
+            f"checkpoint {folder} was trained with {state.global_batch} images per step, but this run has {batch}: "
+            f"{keep}set train.allow_batch_change=true to continue with {batch}"
         )
     _check_same_run(folder, saved.config, config)
 
