@@ -27,6 +27,8 @@ from fastdit.sampling.solvers import SOLVERS  # which imports neither torch nor 
 RENAMED = {"train.checkpoint": "train.recompute"}  # old key: new key; saved configs may have either
 RECOMPUTE = ("none", "light", "full")  # values of train.recompute
 ZERO_STAGES = (1, 2, 3)  # values of zero.stage
+# Keys of `train` that a resumed run does not keep: which run it is, and what a single start may do.
+OF_ONE_START = ("name", "out", "resume", "init", "init_weights", "allow_batch_change")
 
 
 class InputError(Exception):
@@ -35,6 +37,10 @@ class InputError(Exception):
 
 class Stopped(Exception):
     """A run was told to stop: it saved a checkpoint and ended before its last step."""
+
+
+class Interrupted(Stopped):
+    """The same, by Ctrl-C."""
 
 
 # hidden = 8/3·width rounded to a multiple of 128, so that parameters and FLOPs match DiT's published 33/130/458/675 M. base/2 is

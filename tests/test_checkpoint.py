@@ -133,7 +133,7 @@ def test_every_command_says_that_it_uses_an_older_checkpoint(copy, tmp_path, cap
     words = {
         "sample": ["--checkpoint", str(run), "--class", "1", "--out", str(tmp_path / "a.png")],
         "export": [str(run), "--out", str(tmp_path / "m.safetensors")],
-        "evaluate": [str(run), "--features", "digits", "--samples", "10"],
+        "evaluate": [str(run), "--features", "digits", "--samples", "10", "--out", str(tmp_path / "e.json")],
         "train": settings(tmp_path, "train.total_steps=4"),
     }[command]
     assert cli.main([command, *words]) == 0

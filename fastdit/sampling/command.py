@@ -1,7 +1,6 @@
 """`fastdit sample`: the samples that are drawn, by one rank or several, and the files that they are written to."""
 
 import argparse
-import os
 import secrets
 import time
 from dataclasses import MISSING, dataclass, field, fields
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from fastdit import distributed, files
 from fastdit.config import InputError, SampleConfig
-from fastdit.device import DTYPES, choose_device, device_name, native_bf16, synchronize
+from fastdit.device import DTYPES, device_name, native_bf16, synchronize
 from fastdit.distributed import World
 from fastdit.files import check_writable
 from fastdit.progress import progress_bar
@@ -233,10 +232,7 @@ class Drawing:
 def sample(request: SampleRequest) -> None:
     """Draw samples and write them to files, as `fastdit sample` does. Raises InputError for bad input, before any work."""
     start = time.perf_counter()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        world = distributed.start("cuda" if request.device == "gpu" else request.device)
-    else:
-        world = World(0, 1, choose_device(request.device), None)
+    world = distributed.world_of_this_process(request.device)
     if request.seed == -1:
         request.seed = world.together(lambda: secrets.randbits(32), everywhere=False)
     sampler = world.together(lambda: Sampler(request.checkpoint, request.weights, world.device, request.dtype, request.params))
