@@ -15,10 +15,10 @@ def progress_bar(total: int, initial: int = 0, description: str | None = None, u
 
 
 def say(text: str) -> None:
-    """Print a line to stdout now. If its reader has gone, the work continues: `cli.main` finds that out at its end."""
+    """Print a line to stdout now. If its reader has gone or its disk is full, the work continues: `cli.main` says so at its end."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         return
 
 

@@ -6,21 +6,47 @@ An index is a folder that `fastdit prepare` makes:
     bad_files.csv       files that were left out, and why
 """
 
+import errno
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+import resource
+import weakref
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from fastdit.config import InputError
 from fastdit.data.archives import Source
+from fastdit.data.pixels import BadImage
 from fastdit.files import replacing
 
 FILE = "index.json"
 FORMAT = 2
 SPLITS = ("train", "val")
+
+# Errors of one file. Any other, such as too many open files or a stale handle of a file server, may hit every file.
+FAULTS_OF_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+def _descriptor_limit() -> int:
+    """Return how many archives this process keeps open: a quarter of its limit, as DALI, NCCL and the log need files too."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 16 if soft == resource.RLIM_INFINITY else max(1, soft // 4)
+
+
+class Descriptor:
+    """A file that is open until nobody holds this object: not before the last thread that still reads from it lets it go."""
+
+    def __init__(self, source: Source) -> None:
+        """Raises OSError if the file cannot be opened."""
+        self.number = os.open(source.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.number)
+
+
+_descriptor = lru_cache(_descriptor_limit())(Descriptor)
 
 
 def record(name_length: int) -> np.dtype:
@@ -40,7 +66,6 @@ class Index:
     sources: list[Source]
     classes: list[str]  # of labels 0, 1, …: wnids, folder names
     class_names: list[str] | None  # for people, None if unknown
-    _descriptors: dict[int, int] = field(default_factory=dict, repr=False)  # of the archives, opened when first read
 
     def rows(self, split: str) -> np.ndarray:
         """Return the records [n] of a split ("train" | "val"), memory-mapped. Raises InputError if the index has no such split."""
@@ -54,21 +79,38 @@ class Index:
         return digest(self.rows(split), self.classes)
 
     def read(self, row: np.void) -> bytes:
-        """Return the encoded bytes of an image. Raises OSError if the file is gone or shorter than it was."""
-        number, offset, size = int(row["source"]), int(row["offset"]), int(row["bytes"])
-        source = self.sources[number]
-        if source.kind == "folder":
-            return (Path(source.path) / os.fsdecode(row["name"])).read_bytes()
-        if number not in self._descriptors:
-            self._descriptors[number] = os.open(source.path, os.O_RDONLY)
-        data = os.pread(self._descriptors[number], size, offset)
-        if len(data) < size:
-            raise OSError(f"{source.path} ends inside of {os.fsdecode(row['name'])}")
+        """Return the encoded bytes of an image; threads may call it at once.
+
+        Raises BadImage if its file is gone, cannot be opened or is shorter than it was, and InputError if reading fails for another
+        reason, such as too many open files: then the image is not at fault.
+        """
+        source = self.sources[row["source"]]
+        try:
+            data = _read(source, row)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if error.errno in FAULTS_OF_A_FILE:
+                raise BadImage(reason) from error
+            fix = "raise the limit of `ulimit -n`" if error.errno in (errno.EMFILE, errno.ENFILE) else "repair that"
+            raise InputError(
+                f"{self.name(row)} cannot be read ({reason}), which is no fault of the image, so that none takes its place: {fix} "
+                "and run the same command again"
+            ) from error
+        if len(data) < row["bytes"]:
+            raise BadImage(f"{source.path} ends inside of {os.fsdecode(row['name'])}")
         return data
 
     def name(self, row: np.void) -> str:
         """Return an image's name for people: its archive or folder, and its path in there."""
         return f"{self.sources[row['source']].path}/{os.fsdecode(row['name'])}"
+
+
+def _read(source: Source, row: np.void) -> bytes:
+    """Return an image's bytes, fewer if its file has become shorter. Raises OSError."""
+    if source.kind == "folder":
+        return (Path(source.path) / os.fsdecode(row["name"])).read_bytes()
+    archive = _descriptor(source)  # held while it is read: the cache may drop it meanwhile
+    return os.pread(archive.number, int(row["bytes"]), int(row["offset"]))
 
 
 def digest(rows: np.ndarray, classes: list[str]) -> str:

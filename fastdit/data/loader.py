@@ -176,7 +176,7 @@ class Decoder:
     def _bytes(self, image: int) -> np.ndarray:
         try:
             return np.frombuffer(self.index.read(self.rows[image]) or b"\0", np.uint8)
-        except OSError:
+        except BadImage:
             return np.zeros(1, np.uint8)  # not an image: DALI fails, and `_note_bad_files` names the file
 
     def _note_bad_files(self, error: RuntimeError) -> None:
@@ -206,7 +206,7 @@ class Decoder:
 
         try:
             data = self.index.read(self.rows[image])
-        except OSError as error:
+        except BadImage as error:
             return str(error)
         pipe = self._pipe(1)
         with pipe:

@@ -9,6 +9,10 @@ from PIL import Image
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 IMAGE_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF"}  # that both Pillow and DALI decode
 
+SYSTEM_NAMES = {  # of files and folders that operating systems, NAS boxes and archivers leave behind
+    "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db",
+}  # fmt: skip
+
 
 class BadImage(Exception):
     """An image that cannot be used, and why."""
@@ -20,6 +24,11 @@ class Header(NamedTuple):
     height: int  # pixels, as stored
     width: int
     flags: int = 0
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is not part of a data set: it is hidden, or a system's own."""
+    return name.startswith(".") or name in SYSTEM_NAMES
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from fastdit import distributed, files
 from fastdit.config import InputError, SampleConfig
 from fastdit.data.classes import class_table
-from fastdit.device import DTYPES, choose_device, device_name, native_bf16, synchronize
+from fastdit.device import DTYPES, device_name, native_bf16, synchronize
 from fastdit.distributed import World
-from fastdit.files import check_readable, check_writable, path_argument
+from fastdit.files import check_writable, path_argument
 from fastdit.progress import progress_bar, say, warn
 from fastdit.sampling import pictures
 from fastdit.sampling.class_names import FEW_CLASSES, NUMBER, parse_classes
@@ -57,7 +57,6 @@ class SampleRequest:
 
     def __post_init__(self) -> None:
         """Raises InputError."""
-        check_readable("--checkpoint", self.checkpoint)
         if not any((self.out, self.folder, self.gif, self.npz, self.latents)):
             self.out = Path("samples.png")
         for flag, value in (("per-class", self.per_class), ("at-once", self.at_once)):
@@ -279,16 +278,13 @@ class Drawing:
         save_animation(pictures, path, self.request.gif_fps)
 
 
-def sample(request: SampleRequest) -> None:
-    """Draw samples and write them to files, as `fastdit sample` does.
+def sample(request: SampleRequest) -> str:
+    """Draw samples and write them to files, as `fastdit sample` does. Returns the speed and the files as text.
 
     Raises InputError for bad input, before any work, and if a file cannot be written; FloatingPointError if samples are not finite.
     """
     start = time.perf_counter()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        world = distributed.start("cuda" if request.device == "gpu" else request.device)
-    else:
-        world = World(0, 1, choose_device(request.device), None)
+    world = distributed.world_of_this_process(request.device)
     if request.seed == -1:
         request.seed = world.together(lambda: secrets.randbits(32), everywhere=False)
     sampler = world.together(lambda: Sampler(request.checkpoint, request.weights, world.device, request.dtype, request.params))
@@ -301,11 +297,11 @@ def sample(request: SampleRequest) -> None:
                 warn("bf16 matmuls are emulated on this device, and far slower than --dtype fp32")
         speed = world.together(drawing.draw)
         drawing.write()
-    if world.rank == 0:
-        say(speed + f" on each of {world.size} ranks" * (world.size > 1))
-        for flag, path in request.targets().items():
-            form = f" ({pictures.FORMATS[path.suffix.lower()].about})" if flag == "out" else ""
-            say(f"{flag}: {path}{form}")
+    lines = [speed + f" on each of {world.size} ranks" * (world.size > 1)]
+    for flag, path in request.targets().items():
+        form = f" ({pictures.FORMATS[path.suffix.lower()].about})" if flag == "out" else ""
+        lines.append(f"{flag}: {path}{form}")
+    return "\n".join(lines)
 
 
 def add_weights(parser: argparse._ActionsContainer) -> None:
@@ -436,8 +432,8 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Draw and write what the command line asks for. Raises InputError."""
+def run(arguments: argparse.Namespace) -> str:
+    """Draw and write what the command line asks for, and return the speed and the files as text. Raises InputError."""
     if arguments.load_file is None and arguments.load_def_file is not None:
         raise InputError(f"--loadDefFile {arguments.load_def_file} needs --loadFile")
     if arguments.load_file and arguments.checkpoint:
@@ -449,4 +445,4 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.checkpoint is None:
         raise InputError("fastdit sample needs --checkpoint PATH, or the base command's --loadDir and --loadFile")
     given = {f.name: getattr(arguments, f.name) for f in fields(SampleRequest) if f.name in arguments}
-    sample(SampleRequest(**given, settings=sampler_settings(arguments)))
+    return sample(SampleRequest(**given, settings=sampler_settings(arguments)))

@@ -22,6 +22,7 @@ from fastdit.autoencoder import Codec
 from fastdit.checkpoint import Checkpoint, RunState
 from fastdit.config import Config, InputError, Stopped, TrainConfig
 from fastdit.data import Loader
+from fastdit.data.order import Since
 from fastdit.device import DTYPES, native_bf16
 from fastdit.graphs import release_recorded
 from fastdit.model import DiT
@@ -199,6 +200,8 @@ class Trainer:
         self.run = run
         self.validation = validation
         self.start = state.step
+        if resume_from:
+            loader.order.resume(state.step, Since(*state.batch_since), state.global_batch)
         self.lr = 0.0
         self.step_sums = torch.zeros(telemetry.sums_length(), device=world.device)
         self.sums = torch.zeros(telemetry.sums_length(), device=world.device)
@@ -225,6 +228,8 @@ class Trainer:
         if world.rank == 0:
             files.write_atomically(run / "config.json", config.to_json())
         self._print_header(model)
+        if resume_from and state.global_batch != loader.order.global_batch:
+            self._note_batch_change(state)
 
     def _print_header(self, model: DiT) -> None:
         train = self.config.train
@@ -241,6 +246,16 @@ class Trainer:
         )
         for note in _notes(self.config, self.world):
             self.log.print(note)
+
+    def _note_batch_change(self, before: RunState) -> None:
+        """Log that a run takes another number of images per step from here on. before: state of the checkpoint."""
+        batches = [before.global_batch, self.loader.order.global_batch]
+        self.log.event(
+            {"step": self.start + 1, "images_per_step": batches, "images_seen": self.loader.order.images_seen(self.start)}
+        )
+        self.log.print(
+            f"from step {self.start + 1} on: {batches[1]} images per step, {batches[0]} before; the same train.lr schedule"
+        )
 
     def loop(self) -> None:
         """Train to the last step, or to the first log line after SIGTERM (a preempted job), where the run is saved and ends."""
@@ -336,11 +351,11 @@ class Trainer:
         """Write the means since the last log line, and start new sums. Here the ranks also agree whether to stop."""
         self._finish_step()
         total, bin_sums, bin_counts, part_sums = self._reduce_sums()
-        samples = self.summed_steps * self.loader.order.global_batch
+        samples = sum(bin_counts)  # whole numbers, each exact in fp32 up to 2^24
         loss = total / samples if samples else None  # None: all steps were skipped
         norm = engine.gradient_norm(self.engine) if samples else math.nan
         self.log.write(
-            done, epoch=round(done / self.loader.order.steps_per_epoch, 4), loss=loss, lr=self.lr,
+            done, epoch=round(self.loader.order.epochs(done), 4), loss=loss, lr=self.lr,
             grad_norm=norm if math.isfinite(norm) else None,  # None: the last step was skipped
             skipped=self.skipped.since_log_line,
             loss_by_t=[round(s / n, 6) if n else None for s, n in zip(bin_sums, bin_counts, strict=True)],
@@ -372,8 +387,8 @@ class Trainer:
     def _diverged(self, reason: str) -> FloatingPointError:
         """Return the error that ends the run, which names its last checkpoint."""
         self._finish_save(required=False)
-        saved = checkpoint.find(self.run)
-        last = f"the last good checkpoint is {saved.path}" if saved else "there is no checkpoint yet"
+        whole = [folder for folder in files.step_folders(self.run / "checkpoints") if checkpoint.is_complete(folder, by_hash=False)]
+        last = f"the last good checkpoint is {whole[0]}" if whole else "there is no checkpoint yet"
         return FloatingPointError(f"{reason}: stopped, {last}; lower train.lr and run the same command again")
 
     def _save(self, done: int) -> None:
@@ -389,6 +404,8 @@ class Trainer:
             raise self._diverged(f"the loss or the weights at step {done} are not finite")
         state = RunState(
             done, summed_steps=self.summed_steps, wandb_id=self.log.wandb_id, versions=device.versions(),
+            batch_since=self.loader.order.since,
+            images_seen=self.loader.order.images_seen(done),
             class_names=self.loader.class_names,
             class_counts=self.loader.class_counts,
             data_sha256=self.loader.digest,
