@@ -6,14 +6,19 @@ A checkpoint is a folder <run>/checkpoints/step_NNNNNNNN:
                                     the optimizer (of AdamW: exp_avg, exp_avg_sq)
     config.json, state.json         the settings of the run, and its RunState
     manifest.json                   names, sizes and SHA-256 of all the above, written last: a folder without it does not count
-It is written under a temporary name, flushed to disk and renamed. The newest folder that matches its manifest is loaded. Every
-random number and the order of the data follow from seed and step, so there is no other state.
+It is written under a temporary name, flushed to disk and renamed. The newest folder that matches its manifest is loaded; a newer
+one that does not is named in a warning, and kept. Every random number and the order of the data follow from seed and step, so there
+is no other state.
 """
 
 import argparse
 import json
 import os
 import shutil
+import sys
+import types
+import typing
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,10 +28,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdit.config import Config, InputError, from_saved, load_json
-from fastdit.files import flush, replacing, sha256, write_atomically
+from fastdit.files import (
+    MANIFEST,
+    check_readable,
+    damage,
+    flush,
+    outputs,
+    path_argument,
+    replacing,
+    sha256,
+    step_folders,
+    write_atomically,
+)
 from fastdit.model import DiT
 
-MANIFEST = "manifest.json"
 FORMAT = 3
 
 
@@ -40,6 +55,8 @@ class RunState:
     optimizer_steps: int = 0  # applied steps: completed ones without those that were skipped
     ema_updates: int = 0
     global_batch: int = 0  # images per step
+    batch_since: Sequence[int] = (0, 0, 0, 0)  # data.order.Since: where in the data the run took on that many images per step
+    images_seen: int = 0  # images of all steps
     class_names: list[str] | None = None
     class_counts: list[int] | None = None  # training images of labels 0, 1, …
     data_sha256: str | None = None  # Loader.digest
@@ -55,9 +72,16 @@ class RunState:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     @classmethod
-    def from_dict(cls, values: dict) -> "RunState":
-        """Return the state of a parsed state.json. Keys of other versions of fastdit are ignored."""
-        return cls(**{key: value for key, value in values.items() if key in cls.__dataclass_fields__})
+    def from_dict(cls, values: object) -> "RunState":
+        """Return the state of a parsed state.json, without keys of other versions of fastdit. Raises InputError for other types."""
+        if not isinstance(values, dict):
+            raise InputError("the saved state of the run does not hold keys with values")
+        known = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
+        for key, hint in typing.get_type_hints(cls).items():
+            kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            if key in known and not isinstance(known[key], tuple(typing.get_origin(kind) or kind for kind in kinds)):
+                raise InputError(f"the saved state of the run holds {key}={known[key]!r}")
+        return cls(**known)
 
 
 def folder_name(step: int) -> str:
@@ -75,20 +99,17 @@ def holds_weights(kind: str) -> bool:
 
 def is_complete(folder: Path, by_hash: bool = True) -> bool:
     """Return whether every file in the folder's manifest is as it was written. by_hash=False compares only the sizes."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"].items()
-        if any((folder / name).stat().st_size != file["bytes"] for name, file in files):
-            return False
-        return not by_hash or all(sha256(folder / name) == file["sha256"] for name, file in files)
-    except (OSError, json.JSONDecodeError, KeyError):
-        return False
+    return damage(folder, by_hash) is None
 
 
 def commit(temporary: Path, final: Path, hashes: dict[str, str]) -> None:
     """Write the manifest of a folder whose files are flushed, and rename it to its final name. hashes: SHA-256 by file name."""
     files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": digest} for name, digest in sorted(hashes.items())}
     write_atomically(temporary / MANIFEST, json.dumps({"files": files}, indent=1))
-    shutil.rmtree(final, ignore_errors=True)  # damaged: the run would have resumed from a complete one
+    if final.exists():  # damaged: the run would have resumed from a complete one
+        kept = final.with_name(f"{final.name}.damaged")
+        shutil.rmtree(kept, ignore_errors=True)
+        final.rename(kept)
     temporary.rename(final)
     flush(final.parent)
 
@@ -119,7 +140,10 @@ class Shards:
     """The fragments in a checkpoint's files, read on demand."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
-        self.files = [safe_open(folder / shard_file(rank), framework="pt") for rank in range(ranks)]
+        try:
+            self.files = [safe_open(folder / shard_file(rank), framework="pt") for rank in range(ranks)]
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"the weights in checkpoint {folder} cannot be read: {error}") from error
         self.parts: dict[str, list] = {}  # by "<kind>/<parameter>": (first element, number of elements, file, key), sorted
         for file in self.files:
             for key in file.keys():  # noqa: SIM118 (not a dict)
@@ -197,28 +221,47 @@ def _not_exported(path: Path, error: Exception) -> InputError:
 
 def _open_exported(path: Path) -> Checkpoint:
     try:
-        description = json.loads(path.with_suffix(".json").read_text())
+        description = json.loads(path.with_suffix(".json").read_bytes())
         with safe_open(path, framework="pt"):
             return Checkpoint(path, from_saved(description["config"]), RunState.from_dict(description["state"]))
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError, KeyError, TypeError, InputError) as error:
         raise _not_exported(path, error) from error
 
 
-def find(path: Path) -> Checkpoint | None:
-    """Open a checkpoint's folder, or the newest complete checkpoint of a run's folder. Returns None if there is none.
+def _open_folder(folder: Path) -> Checkpoint:
+    """Open the folder of a whole checkpoint. Raises InputError if it was written by something else."""
+    try:
+        state = RunState.from_dict(json.loads((folder / "state.json").read_bytes()))
+        return Checkpoint(folder, load_json(folder / "config.json"), state)
+    except (OSError, ValueError, RecursionError, InputError) as error:
+        raise InputError(f"checkpoint {folder} is not what fastdit writes: {error}") from error
 
-    All files are hashed here, once: pass the result on instead of the path. Raises InputError if its settings cannot be read.
+
+def find(path: Path) -> Checkpoint | None:
+    """Open a checkpoint's folder, or the newest whole checkpoint of a run's folder. Returns None if there is none.
+
+    All files are hashed here, once: pass the result on instead of the path. If newer ones are damaged, rank 0 prints which one is
+    opened instead. Raises InputError if all of them are, or if the settings cannot be read.
     """
     is_checkpoint = os.path.exists(path / MANIFEST)  # Path.exists would raise if the folder may not be searched
-    for folder in [path] if is_checkpoint else sorted((path / "checkpoints").glob("step_*"), reverse=True):
-        if is_complete(folder):
-            state = RunState.from_dict(json.loads((folder / "state.json").read_text()))
-            return Checkpoint(folder, load_json(folder / "config.json"), state)
+    damaged = []
+    for folder in [path] if is_checkpoint else step_folders(path / "checkpoints"):
+        difference = damage(folder)
+        if difference is None:
+            if damaged and os.environ.get("RANK", "0") == "0":
+                print(f"fastdit: warning: {'; '.join(damaged)}; {folder} is used instead", file=sys.stderr)
+            return _open_folder(folder)
+        damaged.append(f"checkpoint {folder} is damaged: {difference}")
+    if damaged:
+        raise InputError(
+            f"{'; '.join(damaged)}: there is no whole one: restore it from a copy, or start a run of another train.name"
+        )
     return None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint as `find` does, or a *.safetensors file that `fastdit export` wrote. Raises InputError if there is none."""
+    check_readable("checkpoint", path)
     opened = _open_exported(path) if path.suffix == ".safetensors" else find(path)
     if opened is None:
         raise InputError(f"there is no complete checkpoint in {path}: give a run's folder or one of its checkpoints/step_* folders")
@@ -237,9 +280,10 @@ def export(path: Path, weights: str, out: Path) -> int:
     model = opened.load_model(weights, torch.device("cpu"))
     description = {"config": opened.config.to_dict(), "state": replace(opened.state, weights=weights).to_dict()}
     try:
-        with replacing(out) as temporary:
-            save_file(dict(model.named_parameters()), temporary)
-        write_atomically(out.with_suffix(".json"), json.dumps(description, indent=1))
+        with outputs((out, out.with_suffix(".json"))):
+            with replacing(out) as temporary:
+                save_file(dict(model.named_parameters()), temporary)
+            write_atomically(out.with_suffix(".json"), json.dumps(description, indent=1))
     except (OSError, SafetensorError) as error:
         raise InputError(f"--out {out} cannot be written: {error}") from error
     return opened.state.step
@@ -251,8 +295,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Write a checkpoint's weights, of any ZeRO stage and number of ranks, to one safetensors file, with its config as JSON "
         "beside it. `fastdit sample --checkpoint FILE` reads it."
     )
-    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="Folder of a run (its newest checkpoint) or of a checkpoint.")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="File to write.")
+    parser.add_argument(
+        "checkpoint", type=path_argument, metavar="DIR", help="Folder of a run (its newest checkpoint) or of a checkpoint."
+    )
+    parser.add_argument("--out", type=path_argument, required=True, metavar="FILE.safetensors", help="File to write.")
     parser.add_argument(
         "--weights", default="ema", metavar="ema|raw|ema_D",
         help="Weights: the average (ema), those of the last step (raw), or a further average of train.ema_more, such as ema_0.9999 "

@@ -3,19 +3,20 @@
 Only the module of the given command is imported, so that `fastdit --help` and `fastdit prepare` need no torch. `run` returns the
 text that rank 0 prints at the end, or None.
 
-Exit codes: 0; 1 for a run that diverged; 2 for bad input, after one sentence; 75 after SIGTERM, when the run was saved; 130 after
-Ctrl-C; 141 if the reader of stdout has gone. FASTDIT_NO_REEXEC=1 skips the restart that gives glibc's allocator its settings, which
-debuggers and profilers may not follow.
+Exit codes: 0; 1 for a run that diverged or samples that are not finite; 2 for bad input, after one sentence; 75 after SIGTERM, when
+the run was saved; 130 after Ctrl-C; 141 if the reader of stdout or stderr has gone. FASTDIT_NO_REEXEC=1 skips the restart that
+gives glibc's allocator its settings, which debuggers and profilers may not follow.
 """
 
 import argparse
 import importlib
 import os
+import select
 import sys
 from typing import NamedTuple
 
 from fastdit import __version__
-from fastdit.config import InputError, Stopped
+from fastdit.config import InputError, Interrupted, Stopped
 
 # Huge pages, and freed memory is kept for the next step: without them a step on a CPU spends 8-12 % in page faults and TLB misses.
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184"
@@ -27,26 +28,47 @@ CUDA_ENVIRONMENT = {
 
 
 class Command(NamedTuple):
-    """A command of `fastdit`: the module that holds it, its line in `fastdit --help`, and whether it runs a model."""
+    """A command of `fastdit`: the module that holds it, its line in `fastdit --help`, and whether it runs a model.
+
+    interrupted: what Ctrl-C left, the end of a sentence.
+    """
 
     module: str
     help: str
     runs_model: bool = False
+    interrupted: str = "nothing was written"
 
 
 COMMANDS = {
-    "train": Command("fastdit.training.command", "Train a model, or resume a run that was stopped.", True),
-    "sample": Command("fastdit.sampling.command", "Draw images from a checkpoint.", True),
-    "evaluate": Command("fastdit.evaluation.command", "Measure FID, KID, Inception score, precision and recall.", True),
-    "sweep": Command("fastdit.evaluation.sweep", "Evaluate a checkpoint over guidance, steps, EMA decays, …", True),
+    "train": Command(
+        "fastdit.training.command", "Train a model, or resume a run that was stopped.", True,
+        "the same command continues from the newest checkpoint, or begins again if there is none",
+    ),
+    "sample": Command(
+        "fastdit.sampling.command", "Draw images from a checkpoint.", True,
+        "there is no half-written file; with --npz the same command resumes",
+    ),
+    "evaluate": Command(
+        "fastdit.evaluation.command", "Measure FID, KID, Inception score, precision and recall.", True, "no result was written"
+    ),
+    "sweep": Command(
+        "fastdit.evaluation.sweep", "Evaluate a checkpoint over guidance, steps, EMA decays, …", True,
+        "the table holds the settings that were finished",
+    ),
     "export": Command("fastdit.checkpoint", "Write the weights of a checkpoint to one safetensors file."),
     "import-base": Command("fastdit.convert.base", "Convert a checkpoint of the published base model."),
-    "prepare": Command("fastdit.data.prepare", "Index the images of archives or folders, without unpacking them."),
-    "encode": Command("fastdit.data.encode", "Encode the images of an index to latents.", True),
+    "prepare": Command(
+        "fastdit.data.prepare", "Index the images of archives or folders, without unpacking them.", False,
+        "the same command resumes with what is not scanned yet",
+    ),
+    "encode": Command(
+        "fastdit.data.encode", "Encode the images of an index to latents.", True,
+        "the same command resumes with the shards that are missing",
+    ),
     "plan": Command("fastdit.planning.plan", "Predict the FLOPs, memory, hours and cost of a run."),
     "doctor": Command("fastdit.planning.doctor", "Measure this machine and name what slows a run down.", True),
     "info": Command("fastdit.planning.info", "Show versions, the device and the kernel backend of each op."),
-}
+}  # fmt: skip
 
 
 START = """start with the built-in digits (`fastdit COMMAND --help` describes a command):
@@ -76,7 +98,7 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("-h", "--help", action="help", help="Show this help and exit.")
     parser.add_argument("--version", action="version", version=f"fastdit {__version__}", help="Show the version and exit.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for name, (module, text, _) in COMMANDS.items():
+    for name, (module, text, *_) in COMMANDS.items():
         subparser = commands.add_parser(name, help=text, formatter_class=HelpFormatter, add_help=False)
         subparser.add_argument("-h", "--help", action="help", help="Show this help and exit.")
         if name == command:
@@ -96,48 +118,102 @@ def _tune_environment() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _reader_gone() -> int:
-    """Return the exit code of a program that SIGPIPE ends if stdout's reader has gone; else raise the BrokenPipeError again."""
+def _open_streams() -> None:
+    """Open what the caller closed (`>&-`) on the null device: the next file that is opened would become stdout or stderr."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            while (opened := os.open(os.devnull, os.O_RDWR)) < descriptor:  # descriptor 0 is closed as well
+                pass
+            setattr(sys, name, os.fdopen(opened, "w"))
+
+
+def _readers_gone() -> bool:
+    """Return whether the reader of stdout or stderr has gone. If so, what is still to be written goes to the null device."""
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            if any(event & select.POLLERR for _, event in poll.poll(0)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes once more at the end
+                gone = True
+        except (OSError, ValueError):  # not a stream of the system, as in tests
+            continue
+    return gone
+
+
+def _print(text: str) -> None:
+    """Print to stdout, whole. Raises InputError if it is a file on a full disk."""
     try:
-        print(flush=True)
+        print(text, flush=True)
     except BrokenPipeError:
+        raise
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
-        return 141
-    raise
+        raise InputError(f"stdout cannot be written: {error.strerror}: free some space") from error
+
+
+def _is_first_rank() -> bool:
+    """Return whether this process speaks for all ranks. A RANK that is no number is an error, which somebody must say."""
+    rank = os.environ.get("RANK", "")
+    return not rank.isdecimal() or int(rank) == 0
+
+
+def _say(text: str) -> None:
+    """Print a sentence to stderr, on one rank only."""
+    if _is_first_rank():
+        print(f"fastdit: {text}", file=sys.stderr, flush=True)
+
+
+def _run(given: list[str]) -> int:
+    """Run a command and return its exit code; without a command, print the help or complain, and raise SystemExit."""
+    command = given[0] if given and given[0] in COMMANDS else None
+    try:
+        parser = make_parser(command)
+        # argparse takes no positional argument after an option behind a `nargs="*"`: overrides may come there all the same
+        arguments, rest = parser.parse_known_args(given)
+        if rest and ("settings" not in arguments or any(word.startswith("-") or "=" not in word for word in rest)):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:
+            arguments.settings += rest
+        text = arguments.run(arguments)
+        if text is not None and _is_first_rank():
+            _print(text)
+    except InputError as error:
+        _say(str(error))
+        return 2
+    except Stopped as error:
+        _say(str(error))
+        return 130 if isinstance(error, Interrupted) else 75  # EX_TEMPFAIL: try again
+    except FloatingPointError as error:  # raised on all ranks
+        _say(str(error))
+        return 1
+    return 0
 
 
 def main(words: list[str] | None = None) -> int:
     """Run a command and return its exit code. words: the command and its arguments (default: those of this process)."""
     given = sys.argv[1:] if words is None else words
-    command = given[0] if given and given[0] in COMMANDS else None
-    if words is None and command and COMMANDS[command].runs_model:
-        _tune_environment()
-    first_rank = os.environ.get("RANK", "0") == "0"
-    parser = make_parser(command)
-    # argparse takes no positional argument after an option behind a `nargs="*"`: overrides may come there all the same
-    arguments, rest = parser.parse_known_args(given)
-    if rest and ("settings" not in arguments or any(word.startswith("-") or "=" not in word for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.settings += rest
+    command = COMMANDS.get(given[0]) if given else None
     try:
-        text = arguments.run(arguments)
-        if text is not None and first_rank:
-            print(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return _reader_gone()
-    except (InputError, Stopped) as error:
-        if first_rank:  # one sentence, not one per rank
-            print(f"fastdit: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 75  # EX_TEMPFAIL: try again
-    except FloatingPointError as error:
-        print(f"fastdit: {error}", file=sys.stderr)
-        return 1
+        if words is None:
+            _open_streams()
+            if command and command.runs_model:
+                _tune_environment()
+        try:
+            return _run(given)
+        finally:  # here: after the end of this function nothing handles a BrokenPipeError
+            sys.stdout.flush()
+            sys.stderr.flush()
     except KeyboardInterrupt:
-        print("fastdit: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+        _say(f"interrupted; {command.interrupted}" if command else "interrupted")
+        if words is None:
+            os._exit(130)  # at once: threads and other ranks are not waited for
         return 130
-    return 0
+    except BrokenPipeError:
+        if _readers_gone():
+            return 141
+        raise
 
 
 if __name__ == "__main__":

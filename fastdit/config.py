@@ -1,6 +1,7 @@
 """Every setting of a run: frozen dataclasses, the preset table, YAML files and `section.key=value` overrides.
 
-A value comes from the defaults below, the preset, the YAML file or the overrides on the command line; the last of them wins.
+A value comes from the defaults below, the preset, the YAML file or the overrides on the command line; the last of them wins. A
+run that is resumed keeps the values that are not given again (fastdit/training/command.py).
 Unknown keys, values of the wrong type and values out of range raise InputError, with one sentence that names the nearest valid
 choice.
 
@@ -9,13 +10,15 @@ own train section: the learning rate above all.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import json
 import math
+import os
+import reprlib
 import types
 import typing
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +27,11 @@ from fastdit.sampling.solvers import SOLVERS  # which imports neither torch nor 
 RENAMED = {"train.checkpoint": "train.recompute"}  # old key: new key; saved configs may have either
 RECOMPUTE = ("none", "light", "full")  # values of train.recompute
 ZERO_STAGES = (1, 2, 3)  # values of zero.stage
+MAX_STEPS = 10_000  # of sample.steps
+MAX_GUIDANCE = 100  # of sample.guidance; papers use up to 20
+MAX_SHIFT = 1000  # of sample.time_shift and its inverse: beyond, timesteps are rounded to 0 or 1
+# Keys of `train` that a resumed run does not keep: which run it is, and what a single start may do.
+OF_ONE_START = ("name", "out", "resume", "init", "init_weights", "allow_batch_change")
 
 
 class InputError(Exception):
@@ -32,6 +40,10 @@ class InputError(Exception):
 
 class Stopped(Exception):
     """A run was told to stop: it saved a checkpoint and ended before its last step."""
+
+
+class Interrupted(Stopped):
+    """The same, by Ctrl-C."""
 
 
 # hidden = 8/3·width rounded to a multiple of 128, so that parameters and FLOPs match DiT's published 33/130/458/675 M. base/2 is
@@ -73,6 +85,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "hidden", "patch_size", "in_channels", "input_size", "num_classes"):
             _at_least("model", self, key, 1)
+        for key, limit in (("width", 65_536), ("depth", 1_000), ("hidden", 262_144), ("in_channels", 4_096),
+                           ("input_size", 4_096), ("num_classes", 1_000_000)):  # fmt: skip
+            _at_most("model", self, key, limit)
         _one_of("model", self, "preset", tuple(PRESETS))
         _one_of("model", self, "positions", ("absolute", "rope_1d", "rope_2d"))
         _one_of("model", self, "attention", ("auto", "flash", "sdpa", "matmul"))
@@ -80,6 +95,7 @@ class ModelConfig:
         _one_of("model", self, "time_embedding", ("sinusoidal", "base"))
         if self.class_width is not None:
             _at_least("model", self, "class_width", 1)
+            _at_most("model", self, "class_width", 65_536)
         if self.modulation_groups is not None and not 1 <= self.modulation_groups <= self.depth:
             raise InputError(f"model.modulation_groups={self.modulation_groups} must be between 1 and model.depth={self.depth}")
         if self.width % self.heads or (self.width // self.heads) % 2 or self.width // self.heads > 256:
@@ -117,8 +133,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         for key, limit in (("image_size", 1), ("max_bad_files", 0)):
             _at_least("data", self, key, limit)
+        _at_most("data", self, "image_size", 16_384)
         if self.threads is not None:
             _at_least("data", self, "threads", 1)
+            _at_most("data", self, "threads", 1_024)
         _one_of("data", self, "crop", ("center", "random"))
         _one_of("data", self, "resident", ("auto", "true", "false"))
 
@@ -129,12 +147,12 @@ class FlowConfig:
 
     logit_mean: float = 0.0  # mean of the logit-normal timesteps, t = sigmoid(normal(mean, std)): arXiv:2403.03206, equation 19
     logit_std: float = 1.0  # their standard deviation, before the sigmoid
-    label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance
+    label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance (default with one class: 0)
 
     def __post_init__(self) -> None:
         _at_least("flow", self, "logit_std", 0)
-        if not 0 <= self.label_dropout <= 1:
-            raise InputError(f"flow.label_dropout={self.label_dropout} must be between 0 and 1")
+        if not 0 <= self.label_dropout < 1:
+            raise InputError(f"flow.label_dropout={self.label_dropout} must be at least 0 and below 1: at 1 no class is trained")
 
 
 @dataclass(frozen=True)
@@ -148,6 +166,7 @@ class TrainConfig:
     total_steps: int = 1400  # optimizer steps of the whole run
     batch_size: int = 32  # images per device and micro-step
     accumulation: int = 1  # micro-steps per optimizer step
+    allow_batch_change: bool = False  # resume with another number of images per step than the checkpoint's
     precision: str = "auto"  # auto: bf16 if the device has fast matmuls in it, else fp32 | bf16 (with fp32 masters) | fp32
     device: str = "auto"  # auto: CUDA if there is a GPU | cpu | cuda
     # auto: graphs on CUDA below ZeRO 3, else none | graphs: CUDA graphs, of the model on one rank, of each block on several |
@@ -160,6 +179,7 @@ class TrainConfig:
     eps: float = 1e-8  # AdamW's epsilon
     weight_decay: float = 0.01  # AdamW's decoupled weight decay
     schedule: str = "constant"  # learning rate after the warm-up: constant, for the EMA to average | cosine, to 0 at total_steps
+    decay_steps: int = 0  # with schedule=constant, last steps in which the learning rate falls to 0, as 1-sqrt: arXiv:2405.18392
     warmup_steps: int = 50  # steps of linear warm-up of the learning rate
     clip: float = 1.0  # largest gradient norm; 0: no clipping
     ema_decay: float = 0.99  # decay of the EMA per update
@@ -176,6 +196,7 @@ class TrainConfig:
     sample_steps: int = 700  # steps between grids of EMA samples; 0: none
     wandb: str = "disabled"  # Weights & Biases: disabled | offline | online
     wandb_project: str = "fastdit"  # project of Weights & Biases
+    tensorboard: bool = False  # write scalars and sample grids to <run>/tensorboard/ too
 
     def __post_init__(self) -> None:
         for key in (
@@ -189,14 +210,25 @@ class TrainConfig:
             "timeout_s",
         ):
             _at_least("train", self, key, 1)
-        for key in ("seed", "lr", "eps", "weight_decay", "warmup_steps", "clip", "sample_steps", "keep_every", "max_skipped_steps"):
+        for key in (
+            "seed", "lr", "eps", "weight_decay", "decay_steps", "warmup_steps", "clip", "sample_steps", "keep_every",
+            "max_skipped_steps",
+        ):  # fmt: skip
             _at_least("train", self, key, 0)
+        _at_most("train", self, "timeout_s", 30 * 86_400)  # 30 days: faulthandler takes no more than some centuries
         _one_of("train", self, "precision", ("auto", "bf16", "fp32"))
         _one_of("train", self, "compile", ("auto", "graphs", "blocks", "model", "none"))
         _one_of("train", self, "recompute", RECOMPUTE)
         _one_of("train", self, "device", ("auto", "cpu", "cuda"))
         _one_of("train", self, "schedule", ("constant", "cosine"))
         _one_of("train", self, "wandb", ("disabled", "offline", "online"))
+        if self.decay_steps and self.schedule != "constant":
+            raise InputError(f"train.decay_steps={self.decay_steps} needs train.schedule=constant: {self.schedule} falls by itself")
+        if self.decay_steps and self.warmup_steps + self.decay_steps > self.total_steps:
+            raise InputError(
+                f"train.decay_steps={self.decay_steps} and train.warmup_steps={self.warmup_steps} must fit into "
+                f"train.total_steps={self.total_steps}"
+            )
         shares = {"beta1": self.beta1, "beta2": self.beta2, "ema_decay": self.ema_decay}
         for key, value in [*shares.items(), *(("ema_more", decay) for decay in self.ema_more)]:
             if not 0 <= value < 1:
@@ -207,8 +239,8 @@ class TrainConfig:
                 raise InputError(f"train.profile={self.profile} must name steps such as 20-25")
         if self.seed >= 2**63:
             raise InputError(f"train.seed={self.seed} must be below 2^63")
-        if not self.name or "/" in self.name or self.name.startswith(".") or len(self.name) > 200:
-            raise InputError(f"train.name={self.name!r} must be a folder name of at most 200 letters without '/' or a leading '.'")
+        if not self.name or "/" in self.name or self.name.startswith(".") or len(os.fsencode(self.name)) > 200:
+            raise InputError(f"train.name={self.name!r} must be a folder name of at most 200 bytes without '/' or a leading '.'")
 
 
 @dataclass(frozen=True)
@@ -217,21 +249,32 @@ class SampleConfig:
 
     steps: int = 15  # solver steps
     solver: str = "heun"  # a name of SOLVERS in sampling/solvers.py
-    guidance: float = 2.0  # w of (1+w)·v(class) − w·v(null); the scale s in papers is 1+w
+    # w of (1+w)·v(class) − w·v(null); the scale s in papers is 1+w. Default with one class or without label dropout: 0
+    guidance: float = 2.0
     guidance_low: float = 0.0  # least timestep with guidance (t = 1 is noise)
     guidance_high: float = 1.0  # greatest timestep with guidance
     time_shift: float = 1.0  # shift of the timesteps: above 1, more steps near noise
 
     def __post_init__(self) -> None:
-        _at_least("sample", self, "steps", 1)
-        _at_least("sample", self, "guidance", 0)
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise InputError(f"sample.steps={self.steps} must be between 1 and {MAX_STEPS:,}")
+        if not 0 <= self.guidance <= MAX_GUIDANCE:  # NaN fails too
+            raise InputError(
+                f"sample.guidance={self.guidance} must be between 0 and {MAX_GUIDANCE}: images are saturated far below"
+            )
         _one_of("sample", self, "solver", tuple(SOLVERS))
         if not 0 <= self.guidance_low <= self.guidance_high <= 1:
             raise InputError(
                 f"sample.guidance_low={self.guidance_low} and guidance_high={self.guidance_high} must be 0 <= low <= high <= 1"
             )
-        if not 0 < self.time_shift < math.inf:
-            raise InputError(f"sample.time_shift={self.time_shift} must be above 0 and finite")
+        if not 1 / MAX_SHIFT <= self.time_shift <= MAX_SHIFT:
+            raise InputError(f"sample.time_shift={self.time_shift} must be between {1 / MAX_SHIFT} and {MAX_SHIFT}")
+
+    def asks_for_guidance(self) -> str | None:
+        """Return the first setting that only guided samples have, such as "guidance=2.0", or None."""
+        unguided = {"guidance": 0, "guidance_low": 0, "guidance_high": 1}
+        asked = (f"{key}={getattr(self, key)}" for key, value in unguided.items() if getattr(self, key) != value)
+        return next(asked, None)
 
 
 @dataclass(frozen=True)
@@ -242,7 +285,7 @@ class ValidateConfig:
     images: int = 256  # held-out images for the loss, evenly spread
     source: str = "auto"  # held-out data: auto: the val split of data.source | latents of `fastdit encode --split val`
     features: str = "none"  # feature network for FID: none | digits | a TorchScript file
-    reference: str = ""  # reference for FID, as in `fastdit evaluate`; with digits the default is mnist5k
+    reference: str | None = None  # reference for FID, as in `fastdit evaluate`; none: mnist5k with digits
     samples: int = 1000  # samples for FID, a multiple of the number of classes
 
     def __post_init__(self) -> None:
@@ -278,6 +321,15 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
 
     def __post_init__(self) -> None:
+        for section in dataclasses.fields(self):
+            for key, value in vars(getattr(self, section.name)).items():
+                _usable(f"{section.name}.{key}", value)
+        if self.flow.label_dropout == 0 and (asked := self.sample.asks_for_guidance()):
+            default = " (its default with model.num_classes=1)" * (self.model.num_classes == 1)
+            raise InputError(
+                f"sample.{asked} needs the null class, which flow.label_dropout=0{default} does not train: leave it out, or set "
+                "flow.label_dropout=0.1"
+            )
         if self.zero.stage == 3 and self.train.compile in ("graphs", "blocks", "model"):
             raise InputError(
                 f"train.compile={self.train.compile} does not work with zero.stage=3, whose hooks break graphs: use auto or none"
@@ -302,6 +354,28 @@ def _at_least(section: str, config: object, key: str, limit: float) -> None:
         raise InputError(f"{section}.{key}={value} must be at least {limit}")
 
 
+def _at_most(section: str, config: object, key: str, limit: int) -> None:
+    value = getattr(config, key)
+    if value > limit:
+        raise InputError(f"{section}.{key}={value} must be at most {limit}")
+
+
+def _usable(key: str, value: object) -> None:
+    """Raise InputError for what no setting can be: empty text, control characters, infinity, a count that int32 cannot hold."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise InputError(f"{key}={value!r} is empty: give a value, or leave {key} out")
+        if any(unicodedata.category(letter) == "Cc" for letter in value):
+            raise InputError(f"{key}={value!r} holds a control character, such as NUL or a line break: leave it out")
+    elif isinstance(value, list):
+        for each in value:
+            _usable(key, each)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{key}={value} must be finite")
+    elif isinstance(value, int) and value >= 2**31 and key != "train.seed":
+        raise InputError(f"{key}={value} must be below 2^31")
+
+
 def _one_of(section: str, config: object, key: str, choices: tuple) -> None:
     value = getattr(config, key)
     if value not in choices:
@@ -314,33 +388,39 @@ def nearest(name: str, choices: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"
 
 
+def _shown(value: object) -> str:
+    """Return a value as error sentences show it: long ones are cut."""
+    return repr(value) if isinstance(value, str) and len(value) <= 300 else reprlib.repr(value)
+
+
 def _convert(key: str, value: object, hint: object) -> object:
-    """Return a value from YAML as the type `hint` of the field `key`. Raises InputError."""
+    """Return a value from YAML or JSON as the type `hint` of the field `key`. Raises InputError."""
     if typing.get_origin(hint) is list:
         if not isinstance(value, list):
-            raise InputError(f"{key}={value!r} must be a list, such as [0.999,0.9999]")
+            raise InputError(f"{key}={_shown(value)} must be a list, such as [0.999,0.9999]")
         return [_convert(key, each, typing.get_args(hint)[0]) for each in value]
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and types.NoneType in allowed:
         return None
     kind = allowed[0]
-    if kind is float and isinstance(value, str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-4 as text; other text is reported below
-            value = float(value)
+    if kind is str and isinstance(value, str):
+        return os.path.expanduser(value) if value.startswith("~/") else str(value)  # the shell does not expand it behind a =
+    if isinstance(value, str) and type(value) is not str:  # yaml12.Plain
+        from fastdit.yaml12 import scalar
+
+        value = scalar(value)
     if kind is float and type(value) is int:
-        value = float(value)
-    if kind is str and type(value) in (int, float, bool):
-        value = str(value).lower() if type(value) is bool else str(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if kind is float and type(value) is float and not math.isfinite(value):
         raise InputError(f"{key}={value} must be finite")
     if type(value) is not kind:
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-        raise InputError(f"{key}={value!r} must be {wanted}")
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes, if need be)"}[kind]
+        raise InputError(f"{key}={_shown(value)} must be {wanted}")
     return value
 
 
-def from_dict(values: dict) -> Config:
-    """Return the Config of nested dicts, with every key and value checked. Raises InputError."""
+def checked(values: dict) -> dict[str, dict]:
+    """Return nested dicts of settings with every section and key known and every value of its type. Raises InputError."""
     sections = typing.get_type_hints(Config)
     given: dict[str, dict] = {}
     for section, entries in values.items():
@@ -348,7 +428,7 @@ def from_dict(values: dict) -> Config:
             raise InputError(f"config section {section!r} is unknown: {nearest(str(section), list(sections))}")
         entries = {} if entries is None else entries  # all keys of the section are commented out
         if not isinstance(entries, dict):
-            raise InputError(f"config section {section!r} holds {entries!r}, but it must hold keys with values")
+            raise InputError(f"config section {section!r} holds {_shown(entries)}, but it must hold keys with values")
         hints = typing.get_type_hints(sections[section])
         for key, value in entries.items():
             if f"{section}.{key}" in RENAMED:
@@ -356,32 +436,56 @@ def from_dict(values: dict) -> Config:
             if key not in hints:
                 names = [f"{section}.{name}" for name in hints]
                 raise InputError(f"config key {section}.{key} is unknown: {nearest(f'{section}.{key}', names)}")
-            given.setdefault(section, {})[key] = _convert(f"{section}.{key}", value, hints[key])
+            given.setdefault(section, {})[str(key)] = _convert(f"{section}.{key}", value, hints[key])
+    preset = given.get("model", {}).get("preset", ModelConfig.preset)
+    if preset not in PRESETS:
+        raise InputError(f"model.preset={preset} is unknown: {nearest(preset, list(PRESETS))}")
+    return given
+
+
+def from_dict(values: dict) -> Config:
+    """Return the Config of nested dicts, with every key and value checked. Raises InputError."""
+    sections = typing.get_type_hints(Config)
+    given = checked(values)
     model = given.setdefault("model", {})
-    name = model.get("preset", ModelConfig.preset)
-    if name not in PRESETS:
-        raise InputError(f"model.preset={name} is unknown: {nearest(name, list(PRESETS))}")
-    given["model"] = {**PRESETS[name], **model}
+    given["model"] = {**PRESETS[model.get("preset", ModelConfig.preset)], **model}
+    _without_null_class(given)
     return Config(**{section: sections[section](**entries) for section, entries in given.items()})
 
 
-def _is_text(section: str, key: str) -> bool:
-    """Return whether a key takes text, whose override is not read as YAML: a run may be called 007 or 1.10."""
+def _without_null_class(given: dict[str, dict]) -> None:
+    """Set the defaults of label dropout and guidance that follow from other settings. given: values by section, changed in place.
+
+    One class needs no guidance, so that its labels are not dropped; without dropped labels the null class is not trained.
+    """
+    one_class = given["model"].get("num_classes") == 1
+    if one_class:
+        given.setdefault("flow", {}).setdefault("label_dropout", 0.0)
+    if one_class or given.get("flow", {}).get("label_dropout") == 0:
+        given.setdefault("sample", {}).setdefault("guidance", 0.0)
+
+
+def _is_text(section: str, key: str, value: str) -> bool:
+    """Return whether an override is the text of its value, which is not read as YAML: a path may hold ': '."""
     sections = typing.get_type_hints(Config)
-    return section in sections and typing.get_type_hints(sections[section]).get(key) is str
+    hint = typing.get_type_hints(sections[section]).get(key) if section in sections else None
+    return hint is str or (hint == (str | None) and value != "null")
 
 
-def parse(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
-    """Return the config of a YAML file, or the defaults, with `section.key=value` overrides. Raises InputError."""
-    import yaml
+def read_settings(path: str | Path | None = None, overrides: list[str] | None = None) -> dict:
+    """Return the settings that a YAML file and `section.key=value` overrides give, as nested dicts. Raises InputError."""
+    import yaml  # here and in `to_yaml`: a config made in Python needs no package
 
-    values: dict = {}
+    from fastdit import yaml12
+
+    values = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
+            loaded = yaml12.load(Path(path).read_text(encoding="utf-8"))
+            values = {} if loaded is None else loaded
         except OSError as error:
-            raise InputError(f"config file {path} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"config file {path or repr('')} cannot be read: {error.strerror}") from error
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
             raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise InputError(f"config file {path} must hold sections ({', '.join(Config.__dataclass_fields__)})")
@@ -389,32 +493,47 @@ def parse(path: str | Path | None = None, overrides: list[str] | None = None) ->
         name, equals, text = override.partition("=")
         section, dot, key = name.partition(".")
         if not equals or not dot:
-            raise InputError(f"override {override!r} must have the form section.key=value")
+            raise InputError(
+                f"override {override!r} must have the form section.key=value; a config file comes first and must exist"
+            )
         if values.get(section) is None:
             values[section] = {}
         if not isinstance(values[section], dict):
-            raise InputError(f"config section {section!r} holds {values[section]!r}, but it must hold keys with values")
+            raise InputError(f"config section {section!r} holds {_shown(values[section])}, but it must hold keys with values")
         try:
-            values[section][key] = text if _is_text(section, key) else yaml.safe_load(text)
+            values[section][key] = text if _is_text(section, key, text) else yaml12.load(text)
         except yaml.YAMLError as error:
             raise InputError(f"the value of override {override!r} is not valid YAML") from error
-    return from_dict(values)
+    return values
 
 
-def from_saved(values: dict) -> Config:
-    """Return the Config of a dict that a run, a checkpoint or an export saved, also under old names of keys. Raises InputError."""
+def parse(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Return the config of a YAML file, or the defaults, with `section.key=value` overrides. Raises InputError."""
+    return from_dict(read_settings(path, overrides))
+
+
+def from_saved(values: object) -> Config:
+    """Return the Config of what a run, a checkpoint or an export saved, also under old names of keys. Raises InputError."""
+    if not isinstance(values, dict):
+        raise InputError(f"a saved config must hold sections ({', '.join(Config.__dataclass_fields__)}), not {_shown(values)}")
+    sections = {section: dict(entries) if isinstance(entries, dict) else entries for section, entries in values.items()}
     for old, new in RENAMED.items():
         section, key = old.split(".")
-        if key in values.get(section, {}):
-            values[section][new.partition(".")[2]] = values[section].pop(key)
-    return from_dict(values)
+        if isinstance(entries := sections.get(section), dict) and key in entries:
+            entries[new.partition(".")[2]] = entries.pop(key)
+    if isinstance(entries := sections.get("validate"), dict) and entries.get("reference") == "":
+        entries["reference"] = None  # as it was saved before
+    if isinstance(entries := sections.get("flow"), dict) and entries.get("label_dropout") == 0:
+        unguided = {"guidance": 0.0, "guidance_low": 0.0, "guidance_high": 1.0}  # an untrained null class guided runs of before
+        sections["sample"] = {**(sections.get("sample") or {}), **unguided}
+    return from_dict(sections)
 
 
 def load_json(path: str | Path) -> Config:
     """Return the config in the JSON file that a run or a checkpoint saved. Raises InputError."""
     try:
-        return from_saved(json.loads(Path(path).read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+        return from_saved(json.loads(Path(path).read_bytes()))
+    except (OSError, ValueError, RecursionError, InputError) as error:
         raise InputError(f"saved config {path} cannot be read: {error}") from error
 
 
@@ -427,7 +546,18 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def file_and_overrides(settings: list[str]) -> tuple[str | None, list[str]]:
-    """Split the `settings` of a command line into the config file, if one is given, and the overrides, for `parse`."""
-    if settings and "=" not in settings[0]:
-        return settings[0], settings[1:]
-    return None, list(settings)
+    """Split the `settings` of a command line into the config file, if one is given, and the overrides, for `parse`.
+
+    The first word is the file if it holds no '=' or if there is such a file. Raises InputError if it could be both.
+    """
+    if not settings:
+        return None, []
+    first, *others = settings
+    if "=" in first:
+        section, _, key = first.partition("=")[0].partition(".")
+        is_override = key in typing.get_type_hints(typing.get_type_hints(Config).get(section, object))
+        if not os.path.isfile(first):
+            return None, list(settings)
+        if is_override:
+            raise InputError(f"{first!r} is a setting and a file: write ./{first} for the file, or rename it")
+    return first, others

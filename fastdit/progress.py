@@ -1,4 +1,4 @@
-"""Progress bars."""
+"""Progress bars, and lines printed before the end of a command."""
 
 import sys
 
@@ -12,3 +12,16 @@ def progress_bar(total: int, initial: int = 0, description: str | None = None, u
         total=total, initial=initial, desc=description, unit=unit, dynamic_ncols=terminal, mininterval=0.5 if terminal else 20,
         maxinterval=10 if terminal else 60, **options,
     )  # fmt: skip
+
+
+def say(text: str) -> None:
+    """Print a line to stdout now. If its reader has gone or its disk is full, the work continues: `cli.main` says so at its end."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        return
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr, above the progress bars."""
+    tqdm.write(f"fastdit: warning: {text}", file=sys.stderr)

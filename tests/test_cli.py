@@ -10,9 +10,10 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from fastdit import __version__, cli
-from fastdit.config import InputError, SampleConfig, Stopped
+from fastdit.config import InputError, Interrupted, SampleConfig, Stopped
 from fastdit.sampling.command import sampler_settings
 
 
@@ -92,7 +93,13 @@ def command(monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(InputError("bad"), 2), (Stopped("bad"), 75), (FloatingPointError("bad"), 1), (KeyboardInterrupt(), 130)],
+    [
+        (InputError("bad"), 2),
+        (Stopped("bad"), 75),
+        (Interrupted("bad"), 130),
+        (FloatingPointError("bad"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_exit_codes(command, capsys, error, code):
     command(error)
@@ -131,12 +138,56 @@ def test_python_m_fastdit():
     assert done.stdout == f"fastdit {__version__}\n"
 
 
-@pytest.mark.parametrize("form", [[], ["--json"]])
-def test_a_reader_that_has_gone_gets_no_traceback(form):
+@pytest.mark.parametrize(
+    ("words", "streams", "codes"),
+    [
+        (["plan", "--preset", "test/4"], ["stdout"], [141]),
+        (["plan", "--preset", "test/4", "--json"], ["stdout"], [141]),
+        (["--help"], ["stdout"], [0, 141]),  # argparse ignores errors of its own output
+        (["train", "--help"], ["stdout"], [0, 141]),
+        (["train", "--dry-run"], ["stdout"], [141]),
+        (["train", "nonsense=1"], ["stdout", "stderr"], [141]),
+        (["prepare", "DIR", "--out", "INDEX"], ["stderr"], [141]),  # a progress bar
+    ],
+)
+def test_a_reader_that_has_gone_gets_no_traceback(tmp_path, words, streams, codes):
     """As in `fastdit plan | head -1`. The text fits a pipe's and Python's buffers: writing fails at the last flush."""
+    (tmp_path / "d/a").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "d/a/1.png")
+    words = [{"DIR": str(tmp_path / "d"), "INDEX": str(tmp_path / "d.index")}.get(word, word) for word in words]
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer) as stdout:
-        command = [sys.executable, "-m", "fastdit.cli", "plan", "--preset", "test/4", *form]
-        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr) == (141, "")
+    with os.fdopen(writer) as gone:
+        pipes = {name: gone if name in streams else subprocess.PIPE for name in ("stdout", "stderr")}
+        done = subprocess.run([sys.executable, "-m", "fastdit", *words], **pipes, text=True, check=False)
+    assert done.returncode in codes and not done.stderr, (done.returncode, done.stderr)
+
+
+def test_streams_that_are_closed_or_full(tmp_path):
+    """A closed one (`>&-`) is quiet, and no file takes its number; a full disk is a sentence."""
+    command = f"{sys.executable} -m fastdit train --dry-run"
+    for closed in ("", "<&- "):
+        done = subprocess.run(f"{command} {closed}>&- 2>&-", shell=True, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = subprocess.run(f"{command} >/dev/full", shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr == "fastdit: stdout cannot be written: No space left on device: free some space\n"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_ctrl_c_is_one_true_line(monkeypatch, capsys, command):
+    """Also while the command is imported, and on rank 0 only."""
+
+    def interrupt(module):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupt)
+    assert cli.main([command]) == 130
+    assert capsys.readouterr().err == f"fastdit: interrupted; {cli.COMMANDS[command].interrupted}\n"
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main([command]) == 130 and not capsys.readouterr().err
+
+
+def test_a_rank_that_is_no_number_is_said(monkeypatch, capsys, command):
+    command(InputError("RANK=x"))
+    monkeypatch.setenv("RANK", "x")
+    assert cli.main(["info"]) == 2 and "RANK=x" in capsys.readouterr().err

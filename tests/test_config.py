@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fastdit import config
-from fastdit.config import PRESETS, InputError, from_dict, from_saved, load_json, parse
+from fastdit.config import PRESETS, Config, InputError, TrainConfig, file_and_overrides, from_dict, from_saved, load_json, parse
 from fastdit.sampling import solvers
 
 
@@ -28,16 +28,53 @@ from fastdit.sampling import solvers
         ("train.ema_decay=1", ["train.ema_decay=1.0", "below 1"]),
         ("train.name=a/b", ["train.name='a/b'", "folder name"]),
         ("sample.solver=hune", ["sample.solver=hune", "did you mean 'heun'"]),
-        ("sample.time_shift=0", ["sample.time_shift=0.0", "above 0"]),
+        ("sample.time_shift=0", ["sample.time_shift=0.0", "between 0.001 and 1000"]),
         ("sample.guidance_high=1.5", ["guidance_high=1.5", "low <= high <= 1"]),
         ("zero.stage=4", ["zero.stage=4", "1, 2, 3"]),
         ("model.heads=3", ["model.heads=3", "model.width=128"]),
         ("model.patch_size=5", ["model.patch_size=5", "model.input_size=32"]),
         ("model.modulation_groups=9", ["model.modulation_groups=9", "model.depth=6"]),
-        ("flow.label_dropout=2", ["flow.label_dropout=2.0", "between 0 and 1"]),
+        ("flow.label_dropout=2", ["flow.label_dropout=2.0", "below 1"]),
         ("width=3", ["width=3", "section.key=value"]),
         ("model.width", ["model.width", "section.key=value"]),
         ("model.width=[", ["not valid YAML"]),
+        ("train.lr=1e999", ["train.lr=inf", "finite"]),
+        ("train.lr=inf", ["train.lr='inf'", "a number"]),
+        (f"train.lr={'9' * 390}", ["train.lr=inf", "finite"]),
+        (f"train.total_steps={'9' * 5000}", ["train.total_steps='999", "a whole number"]),
+        ("train.ema_more=[0.9, .nan]", ["train.ema_more=nan", "finite"]),
+        ("train.ema_more=&a [*a]", ["train.ema_more=[[[[", "a number"]),
+        (f"train.ema_more={'[' * 5000}", ["not valid YAML"]),
+        ("train.total_steps=1:30", ["train.total_steps='1:30'", "a whole number"]),
+        ("train.total_steps=1_000", ["train.total_steps='1_000'", "a whole number"]),
+        ("train.total_steps=2147483648", ["train.total_steps=2147483648", "below 2^31"]),
+        ("data.flip=no", ["data.flip='no'", "true or false"]),
+        ("data.flip=on", ["data.flip='on'", "true or false"]),
+        ("train.timeout_s=999999999", ["train.timeout_s=999999999", "at most 2592000"]),
+        ("model.num_classes=2000000000", ["model.num_classes=2000000000", "at most 1000000"]),
+        ("model.depth=100000", ["model.depth=100000", "at most 1000"]),
+        ("model.width=10000000", ["model.width=10000000", "at most 65536"]),
+        ("model.input_size=65536", ["model.input_size=65536", "at most 4096"]),
+        ("data.image_size=100000", ["data.image_size=100000", "at most 16384"]),
+        ("data.threads=100000", ["data.threads=100000", "at most 1024"]),
+        *(
+            (f"{key}=", [f"{key}=''", "is empty"])
+            for key in (
+                "data.source",
+                "data.autoencoder",
+                "train.out",
+                "train.resume",
+                "validate.source",
+                "validate.features",
+                "validate.reference",
+                "train.wandb_project",
+            )
+        ),
+        ("train.name=", ["train.name=''", "folder name"]),
+        ("data.source= ", ["data.source=' '", "is empty"]),
+        ("train.name=a\0b", ["train.name='a\\x00b'", "control character"]),
+        ("data.source=a\nb", ["data.source='a\\nb'", "control character"]),
+        (f"train.name={'é' * 120}", ["folder name of at most 200 bytes"]),
     ],
 )
 def test_wrong_override_is_one_sentence(override, words):
@@ -68,14 +105,112 @@ def test_wrong_override_is_one_sentence(override, words):
 def test_every_choice_can_be_given(tmp_path, section, key, values):
     for value in values:
         assert getattr(getattr(parse(None, [f"{section}.{key}={value}"]), section), key) == value
-        if key != "name":  # in a file YAML decides which values are text
-            (tmp_path / "c.yaml").write_text(f"{section}: {{{key}: {value}}}\n")
-            assert getattr(getattr(parse(tmp_path / "c.yaml"), section), key) == value
+        (tmp_path / "c.yaml").write_text(f"{section}: {{{key}: {value}}}\n")
+        assert getattr(getattr(parse(tmp_path / "c.yaml"), section), key) == value
 
 
 def test_empty_sections_are_sections(tmp_path):
     (tmp_path / "c.yaml").write_text("train:\nmodel:\n  # depth: 3\n")
     assert parse(tmp_path / "c.yaml", ["train.clip=2"]).train.clip == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n  lr: 1\nmodel:\ntrain:\n  seed: 4", ["'train' is given twice, in lines 1 and 4"]),
+        ("train:\n  lr: 1\n  lr: 2", ["'lr' is given twice, in lines 2 and 3"]),
+        ('train:\n  lr: 1\n  "lr": 2', ["'lr' is given twice, in lines 2 and 3"]),
+        ("train: {lr: 1, seed: 2, lr: 2}", ["'lr' is given twice, in lines 1 and 1"]),
+        ("train:\n  <<: {lr: 1}\n  <<: {seed: 2}", ["'<<' is given twice, in lines 2 and 3"]),
+        ("train:\n  [1]: 2", ["the key in line 2 is not text"]),
+        ("train: {name: ~}", ["train.name=None must be text"]),
+        ("train: {total_steps: !!int x}", ["not valid YAML"]),
+        ("train: {total_steps: 2026-11-23}", ["train.total_steps='2026-11-23' must be a whole number"]),
+        ("a: &a [1]\ntrain: {lr: *a}", ["config section 'a' is unknown"]),
+        ('train: {name: "a\\0b"}', ["control character"]),
+        ("train: {name: a}\n---\ntrain: {name: b}", ["not valid YAML"]),
+        ("0: 3", ["config section '0' is unknown"]),
+    ],
+)
+def test_a_file_that_means_two_things_or_nothing_is_one_sentence(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError) as error:
+        parse(tmp_path / "c.yaml")
+    message = str(error.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("train.seed", "010", 10),
+        ("train.seed", "007", 7),
+        ("train.seed", "0o17", 15),
+        ("train.seed", "0x1f", 31),
+        ("train.seed", "+5", 5),
+        ("train.lr", "1e-4", 1e-4),
+        ("train.lr", ".5", 0.5),
+        ("train.lr", "1.", 1.0),
+        ("train.lr", "1", 1.0),
+        ("data.flip", "True", True),
+        ("data.threads", "~", None),
+        ("train.profile", "20-25", "20-25"),
+        ("train.profile", "null", None),
+        ("train.ema_more", "[0.5, 1e-1]", [0.5, 0.1]),
+        *(
+            ("train.name", text, text)
+            for text in ("no", "yes", "on", "007", "010", "1:30", "0o17", "1e-4", "2026-11-23", "true", "1.10")
+        ),
+    ],
+)
+def test_scalars_are_yaml_1_2(tmp_path, key, text, value):
+    """In a file and in an override alike; https://yaml.org/spec/1.2.2/#103-core-schema has the table."""
+    section, name = key.split(".")
+    (tmp_path / "c.yaml").write_text(f"{section}: {{{name}: {text}}}\n")
+    for config_ in (parse(tmp_path / "c.yaml"), parse(None, [f"{key}={text}"])):
+        read = getattr(getattr(config_, section), name)
+        assert read == value and type(read) is type(value)
+
+
+def test_anchors_and_merge_keys_work(tmp_path):
+    (tmp_path / "c.yaml").write_text("train: &t\n  lr: 1e-3\n  seed: 3\nvalidate: {steps: &n 5}\nsample: {steps: *n}\n")
+    assert (parse(tmp_path / "c.yaml").sample.steps, parse(tmp_path / "c.yaml").train.seed) == (5, 3)
+    (tmp_path / "c.yaml").write_text("train: {<<: {lr: 2, seed: 3}, lr: 1}\n")
+    assert (parse(tmp_path / "c.yaml").train.lr, parse(tmp_path / "c.yaml").train.seed) == (1.0, 3)
+
+
+def test_values_of_the_python_api_are_checked_too():
+    with pytest.raises(InputError, match=r"train\.lr=inf must be finite"):
+        Config(train=TrainConfig(lr=float("inf")))
+
+
+def test_a_home_folder_is_expanded(monkeypatch):
+    """A shell leaves the ~ of train.out=~/runs alone."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(None, ["train.out=~/runs", "data.source=~x"]).train.out == "/home/me/runs"
+
+
+def test_a_path_may_hold_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dir=x").mkdir()
+    (tmp_path / "dir=x/c.yaml").write_text("")
+    (tmp_path / "train.lr=1").write_text("")
+    assert file_and_overrides(["dir=x/c.yaml", "train.lr=1"]) == ("dir=x/c.yaml", ["train.lr=1"])
+    assert file_and_overrides(["./train.lr=1"]) == ("./train.lr=1", [])
+    assert file_and_overrides(["train.lr=2"]) == (None, ["train.lr=2"])
+    with pytest.raises(InputError, match=r"'train\.lr=1' is a setting and a file: write \./train\.lr=1"):
+        file_and_overrides(["train.lr=1"])
+    with pytest.raises(InputError, match=r"'dir=y/c\.yaml' must have the form .* must exist"):
+        parse(*file_and_overrides(["dir=y/c.yaml"]))
+    assert parse(None, ["data.source=/a=b: c #d"]).data.source == "/a=b: c #d"
+
+
+@pytest.mark.parametrize("saved", [[], "text", {"train": [1]}, {"train": {"checkpoint": 3}}, {"model": None, "zero": "x"}])
+def test_a_saved_config_of_another_shape_is_one_sentence(tmp_path, saved):
+    (tmp_path / "c.json").write_text(json.dumps(saved))
+    with pytest.raises(InputError) as error:
+        load_json(tmp_path / "c.json")
+    assert "\n" not in str(error.value) and str(tmp_path / "c.json") in str(error.value)
 
 
 @pytest.mark.parametrize("steps", ["20", "5-3", "0-2", "a-b", "-3"])
@@ -128,9 +263,10 @@ def test_load_json_of_garbage(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"model": {"wdith": 3}}))
     with pytest.raises(InputError, match=r"model\.width"):
         load_json(tmp_path / "c.json")
-    (tmp_path / "c.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be read"):
-        load_json(tmp_path / "c.json")
+    for data in (b"{", b"\xff\xfe", b"[" * 100_000):
+        (tmp_path / "c.json").write_bytes(data)
+        with pytest.raises(InputError, match="cannot be read"):
+            load_json(tmp_path / "c.json")
 
 
 def test_published_hidden_rule():
@@ -146,4 +282,5 @@ def test_the_old_name_of_recompute():
         parse(None, ["train.checkpoint=light"])
     saved = parse(None, ["train.recompute=light"]).to_dict()
     saved["train"]["checkpoint"] = saved["train"].pop("recompute")
-    assert from_saved(saved).train.recompute == "light"
+    saved["validate"]["reference"] = ""
+    assert from_saved(saved).train.recompute == "light" and from_saved(saved).validate.reference is None

@@ -2,6 +2,9 @@
 
 import errno
 import hashlib
+import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -20,6 +23,41 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_processes_that_write_one_file_share_no_temporary_one(tmp_path):
+    """The second begins while the first writes: both end, and the file is whole."""
+    path, code = (
+        tmp_path / "file",
+        "import sys, pathlib; from fastdit import files; files.write_atomically(pathlib.Path(sys.argv[1]), 'second')",
+    )
+    with files.replacing(path) as temporary:
+        temporary.write_text("fir")
+        subprocess.run([sys.executable, "-c", code, path], check=True)
+        assert path.read_text() == "second"
+        with temporary.open("a") as file:
+            file.write("st")
+    assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_temporary_files_of_processes_that_are_gone_are_deleted(tmp_path):
+    path, kill = tmp_path / "a", "temporary.write_text('half'); os.kill(os.getpid(), 9)"
+    code = (
+        f"import os, sys, pathlib; from fastdit import files\nwith files.replacing(pathlib.Path(sys.argv[1])) as temporary: {kill}"
+    )
+    assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == -9
+    assert len(list(tmp_path.glob(".tmp-*-a"))) == 1
+    kept = [f".tmp-{platform.node()}-1-1-a", ".tmp-elsewhere-1-1-a", f".tmp-{platform.node()}-x-a"]  # process 1 runs
+    for name in kept:
+        (tmp_path / name).touch()
+    files.write_atomically(path, "whole")
+    assert {p.name for p in tmp_path.iterdir()} == {"a", *kept}
+
+
+@pytest.mark.parametrize("data", [b"[]", b"{", b"\xff", b'"text"', b"[" * 100_000])
+def test_a_job_of_something_else_is_not_matched(tmp_path, data):
+    (tmp_path / "settings.json").write_bytes(data)
+    assert "something else than fastdit" in files.begin_or_match(tmp_path / "settings.json", {"size": 32})
 
 
 def test_a_job_is_begun_once_with_the_same_settings(tmp_path):

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent / "fastdit"
 # From the bottom up; a room stands for all of its files. A file may import from its own level and from those before it.
 LEVELS = [
     ["sampling.solvers"],  # the registry that config checks names against; it imports nothing of fastdit
+    ["yaml12"],  # how YAML is read; it imports nothing of fastdit
     ["config"],
     ["files", "distributed", "device", "progress"],
     ["attention", "model", "flow", "autoencoder", "graphs", "flops"],

@@ -16,21 +16,25 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
 
 
-def class_table(classes: list[str], names: list[str] | None, counts: list[int]) -> str:
-    """Return one line per class, "id  class  name  images", under a header; at most LINES of them, and the number of the others.
+def class_table(
+    classes: list[str], names: list[str] | None, counts: list[int] | None, ids: list[int] | None = None, lines: int = LINES
+) -> str:
+    """Return one line per class, "id  class  name  images", under a header; at most `lines` of them, and the number of the others.
 
-    classes: of ids 0, 1, …; names: for people, None if the classes have no others; counts: images per class.
+    classes: of `ids` (default: 0, 1, …); names: for people, None if the classes have no others; counts: images per class, None if
+    they are unknown.
     """
     short = lambda text: text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
-    columns = [("id", range(len(classes))), ("class", classes), *([("name", names)] if names else []), ("images", counts)]
-    shown = len(classes) if len(classes) <= LINES else LINES - 1
+    columns = [("id", range(len(classes)) if ids is None else ids), ("class", classes)]
+    columns += [(title, values) for title, values in (("name", names), ("images", counts)) if values is not None]
+    shown = len(classes) if len(classes) <= lines else lines - 1
     rows = [[title for title, _ in columns]]
     for values in zip(*(values[:shown] for _, values in columns), strict=True):
         rows.append([short(printable(value)) if isinstance(value, str) else f"{value:,}" for value in values])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    last = len(columns) - 1
+    right = [title in ("id", "images") for title, _ in columns]
     aligned = lambda row: "  ".join(
-        text.rjust(width) if i in (0, last) else text.ljust(width) for i, (text, width) in enumerate(zip(row, widths, strict=True))
-    )
+        text.rjust(width) if to_right else text.ljust(width) for text, width, to_right in zip(row, widths, right, strict=True)
+    ).rstrip()
     more = [f"… {len(classes) - shown:,} more"] if shown < len(classes) else []
     return "\n".join([*map(aligned, rows), *more])

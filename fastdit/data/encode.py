@@ -108,7 +108,7 @@ def _finish(out: Path, settings: dict, index: Index) -> dict:
     if (out / MANIFEST).exists():
         return json.loads((out / MANIFEST).read_text())
     files = {}
-    shards = sorted(out.glob("*_*.npy"))
+    shards = sorted(out.glob("[!.]*_*.npy"))  # not the temporary files of a process that was killed
     with progress_bar(len(shards), description="checksums", unit="file") as bar:
         for path in shards:
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -2,12 +2,14 @@
 
 B batch size per rank, n images. Step s of an epoch takes elements s·G .. (s+1)·G of the epoch's permutation, G the global batch; a
 remainder at the end of an epoch is dropped. Of these, micro-step m of rank r takes the B elements from (m·ranks + r)·B. So every
-rank has the same number of batches, the global batch is the same at 1 or 8 ranks, and a resume needs no state but the step.
+rank has the same number of batches, and the global batch is the same at 1 or 8 ranks. A resume needs the step, and the `Since` of
+G if the run had another one before.
 """
 
 import math
 import sys
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +44,40 @@ def check_classes(count: int, config: Config, world: World | None = None) -> Non
         )
 
 
+class Since(NamedTuple):
+    """Where in the data a run took on its global batch."""
+
+    step: int = 0  # completed steps
+    epoch: int = 0
+    used: int = 0  # images of that epoch that these steps have taken
+    images: int = 0  # images that they have taken in all
+
+
+def before(step: int, since: Since, global_batch: int, count: int) -> tuple[int, int]:
+    """Return the epoch that a step reads, counted from 0, and the images of it that earlier steps have taken.
+
+    since: where the run took on `global_batch`, at most `step` steps ago. count: n. The epoch of `since` ends as any other does:
+    with the last step for which it has enough images left.
+    """
+    steps = step - since.step
+    steps_left = max(0, count - since.used) // global_batch  # in the epoch of `since`
+    if steps < steps_left:
+        return since.epoch, since.used + steps * global_batch
+    epochs, steps = divmod(steps - steps_left, count // global_batch)
+    return since.epoch + 1 + epochs, steps * global_batch
+
+
+def after(steps: int, since: Since, global_batch: int, count: int) -> tuple[int, int]:
+    """Return the epoch of the last of `steps` completed steps, and the images of it that are taken then. Arguments as in `before`.
+
+    A smaller batch may find room in what they leave of that epoch.
+    """
+    if steps == since.step:
+        return since.epoch, since.used
+    epoch, used = before(steps - 1, since, global_batch, count)
+    return epoch, used + global_batch
+
+
 @lru_cache(maxsize=2)  # this epoch and the next: readers run ahead, in threads
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """Return the order of an epoch, int64 [n]."""
@@ -66,6 +102,7 @@ class Order:
         self.rank = world.rank
         self.seed = train.seed
         self.global_batch = train.batch_size * train.accumulation * world.size
+        self.since = Since()
         self.steps_per_epoch = count // self.global_batch
         if self.steps_per_epoch == 0:
             raise InputError(
@@ -89,9 +126,28 @@ class Order:
 
     def _share(self, step: int, micro: int) -> tuple[int, slice]:
         """Return the epoch, and the slice of its permutation that this rank's micro-step takes."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        first = step_in_epoch * self.global_batch + self.first_index(micro)
+        epoch, used = before(step, self.since, self.global_batch, self.count)
+        first = used + self.first_index(micro)
         return epoch, slice(first, first + self.batch_size)
+
+    def resume(self, step: int, since: Since, global_batch: int) -> None:
+        """Continue after `step` steps of a run that took `global_batch` images per step from `since` on.
+
+        If that is not this order's global batch, its first step begins where the last one ended.
+        """
+        self.since = since
+        if global_batch != self.global_batch:
+            images = since.images + (step - since.step) * global_batch
+            self.since = Since(step, *after(step, since, global_batch, self.count), images)
+
+    def images_seen(self, steps: int) -> int:
+        """Return the number of images that `steps` completed steps have taken."""
+        return self.since.images + (steps - self.since.step) * self.global_batch
+
+    def epochs(self, steps: int) -> float:
+        """Return the number of epochs that `steps` completed steps have taken."""
+        epoch, used = after(steps, self.since, self.global_batch, self.count)
+        return epoch + min(1.0, used / (self.steps_per_epoch * self.global_batch))
 
     def flips(self, images: Tensor, epoch: int) -> Tensor:
         """Return which of the images int64 [B] are mirrored in an epoch, half of them on average: bool [B]."""

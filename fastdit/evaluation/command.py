@@ -6,16 +6,17 @@ evaluators differ, this one follows the ADM evaluator (fastdit/evaluation/metric
 
 import argparse
 import json
+import math
+import os
 import shlex
-import sys
 import time
+from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from fastdit import progress
+from fastdit import files
 from fastdit.checkpoint import MANIFEST
 from fastdit.config import InputError
 from fastdit.data.imagenet import COUNTS
@@ -23,14 +24,17 @@ from fastdit.device import device_name, versions
 from fastdit.distributed import World, world_of_this_process
 from fastdit.evaluation import features, image_sets, metrics
 from fastdit.evaluation.image_sets import ImageSet
-from fastdit.files import check_writable, sha256, write_atomically
-from fastdit.sampling.command import add_sampler, add_weights, sampler_settings
+from fastdit.files import check_readable, path_argument, sha256
+from fastdit.progress import progress_bar, say, warn
+from fastdit.sampling.class_names import some
+from fastdit.sampling.command import MAX_IMAGES, add_sampler, add_weights, sampler_settings
 from fastdit.sampling.sampler import Sampler
 
 SAMPLE_FEATURES = 50_000  # features kept for KID, precision and recall, at most: the ADM evaluator's numbers
 REFERENCE_FEATURES = 10_000
 SAMPLES = 50_000  # samples drawn by default, as in papers
 DIGITS = 500  # the same for the built-in digits
+MAX_IMAGE_SIZE = 16_384  # pixels
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,22 @@ class EvaluationRequest:
     dtype: str = "auto"
     sampler: dict = field(default_factory=dict)  # values of SampleConfig that replace the run's
 
+    def __post_init__(self) -> None:
+        """Raises InputError."""
+        for name, path in (("source", self.source), ("--features", self.features), ("--reference", self.reference)):
+            if path is not None:
+                check_readable(name, path)
+        if self.feature_sha256 == "":
+            raise InputError("--feature-sha256 '' is empty: give the hash, or leave it out")
+        if self.image_size is not None and not 1 <= self.image_size <= MAX_IMAGE_SIZE:
+            raise InputError(f"--image-size {self.image_size} must be between 1 and {MAX_IMAGE_SIZE}")
+
+    def of_a_checkpoint(self) -> str | None:
+        """Return the flag of the first value that only samples of a checkpoint have, or None."""
+        defaults = {f.name: f.default for f in fields(EvaluationRequest)}
+        given = [key for key in ("samples", "labels", "seed", "weights", "dtype") if getattr(self, key) != defaults[key]]
+        return next(("--" + key.replace("_", "-") for key in (*given, *self.sampler)), None)
+
     def command(self, *more: str) -> str:
         """Return the command line of this request; more: further words."""
         words = ["fastdit", "evaluate", *([self.source] if self.source else []), "--features", self.features]
@@ -68,13 +88,18 @@ def is_checkpoint(path: Path) -> bool:
     return path.suffix in (".safetensors", ".pkl") or (path / MANIFEST).exists() or (path / "checkpoints").is_dir()
 
 
+def _refuse_values_of_a_checkpoint(request: EvaluationRequest, subject: str) -> None:
+    if flag := request.of_a_checkpoint():
+        raise InputError(f"{flag} is for samples of a checkpoint, but {subject}: leave it out")
+
+
 def samples_of(sampler: Sampler, request: EvaluationRequest) -> ImageSet:
     """Return the samples that a request asks for, nothing drawn yet. Raises InputError for a bad value."""
     count = request.samples or (DIGITS if request.features == "digits" else SAMPLES)
     if not 0 <= request.seed < 2**63:
         raise InputError(f"--seed {request.seed} must be at least 0 and below 2^63")
-    if count < 2:
-        raise InputError(f"--samples {count} must be at least 2")
+    if not 2 <= count <= MAX_IMAGES:
+        raise InputError(f"--samples {count} must be between 2 and {MAX_IMAGES:,}")
     return image_sets.of_checkpoint(sampler, count, request.labels, request.sampler, request.seed)
 
 
@@ -83,6 +108,7 @@ def open_source(request: EvaluationRequest, device: torch.device) -> tuple[Image
     assert request.source is not None  # `evaluate` opens none without
     path = Path(request.source)
     if not is_checkpoint(path):
+        _refuse_values_of_a_checkpoint(request, f"{path} is none")
         images = image_sets.open_images(request.source, request.image_size, request.split, device)
         return images, replace(request, samples=None)
     samples = samples_of(Sampler(path, request.weights, device, request.dtype), request)
@@ -102,7 +128,7 @@ def summarize(
     labels = torch.from_numpy(source.labels) if network.knows_classes and source.labels is not None else None
     if labels is not None and not (labels.min() >= 0 and labels.max() < network.widths[1]):
         raise InputError(f"{source.about.get('path')} has labels up to {labels.max()}: {network.name} knows {network.widths[1]}")
-    with progress.progress_bar(source.count, description=description, unit="image", disable=world.rank > 0) as bar:
+    with progress_bar(source.count, description=description, unit="image", disable=world.rank > 0) as bar:
 
         def work() -> None:
             for ids, images in source.batches(world):
@@ -112,7 +138,11 @@ def summarize(
                 bar.update(min(len(ids) * world.size, source.count - bar.n))
 
         world.together(work)
-    return replace(statistics.summary(world), about={**source.about, "size": list(source.shape)})
+    summary = statistics.summary(world)
+    score = summary.inception_score
+    if not (summary.mu.isfinite().all() and summary.sigma.isfinite().all() and (score is None or math.isfinite(score))):
+        raise InputError(f"feature network {network.name} gives outputs of {source.about.get('path')} that are not finite")
+    return replace(summary, about={**source.about, "size": list(source.shape)})
 
 
 def _check_fits(summary: metrics.Summary, path: Path, network: features.FeatureNetwork) -> None:
@@ -137,6 +167,8 @@ def open_reference(request: EvaluationRequest, network: features.FeatureNetwork,
     All ranks must call it. Raises InputError.
     """
     path = Path(request.reference)
+    if is_checkpoint(path):
+        raise InputError(f"--reference {path} is a checkpoint: give an .npz of statistics or images, a folder, an index or mnist5k")
     stored = world.together(lambda: metrics.load(path)) if path.is_file() else None
     about = {"features": network.about(), "path": request.reference}
     if stored is None:
@@ -163,40 +195,74 @@ def too_few(count: int | None, width: int, kind: str) -> list[str]:
     ]
 
 
-def say_dtype(source: ImageSet, world: World) -> None:
+def say_model(source: ImageSet, world: World) -> None:
     """Print on rank 0 the dtype and the device of the model that draws a checkpoint's samples."""
     if world.rank == 0 and "dtype" in source.about:
-        print(f"model: {source.about['dtype']} on {device_name(world.device)}", flush=True)
+        say(f"model: {source.about['dtype']} on {device_name(world.device)}")
+        if source.about["left_out"]:
+            say(f"classes without images in training are left out: {some(source.about['left_out'])}")
 
 
-def warn(warnings: list[str]) -> None:
-    """Print warnings to stderr, above the progress bars."""
-    for warning in warnings:
-        tqdm.write(f"fastdit: warning: {warning}", file=sys.stderr)
+def _reserve(stack: ExitStack, request: EvaluationRequest, out: Path | None, save_reference: Path | None) -> None:
+    """Lock the files to write until `stack` is closed. Raises InputError."""
+    inputs = [os.path.realpath(path) for path in (request.source, request.reference, request.features) if path]
+    inputs += [path.removesuffix(".safetensors") + ".json" for path in inputs if path.endswith(".safetensors")]
+    paths = {name: path for name, path in (("--out", out), ("--save-reference", save_reference)) if path is not None}
+    for name, path in paths.items():
+        if os.path.realpath(path) in inputs:
+            raise InputError(f"{name} {path} is read by this command: choose another path")
+    if out is not None and save_reference is not None and os.path.realpath(out) == os.path.realpath(save_reference):
+        raise InputError(f"--out and --save-reference are both {out}: give two paths")
+    stack.enter_context(files.outputs(paths.values()))
 
 
 def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference: Path | None = None) -> dict:
     """Evaluate a request. Returns the result, complete on rank 0, which also writes it to `out` as JSON.
 
-    save_reference: path of an .npz for the reference's statistics. All ranks must call it. Raises InputError.
+    save_reference: path of an .npz for the reference's statistics. All ranks must call it. Raises InputError, also if a file cannot
+    be written, but after the metrics are printed; FloatingPointError if samples are not finite.
     """
     began = time.perf_counter()
     world = world_of_this_process()
-    for path in (out, save_reference):
-        if path is not None:
-            world.together(lambda path=path: check_writable(path))
+    with ExitStack() as stack:
+        world.together(lambda: _reserve(stack, request, out, save_reference) if world.rank == 0 else None)
+        result, errors = _measure(request, world, save_reference)
+        if world.rank > 0:
+            return result
+        result["seconds"] = round(time.perf_counter() - began, 1)
+        try:
+            if out is not None and "metrics" in result:
+                with files.writing(out):
+                    files.write_atomically(out, json.dumps(result, indent=1))
+        except InputError as error:
+            errors.append(error)
+        if errors:
+            say(metrics_table(result))  # it may have taken hours
+            raise errors[0]
+    return result
+
+
+def _measure(request: EvaluationRequest, world: World, save_reference: Path | None) -> tuple[dict, list[InputError]]:
+    """Return the result of a request, complete on rank 0, and the errors of writing the reference's statistics."""
     network = world.together(lambda: features.load(request.features, world.device, request.feature_sha256, request.spatial))
     source = None
     if request.source is not None:
         source, request = world.together(lambda: open_source(request, world.device))
-        say_dtype(source, world)
+        say_model(source, world)
         world.together(lambda: network.probe(source.shape))
-    elif Path(request.reference).is_file() and metrics.load(Path(request.reference)) is not None:
-        raise InputError(f"--reference {request.reference} contains statistics already: give a source to evaluate")
+    else:
+        _refuse_values_of_a_checkpoint(request, "there is no source")
+        if Path(request.reference).is_file() and metrics.load(Path(request.reference)) is not None:
+            raise InputError(f"--reference {request.reference} contains statistics already: give a source to evaluate")
     reference = open_reference(request, network, world)
     warnings = too_few(reference.about.get("images"), network.widths[0], "reference images")
+    errors = []
     if save_reference is not None and world.rank == 0:
-        metrics.save(reference, save_reference)
+        try:
+            with files.writing(save_reference):
+                metrics.save(reference, save_reference)
+        except InputError as error:
+            errors.append(error)
     result: dict = {"reference": reference.about}
     if source is not None:
         world.together(lambda: network.probe(source.shape))
@@ -208,19 +274,17 @@ def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference
         result |= {
             "features": network.about(), "sfid": "unverified: not run on the real Inception file" if request.spatial else None,
             "evaluator": "ADM's definitions: unbiased covariance, fp64; KID over all pairs; third neighbours", "warnings": warnings,
-            "ranks": world.size, "device": device_name(world.device), "versions": versions(),
-            "seconds": round(time.perf_counter() - began, 1), "command": request.command(),
+            "ranks": world.size, "device": device_name(world.device), "versions": versions(), "command": request.command(),
         }  # fmt: skip
-        warn(warnings)
-        if out is not None and source is not None:
-            write_atomically(out, json.dumps(result, indent=1))
-    return result
+        for warning in warnings:
+            warn(warning)
+    return result, errors
 
 
 def metrics_table(result: dict) -> str:
     """Return the metrics of a result, one per line."""
     lines = []
-    for name, value in result["metrics"].items():
+    for name, value in result.get("metrics", {}).items():
         text = " ".join(f"{share:.1%}" for share in value) if isinstance(value, list) else f"{value:.6g}"
         lines.append(f"{metrics.METRICS[name].label:18} {text}")
     return "\n".join(lines)
@@ -290,11 +354,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_request(parser)
     parser.add_argument(
-        "--out", type=Path, default=Path("evaluation.json"), metavar="JSON",
+        "--out", type=path_argument, default=Path("evaluation.json"), metavar="JSON",
         help="File for the metrics and every choice behind them (default: %(default)s).",
     )  # fmt: skip
     parser.add_argument(
-        "--save-reference", type=Path, metavar="NPZ", help="File for the statistics of the reference, which --reference reads."
+        "--save-reference",
+        type=path_argument,
+        metavar="NPZ",
+        help="File for the statistics of the reference, which --reference reads.",
     )
 
 

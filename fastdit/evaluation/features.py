@@ -70,7 +70,7 @@ class FeatureNetwork:
         except (RuntimeError, AttributeError) as error:
             last = str(error).strip().split("\n")[-1]
             raise InputError(f"feature network {self.name} fails on images of {rows}x{columns}x{channels}: {last}") from error
-        if any(o is not None and (o.ndim != 2 or len(o) != BATCH) for o in outputs):
+        if any(o is not None and (o.ndim != 2 or len(o) != BATCH or not o.shape[1]) for o in outputs):
             raise InputError(
                 f"feature network {self.name} must give one vector per image, but gives {list(outputs.features.shape)}"
             )
@@ -134,7 +134,7 @@ def _torchscript(path: Path, spatial: str | None, device: torch.device) -> Featu
     try:
         net = torch.jit.load(str(path), map_location=device).eval()
     except (OSError, RuntimeError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
+        first = str(error).strip().split("\n")[0].partition(". ")[0]
         raise InputError(f"--features {path} is neither 'digits' nor a TorchScript file that can be read: {first}") from error
     weight = getattr(getattr(net, "output", None), "weight", None)
     chain = _prefix(net, spatial) if spatial else None
@@ -160,6 +160,8 @@ def load(source: str, device: torch.device, wanted_sha256: str | None = None, sp
     wanted_sha256: required SHA-256 of the file; spatial: submodule whose first SPATIAL channels sFID uses (unverified: not
     run on the real file). Raises InputError if the file does not exist, cannot be read or has another SHA-256.
     """
+    if spatial is not None and (source == "digits" or not spatial):
+        raise InputError(f"--spatial {spatial!r} must be a submodule of a TorchScript file of --features: leave it out")
     path = digit_classifier.WEIGHTS if source == "digits" else Path(source)
     if not path.is_file():
         raise InputError(f"--features {source} is neither 'digits' nor a file: give the path of inception-2015-12-05.pt, say")

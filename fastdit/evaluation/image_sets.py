@@ -100,12 +100,14 @@ def of_checkpoint(sampler: Sampler, count: int, balance: str, overrides: dict, s
     balance: as in `evaluation_labels`; overrides: values of SampleConfig that replace the run's. Raises InputError.
     """
     config, codec, settings = sampler.config, sampler.codec, sampler.settings(**overrides)
-    labels = evaluation_labels(balance, count, sampler.null, seed)
+    learned = sampler.learned
+    labels = torch.tensor(learned)[evaluation_labels(balance, count, len(learned), seed)]
     about = {
         "kind": "checkpoint", "path": str(sampler.path), "step": sampler.step, "sha256": sampler.sha256,
         "weights": sampler.weights, "ema_decay": sampler.ema_decay, "sampler": asdict(settings),
         "guidance_scale": 1 + settings.guidance, "guided_channels": "all", "labels": balance, "seed": seed, "images": count,
-        "classes": sampler.null, "dtype": sampler.dtype, "autoencoder": config.data.autoencoder,
+        "classes": len(learned), "left_out": sorted({*range(sampler.null)}.difference(learned)), "dtype": sampler.dtype,
+        "autoencoder": config.data.autoencoder,
         "autoencoder_sha256": codec.sha256(),
         "autoencoder_dtype": str(codec.dtype).removeprefix("torch.") if codec.dtype else None,
     }  # fmt: skip

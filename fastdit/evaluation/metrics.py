@@ -254,6 +254,8 @@ def _sfid(samples: Summary, reference: Summary) -> dict:
 def _kid(samples: Summary, reference: Summary) -> dict:
     if samples.features is None or reference.features is None:
         return {}
+    if min(len(samples.features), len(reference.features)) < 2:
+        return {}
     return {"kid": kernel_distance(samples.features, reference.features)}
 
 
@@ -325,6 +327,37 @@ def save(summary: Summary, path: Path) -> None:
         np.savez(file, about=json.dumps(summary.about), **{k: v.numpy() for k, v in arrays.items() if v is not None})
 
 
+def _arrays(file) -> dict[str, Tensor]:
+    """Return the statistics in an open .npz by name, fp64, features fp32. Raises ValueError if they are none."""
+    arrays = {}
+    for key in ("mu", "sigma", "mu_s", "sigma_s", "features"):
+        if key not in file:
+            continue
+        array = file[key]
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"{key} is {array.dtype}")
+        arrays[key] = torch.from_numpy(array.astype(np.float32 if key == "features" else np.float64))
+        if not arrays[key].isfinite().all():
+            raise ValueError(f"{key} holds values that are not finite")
+    return arrays
+
+
+def _check(arrays: dict[str, Tensor], path: Path) -> None:
+    """Raise InputError unless the means, covariances and features of a file fit each other."""
+    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if mean not in arrays:
+            continue
+        width, sigma = arrays[mean].numel(), arrays.get(covariance)
+        if not width or arrays[mean].ndim != 1 or sigma is None or sigma.shape != (width, width):
+            raise InputError(f"{path} holds {mean} of width {width} but no {covariance} of {width} x {width}: make it again")
+        if (sigma - sigma.T).abs().max() > 1e-5 * sigma.abs().max() or sigma.diagonal().min() < 0:
+            raise InputError(f"{path} holds a {covariance} that is not symmetric, or has negative variances: make it again")
+    if "features" in arrays and arrays["features"].shape[1:] != arrays["mu"].shape:
+        raise InputError(
+            f"{path} holds features {list(arrays['features'].shape)} but mu of width {len(arrays['mu'])}: make it again"
+        )
+
+
 def load(path: Path) -> Summary | None:
     """Return the statistics of an .npz, None if it contains none. Raises InputError if it is corrupt."""
     try:
@@ -333,15 +366,13 @@ def load(path: Path) -> Summary | None:
         with np.load(path) as file:
             if "mu" not in file or "sigma" not in file:
                 return None
-            arrays = {key: torch.from_numpy(file[key]) for key in ("mu", "sigma", "mu_s", "sigma_s", "features") if key in file}
+            arrays = _arrays(file)
             about = json.loads(str(file["about"])) if "about" in file else {}
+        if not (isinstance(about, dict) and isinstance(about.get("features", {}), dict)):
+            raise ValueError("its `about` is of another shape")
+        if not isinstance(about.get("images", 0), int):
+            raise ValueError(f"its number of images is {about['images']!r}")
     except BAD_NPZ as error:
         raise InputError(f"{path} cannot be read as an .npz: {error}: it is damaged or not one; fetch or make it again") from error
-    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if mean in arrays:
-            width = arrays[mean].numel()
-            if arrays[mean].ndim != 1 or covariance not in arrays or arrays[covariance].shape != (width, width):
-                raise InputError(f"{path} holds {mean} of width {width} but no {covariance} of {width} x {width}: make it again")
-            arrays |= {key: arrays[key].double() for key in (mean, covariance)}
-    mu_s, sigma_s, features = (arrays.get(key) for key in ("mu_s", "sigma_s", "features"))
-    return Summary(arrays["mu"], arrays["sigma"], mu_s, sigma_s, features, about=about)
+    _check(arrays, path)
+    return Summary(**arrays, about=about)

@@ -8,6 +8,7 @@ import csv
 import io
 import itertools
 import typing
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -22,16 +23,18 @@ from fastdit.evaluation import command as evaluate_command
 from fastdit.evaluation import features, metrics
 from fastdit.evaluation.command import EvaluationRequest
 from fastdit.evaluation.image_sets import ImageSet
-from fastdit.files import write_atomically
+from fastdit.files import path_argument
+from fastdit.progress import warn
 from fastdit.sampling import pictures
 from fastdit.sampling.sampler import Sampler, gather
 
 SHOWN = 10  # samples per setting in the picture
+NOT_FINITE = "not finite"  # in place of the metrics of such samples
 
 
 @dataclass(frozen=True)
 class Row:
-    """A setting, its metrics by name, and evenly spread samples."""
+    """A setting, its metrics by name, and evenly spread samples; without both if the samples are not finite."""
 
     setting: dict
     metrics: dict
@@ -45,12 +48,16 @@ def parse_axes(words: list[str]) -> dict[str, list]:
     axes: dict[str, list] = {}
     for word in words:
         key, equals, text = word.partition("=")
-        if not equals or key not in kinds:
-            raise InputError(f"{word!r} must be KEY=VALUE,VALUE: {nearest(key, list(kinds))}")
+        if key not in kinds:
+            raise InputError(f"{word[:60]!r} must be KEY=VALUE,VALUE: {nearest(key, list(kinds))}")
+        if not equals:
+            raise InputError(f"{word!r} has no values: give {key}=VALUE,VALUE")
+        if key in axes:
+            raise InputError(f"{key} is given twice: give all its values at once, {key}=VALUE,VALUE")
         try:
             axes[key] = [kinds[key](value) for value in text.split(",")]
         except ValueError as error:
-            raise InputError(f"{word!r} must hold values of type {kinds[key].__name__}: {error}") from error
+            raise InputError(f"{word[:60]!r} must hold values of type {kinds[key].__name__}: {str(error)[:100]}") from error
     if not axes:
         raise InputError("nothing to sweep over: give KEY=VALUE,VALUE, such as guidance=0,1,2 steps=8,15 weights=ema,raw")
     return axes
@@ -68,18 +75,19 @@ def _watched(source: ImageSet, shown: dict[int, np.ndarray]) -> ImageSet:
     return replace(source, batches=batches)
 
 
-def best(rows: list[Row]) -> int:
-    """Return the index of the row that is the best by the first metric."""
+def best(rows: list[Row]) -> int | None:
+    """Return the index of the row that is the best by the first metric, None if no row has metrics."""
     name, metric = next(iter(metrics.METRICS.items()))
-    return (max if metric.larger_is_better else min)(range(len(rows)), key=lambda i: rows[i].metrics[name])
+    finite = [i for i, row in enumerate(rows) if row.metrics]
+    return (max if metric.larger_is_better else min)(finite, key=lambda i: rows[i].metrics[name], default=None)
 
 
 def _cells(rows: list[Row]) -> list[list[str]]:
     """Return the table as text, the names of the columns first; the last column is 1 in the best row, else 0."""
-    shown = metrics.scalars(rows[0].metrics) if rows else {}
+    shown = metrics.scalars(next((row.metrics for row in rows if row.metrics), {})) or {next(iter(metrics.METRICS)): 0}
     lines = [[*rows[0].setting, *shown, "best"]] if rows else []
     for i, row in enumerate(rows):
-        values = [f"{row.metrics[name]:.6g}" for name in shown]
+        values = [f"{row.metrics[name]:.6g}" if row.metrics else NOT_FINITE for name in shown]
         lines.append([*map(str, row.setting.values()), *values, str(int(i == best(rows)))])
     return lines
 
@@ -106,7 +114,8 @@ def picture(rows: list[Row]) -> Image.Image:
     grids = [pictures.grid(row.images, len(row.images)).convert("RGB") for row in rows]
     font = ImageFont.load_default(max(11, min(20, grids[0].height // 4)))
     setting = lambda row: "  ".join(f"{key} {value}" for key, value in row.setting.items())
-    texts = [f"{setting(row)}\ndistance {row.metrics['fid']:.4g}" for row in rows]
+    value = lambda row: f"distance {row.metrics['fid']:.4g}" if row.metrics else NOT_FINITE
+    texts = [f"{setting(row)}\n{value(row)}" for row in rows]
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     boxes = [pen.multiline_textbbox((0, 0), text, font=font) for text in texts]
     left = 16 + max(int(box[2]) for box in boxes)
@@ -124,10 +133,19 @@ def picture(rows: list[Row]) -> Image.Image:
 def sweep(request: EvaluationRequest, axes: dict[str, list], out: Path) -> list[Row]:
     """Evaluate request.source under every combination of the axes. Returns the rows on rank 0, none on the others.
 
-    After each row, on rank 0, the CSV `out` and the PNG beside it are written again. All ranks must call it. Raises InputError.
+    After each row, on rank 0, the CSV `out` and the PNG beside it are written again. A row whose samples are not finite has no
+    metrics. All ranks must call it. Raises InputError.
     """
     world = distributed.world_of_this_process()
-    world.together(lambda: files.check_writable(out))
+    if out.suffix.lower() != ".csv":
+        raise InputError(f"--out {out} must end in .csv: the picture is written beside it, as .png")
+    with ExitStack() as stack:
+        reserved = files.outputs((out, out.with_suffix(".png")))
+        world.together(lambda: stack.enter_context(reserved) if world.rank == 0 else None)
+        return _sweep(request, axes, out, world)
+
+
+def _sweep(request: EvaluationRequest, axes: dict[str, list], out: Path, world: World) -> list[Row]:
     if request.source is None or not evaluate_command.is_checkpoint(Path(request.source)):
         raise InputError(f"{request.source} is no checkpoint: a sweep draws its samples anew under each setting")
     network = world.together(lambda: features.load(request.features, world.device, request.feature_sha256, request.spatial))
@@ -135,22 +153,38 @@ def sweep(request: EvaluationRequest, axes: dict[str, list], out: Path) -> list[
     path = Path(request.source)
     samples = world.together(lambda: _samples_of_settings(path, request, settings, world.device))
     world.together(lambda: network.probe(samples[0].shape))
-    evaluate_command.say_dtype(samples[0], world)
+    evaluate_command.say_model(samples[0], world)
     reference = evaluate_command.open_reference(request, network, world)
     world.together(lambda: network.probe(samples[0].shape))
-    if world.rank == 0:
-        evaluate_command.warn(evaluate_command.too_few(samples[0].count, network.widths[0], "samples"))
+    for warning in evaluate_command.too_few(samples[0].count, network.widths[0], "samples") if world.rank == 0 else []:
+        warn(warning)
     rows: list[Row] = []
-    for setting, images in zip(settings, samples, strict=True):
-        shown: dict[int, np.ndarray] = {}
-        name = f"{len(rows) + 1}/{len(settings)} " + " ".join(f"{key}={value}" for key, value in setting.items())
-        summary = evaluate_command.summarize(_watched(images, shown), network, world, name)
-        shown = gather(shown, world)
+    for number, (setting, images) in enumerate(zip(settings, samples, strict=True), 1):
+        name = f"{number}/{len(settings)} " + " ".join(f"{key}={value}" for key, value in setting.items())
+        row = _row(setting, images, network, reference, world, name)
         if world.rank == 0:
-            rows.append(Row(setting, metrics.compare(summary, reference, world.device), np.stack(list(shown.values()))))
-            write_atomically(out, as_csv(rows))
-            pictures.save_picture(picture(rows), out.with_suffix(".png"))
+            rows.append(row)
+            with files.writing(out):
+                files.write_atomically(out, as_csv(rows))
+                pictures.save_picture(picture(rows), out.with_suffix(".png"))
     return rows
+
+
+def _row(
+    setting: dict, images: ImageSet, network: features.FeatureNetwork, reference: metrics.Summary, world: World, name: str
+) -> Row:
+    """Return the row of a setting, complete on rank 0. name: text of the progress bar. All ranks must call it."""
+    shown: dict[int, np.ndarray] = {}
+    try:
+        summary = evaluate_command.summarize(_watched(images, shown), network, world, name)
+    except FloatingPointError as error:  # raised on all ranks
+        if world.rank == 0:
+            warn(str(error))
+        return Row(setting, {}, np.full((1, *images.shape), 255, np.uint8))
+    shown = gather(shown, world)
+    if world.rank > 0:
+        return Row(setting, {}, np.zeros((0, *images.shape), np.uint8))
+    return Row(setting, metrics.compare(summary, reference, world.device), np.stack(list(shown.values())))
 
 
 def _samples_of_settings(path: Path, request: EvaluationRequest, settings: list[dict], device: torch.device) -> list[ImageSet]:
@@ -191,7 +225,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     evaluate_command.add_request(parser)
     parser.add_argument(
-        "--out", type=Path, default=Path("sweep.csv"), metavar="CSV",
+        "--out", type=path_argument, default=Path("sweep.csv"), metavar="CSV",
         help="File for the table; the picture lies beside it (default: %(default)s).",
     )  # fmt: skip
 
@@ -200,4 +234,6 @@ def run(arguments: argparse.Namespace) -> str:
     """Sweep, and return the table and the files that were written as text. Raises InputError."""
     out = arguments.out
     rows = sweep(evaluate_command.request_of(arguments), parse_axes(arguments.axes), out)
+    if rows and best(rows) is None:
+        raise FloatingPointError(f"the samples of no setting are finite, as {out} says: use less guidance or other weights")
     return f"{sweep_table(rows)}\ntable: {out}; picture: {out.with_suffix('.png')} (the same seeds under each setting)"

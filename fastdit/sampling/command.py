@@ -4,7 +4,8 @@ import argparse
 import os
 import secrets
 import time
-from dataclasses import MISSING, dataclass, field, fields
+from contextlib import ExitStack
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +14,22 @@ from torch import Tensor
 
 from fastdit import distributed, files
 from fastdit.config import InputError, SampleConfig
-from fastdit.device import DTYPES, choose_device, device_name, native_bf16, synchronize
+from fastdit.data.classes import class_table
+from fastdit.device import DTYPES, device_name, native_bf16, synchronize
 from fastdit.distributed import World
-from fastdit.files import check_writable
-from fastdit.progress import progress_bar
-from fastdit.sampling.class_names import parse_classes
+from fastdit.files import check_writable, path_argument
+from fastdit.progress import progress_bar, say, warn
+from fastdit.sampling import pictures
+from fastdit.sampling.class_names import FEW_CLASSES, NUMBER, parse_classes
 from fastdit.sampling.npz import Parts
-from fastdit.sampling.pictures import grid, save_animation, save_picture
+from fastdit.sampling.pictures import PictureFolder, grid, save_animation, save_picture
 from fastdit.sampling.sampler import BATCH, Sampler, gather, shares
 from fastdit.sampling.solvers import SOLVERS
 
 SHOWN = 10  # images per class in the grid, and classes named in the output, at most
-FEW_CLASSES = 100  # up to here, all classes are drawn if none is named
+MAX_IMAGES = 10_000_000  # of a command
 FRAME_COLUMNS = 4  # images per row of an animation
+SUFFIXES = {"out": pictures.PICTURES, "gif": pictures.ANIMATIONS, "npz": (".npz",), "latents": (".npz",)}  # of files by flag
 
 
 @dataclass
@@ -60,20 +64,29 @@ class SampleRequest:
                 raise InputError(f"--{flag} {value} must be at least 1")
         if not -1 <= self.seed < 2**63:
             raise InputError(f"--seed {self.seed} must be at least -1 (drawn and printed) and below 2^63")
-        if not 0 < self.gif_fps <= 100:
-            raise InputError(f"--gif-fps {self.gif_fps} must be above 0 and at most 100")
-        if self.gif and self.gif.suffix not in (".gif", ".webp"):
-            raise InputError(f"--gif {self.gif} must end in .gif or .webp")
-        for target in (self.out, self.gif, self.npz, self.latents):
-            if target is not None:
+        if not 0.01 <= self.gif_fps <= 100:
+            raise InputError(f"--gif-fps {self.gif_fps} must be between 0.01 and 100")
+        if self.gif_of is not None and not self.gif:
+            raise InputError(f"--gif-of {self.gif_of} needs --gif FILE")
+        flags: dict[str, str] = {}
+        for flag, target in self.targets().items():
+            if flag in SUFFIXES:
                 check_writable(target)
+                pictures.check_suffix(f"--{flag}", target, SUFFIXES[flag])
+            if (other := flags.setdefault(os.path.realpath(target), flag)) != flag:
+                raise InputError(f"--{other} and --{flag} are both {target}: give two paths")
+
+    def targets(self) -> dict[str, Path]:
+        """Return the files and the folder to write, by their flags."""
+        given = {flag: getattr(self, flag) for flag in ("out", "folder", "gif", "npz", "latents")}
+        return {flag: path for flag, path in given.items() if path is not None}
 
     def in_gif(self, n: int) -> list[int]:
         """Return the ids of the samples, of n, that the animation shows. Raises InputError."""
         if not self.gif or self.gif_of is None:
             return list(range(min(n, FRAME_COLUMNS))) if self.gif else []
         chosen = [part.strip() for part in self.gif_of.split(",")]
-        wrong = next((part for part in chosen if not part.isdecimal() or int(part) >= n), None)
+        wrong = next((part for part in chosen if not NUMBER.fullmatch(part[:10]) or not 0 <= int(part[:10]) < n), None)
         if wrong is not None:
             raise InputError(f"--gif-of {wrong!r} is not one of the {n} samples: give numbers from 0 to {n - 1}, such as 0,1")
         return list(dict.fromkeys(int(part) for part in chosen))
@@ -111,54 +124,82 @@ class Drawing:
         self.request = request
         self.world = world
         self.settings: SampleConfig = sampler.settings(**request.settings)
-        default = "all" if sampler.null <= FEW_CLASSES else "-1"
-        self.classes = parse_classes(request.classes or default, sampler.null, sampler.names, request.seed)
+        self.notes: list[str] = []
+        self.classes = parse_classes(request.classes, sampler.null, sampler.names, request.seed, sampler.counts, self.notes.append)
+        n = len(self.classes) * request.per_class
+        if n > MAX_IMAGES:
+            raise InputError(f"--per-class {request.per_class} makes {n} images: at most {MAX_IMAGES:,} are drawn by one command")
         self.labels = [c for c in self.classes for _ in range(request.per_class)]
-        self.in_gif = request.in_gif(len(self.labels))
-        self.parts = Parts(request.npz, len(self.labels), request.at_once) if request.npz else None
+        self.in_gif = request.in_gif(n)
+        self._check_sizes()
+        self.parts = Parts(request.npz, n, request.at_once) if request.npz else None
+        names = [f"{i:06d}_class_{c}.png" for i, c in enumerate(self.labels)]
+        self.folder = PictureFolder(request.folder, names) if request.folder else None
         self.needs_images = bool(request.out or request.folder or request.npz)  # of final latents
         # Written at the end: latents by the first sample of their batch; images and the latents of an animation by sample.
         self.latents: dict[int, Tensor] = {}
         self.images: dict[int, np.ndarray] = {}
         self.frames: dict[int, list[Tensor]] = {}
 
-    def begin(self) -> None:
-        """Load the codec if it is needed and make the folders. Raises InputError."""
+    def _check_sizes(self) -> None:
+        """Raise InputError if a grid is too large for its format."""
+        request, size = self.request, self.sampler.config.data.image_size
+        if request.out:
+            columns = min(request.per_class, SHOWN)
+            pictures.check_size("--out", request.out, *pictures.grid_size(len(self.classes) * columns, size, columns))
+        if request.gif:
+            columns = min(len(self.in_gif), FRAME_COLUMNS)
+            pictures.check_size("--gif", request.gif, *pictures.grid_size(len(self.in_gif), size, columns))
+
+    def begin(self, stack: ExitStack) -> None:
+        """Load the codec if it is needed, make the folders and lock the files until `stack` is closed. Raises InputError."""
         request = self.request
         if self.needs_images or request.gif:
             _ = self.sampler.codec
         if self.world.rank > 0:
             return
-        if request.folder:
-            try:
-                request.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"--folder {request.folder} cannot be made: {error.strerror}: choose another folder") from error
+        stack.enter_context(files.outputs(path for flag, path in request.targets().items() if flag != "folder"))
+        if self.folder:
+            self.folder.begin()
+            stack.callback(self.folder.close)
         if self.parts:
             self.parts.begin(self._npz_settings())
 
     def _npz_settings(self) -> dict:
-        """Return all that the bytes of the npz depend on."""
+        """Return all that the bytes of the npz depend on. Weights are known by what they are, not by where they lie."""
+        sampler = self.sampler
         settings = {key: getattr(self.request, key) for key in ("weights", "seed", "seed_per_sample", "at_once", "per_class")}
-        settings |= {"checkpoint": str(self.request.checkpoint.resolve()), "step": self.sampler.step, "dtype": self.sampler.dtype}
+        settings |= {"checkpoint": sampler.sha256, "autoencoder": sampler.codec.sha256(), "model": asdict(sampler.config.model)}
+        settings |= {"step": sampler.step, "dtype": sampler.dtype, "image_size": sampler.config.data.image_size}
         return {**settings, "classes": self.classes, **vars(self.settings)}
+
+    def _drawn_classes(self) -> str:
+        """Return the classes in words: a table if their names or images are known."""
+        sampler, ids = self.sampler, list(dict.fromkeys(self.classes))
+        if not sampler.names and not sampler.counts:
+            return f"classes: {', '.join(map(str, ids[:SHOWN]))}{', …' * (len(ids) > SHOWN)}"
+        of = lambda values, missing: [values[c] if c < len(values) else missing for c in ids]
+        counts = of(sampler.counts, 0) if sampler.counts else None
+        return class_table(of(sampler.names or [], "") if sampler.names else [str(c) for c in ids], None, counts, ids, SHOWN)
 
     def announcement(self) -> str:
         """Return what is going to be drawn in words."""
-        sampler, settings, names = self.sampler, self.settings, self.sampler.names
-        named = [f"{c} ({names[c].split(', ')[0]})" if names and c < len(names) else str(c) for c in self.classes[:SHOWN]]
+        sampler, settings = self.sampler, self.settings
         shift = f", time shift {settings.time_shift:g}" if settings.time_shift != 1 else ""
         interval = (settings.guidance_low, settings.guidance_high)
-        within = f" for t in {list(interval)}" if interval != (0, 1) else ""
+        guidance = f"guidance {settings.guidance:g} (papers' scale {1 + settings.guidance:g})"
+        guidance += f" for t in {list(interval)}" if interval != (0, 1) else ""
+        if sampler.config.flow.label_dropout == 0:
+            guidance = "guidance 0 (the model has no null class: it was trained with flow.label_dropout=0)"
         seed = f"seed {self.request.seed}{' per sample' * self.request.seed_per_sample}"
-        return (
-            f"classes: {', '.join(named)}{', …' * (len(self.classes) > SHOWN)}\n"
-            f"{seed}; {settings.solver}, {settings.steps} steps{shift}, guidance {settings.guidance:g} (papers' scale "
-            f"{1 + settings.guidance:g}){within}; {sampler.dtype} on {device_name(sampler.device)}"
-        )
+        sampling = f"{settings.solver}, {settings.steps} steps{shift}, {guidance}; {sampler.dtype}"
+        return "\n".join([self._drawn_classes(), *self.notes, f"{seed}; {sampling} on {device_name(sampler.device)}"])
 
     def draw(self) -> str:
-        """Compute this rank's batches and write the files of one batch or one image. Returns the speed in words."""
+        """Compute this rank's batches and write the files of one batch or one image. Returns the speed in words.
+
+        Raises FloatingPointError if samples are not finite, InputError if a file cannot be written or memory is short.
+        """
         request, at_once, steps = self.request, self.request.at_once, self.settings.steps
         adaptive = SOLVERS[self.settings.solver].adaptive
         parts = None if request.out or request.folder or request.gif or request.latents else self.parts
@@ -181,8 +222,11 @@ class Drawing:
         )  # fmt: skip
         description = f"{len(self.labels)} images"
         with progress_bar(len(mine) * steps, description=description, disable=self.world.rank > 0) as bar:
-            for ids, x in batches:
-                self._take(ids, x)
+            try:
+                for ids, x in batches:
+                    self._take(ids, x)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                raise InputError(f"there is not enough memory for --at-once {at_once} images: give a smaller number") from error
         return clock.report(sum(map(len, mine)))
 
     def _take(self, ids: range, x: Tensor) -> None:
@@ -196,8 +240,8 @@ class Drawing:
         if self.parts:
             self.parts.write(ids.start // request.at_once, images)
         for i, image in zip(ids, images, strict=True):
-            if request.folder:
-                save_picture(grid(image[None], 1, gap=0), request.folder / f"{i:06d}_class_{self.labels[i]}.png")
+            if self.folder:
+                self.folder.write(i, image)
             if request.out and i % request.per_class < SHOWN:
                 self.images[i] = image
 
@@ -210,14 +254,18 @@ class Drawing:
         if self.world.rank > 0:
             return
         if request.out:
-            save_picture(grid(np.stack(list(images.values())), min(request.per_class, SHOWN)), request.out)
+            with files.writing(request.out):
+                save_picture(grid(np.stack(list(images.values())), min(request.per_class, SHOWN)), request.out)
         if request.latents:
-            with files.replacing(request.latents) as temporary, temporary.open("wb") as file:
+            with files.writing(request.latents), files.replacing(request.latents) as temporary, temporary.open("wb") as file:
                 np.savez(file, latents=torch.cat(list(latents.values())).numpy())
+        if self.folder:
+            self.folder.finish()
         if self.parts:
             self.parts.join(np.array(self.labels))
         if request.gif:
-            self._write_animation([frames[i] for i in self.in_gif], request.gif)
+            with files.writing(request.gif):
+                self._write_animation([frames[i] for i in self.in_gif], request.gif)
 
     def _write_animation(self, frames: list[list[Tensor]], path: Path) -> None:
         """Write the animation of some samples, each given as its latents [C,h,w] after each step."""
@@ -230,29 +278,30 @@ class Drawing:
         save_animation(pictures, path, self.request.gif_fps)
 
 
-def sample(request: SampleRequest) -> None:
-    """Draw samples and write them to files, as `fastdit sample` does. Raises InputError for bad input, before any work."""
+def sample(request: SampleRequest) -> str:
+    """Draw samples and write them to files, as `fastdit sample` does. Returns the speed and the files as text.
+
+    Raises InputError for bad input, before any work, and if a file cannot be written; FloatingPointError if samples are not finite.
+    """
     start = time.perf_counter()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        world = distributed.start("cuda" if request.device == "gpu" else request.device)
-    else:
-        world = World(0, 1, choose_device(request.device), None)
+    world = distributed.world_of_this_process(request.device)
     if request.seed == -1:
         request.seed = world.together(lambda: secrets.randbits(32), everywhere=False)
     sampler = world.together(lambda: Sampler(request.checkpoint, request.weights, world.device, request.dtype, request.params))
     drawing = world.together(lambda: Drawing(sampler, request, world))
-    world.together(drawing.begin)
-    if world.rank == 0:
-        print(f"{drawing.announcement()}, loaded in {time.perf_counter() - start:.1f} s", flush=True)
-        if sampler.dtype == "bf16" and not native_bf16(world.device):
-            print("warning: bf16 matmuls are emulated on this device, and far slower than --dtype fp32")
-    speed = drawing.draw()
-    drawing.write()
-    if world.rank == 0:
-        print(speed + f" on each of {world.size} ranks" * (world.size > 1))
-        for name in ("out", "folder", "gif", "npz", "latents"):
-            if getattr(request, name):
-                print(f"{name}: {getattr(request, name)}")
+    with ExitStack() as stack:
+        world.together(lambda: drawing.begin(stack))
+        if world.rank == 0:
+            say(f"{drawing.announcement()}, loaded in {time.perf_counter() - start:.1f} s")
+            if sampler.dtype == "bf16" and not native_bf16(world.device):
+                warn("bf16 matmuls are emulated on this device, and far slower than --dtype fp32")
+        speed = world.together(drawing.draw)
+        drawing.write()
+    lines = [speed + f" on each of {world.size} ranks" * (world.size > 1)]
+    for flag, path in request.targets().items():
+        form = f" ({pictures.FORMATS[path.suffix.lower()].about})" if flag == "out" else ""
+        lines.append(f"{flag}: {path}{form}")
+    return "\n".join(lines)
 
 
 def add_weights(parser: argparse._ActionsContainer) -> None:
@@ -318,11 +367,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
-        "--checkpoint", type=Path, metavar="PATH",
+        "--checkpoint", type=path_argument, metavar="PATH",
         help="Folder of a run (its newest checkpoint) or of a checkpoint, exported file, or the base model's model_Ns.pkl.",
     )  # fmt: skip
-    add("--params", type=Path, metavar="JSON", help="Parameters of a .pkl (default: model_params_Ns.json beside it).")
-    add("--loadDir", dest="load_dir", type=Path, default=Path(), metavar="DIR", help="Base command: folder of the two files below.")
+    add("--params", type=path_argument, metavar="JSON", help="Parameters of a .pkl (default: model_params_Ns.json beside it).")
+    add(
+        "--loadDir",
+        dest="load_dir",
+        type=path_argument,
+        default=Path(),
+        metavar="DIR",
+        help="Base command: folder of the two files below.",
+    )
     add("--loadFile", dest="load_file", metavar="PKL", help="Base command: name of the weights in --loadDir.")
     add("--loadDefFile", dest="load_def_file", metavar="JSON", help="Base command: name of the parameters in --loadDir.")
     add_weights(parser)
@@ -351,27 +407,37 @@ def _add_samples(group: argparse._ArgumentGroup) -> None:
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--out", "--out_imgname", type=Path, metavar="PNG", help=f"Grid with one row per class, of its first {SHOWN} images.")
-    add("--folder", type=Path, metavar="DIR", help="Folder for one PNG file per image.")
-    add("--gif", "--out_gifname", type=Path, metavar="GIF|WEBP", help="Animation of how some samples are denoised.")
+    add(
+        "--out",
+        "--out_imgname",
+        type=path_argument,
+        metavar="PNG|JPG|WEBP",
+        help=f"Grid with one row per class, of its first {SHOWN} images.",
+    )
+    add("--folder", type=path_argument, metavar="DIR", help="Folder for one PNG file per image.")
+    add("--gif", "--out_gifname", type=path_argument, metavar="GIF|WEBP", help="Animation of how some samples are denoised.")
     add(
         "--gif-of", metavar="I,J",
         help=f"Numbers of the samples in the animation, counted from 0 (default: the first {FRAME_COLUMNS}).",
     )  # fmt: skip
     add("--gif-fps", "--gif_fps", type=float, metavar="N", help="Frames per second of the animation (default: %(default)g).")
     add(
-        "--npz", type=Path, metavar="NPZ",
+        "--npz", type=path_argument, metavar="NPZ",
         help="Images uint8 [n,S,S,C] (arr_0) and class ids (arr_1), as ADM's evaluator reads them. The same command resumes one "
         "that was killed.",
     )  # fmt: skip
     add(
-        "--latents", type=Path, metavar="NPZ",
+        "--latents", type=path_argument, metavar="NPZ",
         help="Final latents fp32 [n,C,h,w] in the model's scale. No autoencoder is needed if this is the only file.",
     )  # fmt: skip
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Draw and write what the command line asks for. Raises InputError."""
+def run(arguments: argparse.Namespace) -> str:
+    """Draw and write what the command line asks for, and return the speed and the files as text. Raises InputError."""
+    if arguments.load_file is None and arguments.load_def_file is not None:
+        raise InputError(f"--loadDefFile {arguments.load_def_file} needs --loadFile")
+    if arguments.load_file and arguments.checkpoint:
+        raise InputError(f"--checkpoint {arguments.checkpoint} and --loadFile {arguments.load_file} are two models: give one")
     if arguments.load_file:
         arguments.checkpoint = arguments.load_dir / arguments.load_file
         if arguments.load_def_file:
@@ -379,4 +445,4 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.checkpoint is None:
         raise InputError("fastdit sample needs --checkpoint PATH, or the base command's --loadDir and --loadFile")
     given = {f.name: getattr(arguments, f.name) for f in fields(SampleRequest) if f.name in arguments}
-    sample(SampleRequest(**given, settings=sampler_settings(arguments)))
+    return sample(SampleRequest(**given, settings=sampler_settings(arguments)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdit.config import InputError
-from fastdit.files import begin_or_match, replacing
+from fastdit.files import begin_or_match, replacing, resumable, writing
 
 
 class Parts:
@@ -21,12 +21,15 @@ class Parts:
         """path: path of the npz; images: images in it; at_once: images per batch."""
         self.path = path
         self.images = images
+        self.at_once = at_once
         self.batches = -(-images // at_once)
         self.folder = path.with_name(f".{path.name}.parts")
 
     def begin(self, settings: dict) -> None:
         """Make the folder, or check that the one that is there was begun with the same settings. Raises InputError."""
-        if difference := begin_or_match(self.folder / "settings.json", settings):
+        with writing(self.path):
+            difference = begin_or_match(self.folder / "settings.json", settings)
+        if difference:
             raise InputError(f"{self.path} {difference}: give another name, or delete {self.folder}")
 
     def _file(self, k: int) -> Path:
@@ -38,18 +41,28 @@ class Parts:
 
     def write(self, k: int, images: np.ndarray) -> None:
         """Write the images uint8 [B,S,S,C] of batch k, completely or not at all."""
-        with replacing(self._file(k)) as temporary, temporary.open("wb") as file:
+        with resumable(self.folder), replacing(self._file(k)) as temporary, temporary.open("wb") as file:
             np.save(file, images)
 
+    def _read(self, k: int) -> np.ndarray:
+        """Return the images of batch k. Raises InputError if its file is damaged."""
+        try:
+            images = np.load(self._file(k))
+            if images.dtype == np.uint8 and len(images) == min(self.at_once, self.images - k * self.at_once):
+                return images
+            reason = f"it holds {images.dtype} {list(images.shape)}"
+        except (ValueError, EOFError) as error:
+            reason = str(error)
+        raise InputError(f"{self._file(k)} is damaged: {reason}; delete it, and the same command draws it again")
+
     def join(self, labels: np.ndarray) -> None:
-        """Write the npz from all batches and the labels int64 [n], and remove the batches."""
-        shape = (self.images, *np.load(self._file(0), mmap_mode="r").shape[1:])
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        with replacing(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        """Write the npz from all batches and the labels int64 [n], and remove the batches. Raises InputError."""
+        with resumable(self.folder), replacing(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (self.images, *self._read(0).shape[1:])}
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:  # opened by name it is dated 1980
                 np.lib.format.write_array_header_1_0(file, header)
                 for k in range(self.batches):
-                    file.write(np.load(self._file(k)).tobytes())
+                    file.write(self._read(k).tobytes())
             with archive.open("arr_1.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, labels)
         shutil.rmtree(self.folder)

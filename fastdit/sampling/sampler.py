@@ -24,9 +24,9 @@ from fastdit.device import DTYPES, choose_device, native_bf16
 from fastdit.distributed import World
 from fastdit.flow import Stream
 from fastdit.model import DiT
-from fastdit.progress import progress_bar
+from fastdit.progress import progress_bar, warn
 from fastdit.sampling import solvers
-from fastdit.sampling.class_names import parse_classes
+from fastdit.sampling.class_names import parse_classes, with_images
 from fastdit.sampling.fast import fast_velocity
 
 T = TypeVar("T")
@@ -96,6 +96,7 @@ class Sampler:
         step: training steps of the weights.
         null: id of the null class, which is the number of classes.
         names: names of the classes, or None.
+        counts: training images of classes 0, 1, …, or None if they are unknown.
         source: Checkpoint, or path of the base model's .pkl; None for a model in memory.
         weights: kind of the weights, such as "ema"; None for a model in memory.
         ema_decay: decay of the average; None for raw or imported weights and for a model in memory.
@@ -117,6 +118,8 @@ class Sampler:
 
         Raises InputError if the source cannot be read or does not hold these weights.
         """
+        if parameters is not None and (isinstance(source, Checkpoint) or not str(source).endswith(".pkl")):
+            raise InputError(f"--params {parameters} is for the base model's .pkl: leave it out with another checkpoint")
         device = device if isinstance(device, torch.device) else choose_device(device)
         vae = None
         if not isinstance(source, Checkpoint) and str(source).endswith(".pkl"):
@@ -139,6 +142,7 @@ class Sampler:
         self._hold(model.to(device, DTYPES[dtype]), config)
         self.step = state.step
         self.names = state.class_names or self.names
+        self.counts = state.class_counts
         self.source = source
         self.weights = weights
         if not state.origin and weights != "raw":
@@ -165,6 +169,7 @@ class Sampler:
         self.dtype = next(name for name, dtype in DTYPES.items() if dtype == model.output.weight.dtype)
         self.null = config.model.num_classes
         self.names = imagenet_names() if self.null == 1000 else None
+        self.counts = None
         self.step = 0
         self.source = None
         self.weights = None
@@ -193,9 +198,20 @@ class Sampler:
             return self.source.sha256()
         return files.sha256(self.source) if self.source else None
 
+    @property
+    def learned(self) -> list[int]:
+        """Classes that the model was trained on, as in `class_names.with_images`."""
+        return with_images(self.null, self.counts, self.names)
+
     def settings(self, **overrides) -> SampleConfig:
         """Return the run's sample settings with some replaced. Raises InputError for a bad value."""
-        return replace(self.config.sample, **overrides)
+        settings = replace(self.config.sample, **overrides)
+        if self.config.flow.label_dropout == 0 and (asked := settings.asks_for_guidance()):
+            raise InputError(
+                f"sample.{asked} needs the null class, which this model does not have: it was trained with flow.label_dropout=0; "
+                "leave guidance out"
+            )
+        return settings
 
     @torch.no_grad()
     def latents(
@@ -215,6 +231,8 @@ class Sampler:
             world: ranks that share the samples, as in `shares` (default: this process draws all of them).
             skip: function of a batch's ids that is true if the batch need not be computed.
             watch: function called with (ids, 0, start) and (ids, i, x after step i) of each batch.
+
+        Raises FloatingPointError if final latents are not finite, which is read from the device once per batch.
         """
         settings = settings or self.config.sample
         solver = solvers.SOLVERS[settings.solver]
@@ -239,12 +257,32 @@ class Sampler:
             for i, point in enumerate(solver.solve(velocity, x, settings.steps, settings.time_shift, drawn[1:]), 1):
                 x = point
                 watch(ids, i, x)
+            if not x.isfinite().all():
+                raise self._not_finite(ids, x, labels, settings)
             yield ids, x
 
+    def _not_finite(self, ids: range, x: Tensor, labels: Tensor, settings: SampleConfig) -> FloatingPointError:
+        """Return the error of a batch of latents, some of which are not finite."""
+        bad = next(i for i, latent in zip(ids, x, strict=True) if not latent.isfinite().all())
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            return FloatingPointError("samples are not finite because the weights of the model are not: use an earlier checkpoint")
+        fixes = ["less guidance"] * bool(settings.guidance) + ["dtype fp32"] * (self.dtype != "fp32") + ["other weights"]
+        return FloatingPointError(
+            f"sample {bad} of class {labels[bad]} is not finite after {settings.steps} steps of {settings.solver} with guidance "
+            f"{settings.guidance:g} in {self.dtype}: use {' or '.join(fixes)}"
+        )
+
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Return the images uint8 [B,S,S,1 or 3] of latents [B,C,h,w]."""
-        pixels = ((self.codec.decode(latents) + 1) * 127.5).round().to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+        """Return the images uint8 [B,S,S,1 or 3] of latents [B,C,h,w]. Raises FloatingPointError if pixels are not finite."""
+        pixels = self.codec.decode(latents)
+        images = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        if not pixels.isfinite().all():
+            bad = [i for i, image in enumerate(pixels) if not image.isfinite().all()]
+            raise FloatingPointError(
+                f"the autoencoder {self.config.data.autoencoder} decodes image {bad[0]} of a batch of {len(pixels)} to pixels that "
+                f"are not finite: use {'dtype fp32' if self.dtype != 'fp32' else 'another autoencoder or less guidance'}"
+            )
+        return images.cpu().numpy()
 
     def stream(
         self, labels: Tensor | Sequence[int], seed: int = 0, settings: SampleConfig | None = None, **options
@@ -259,20 +297,20 @@ class Sampler:
     ) -> np.ndarray | None:  # fmt: skip
         """Return all images uint8 [n,S,S,1 or 3] on rank 0, None on the others. Arguments as in `latents`.
 
-        All ranks of `world` must call it.
+        All ranks of `world` must call it, and all raise a FloatingPointError of one of them.
         """
-        batches = {ids.start: images for ids, images in self.stream(labels, seed, settings, world=world, **options)}
-        batches = gather(batches, world)
+        stream = self.stream(labels, seed, settings, world=world, **options)
+        batches = gather(world.together(lambda: {ids.start: images for ids, images in stream}), world)
         return np.concatenate(list(batches.values())) if batches else None
 
     def images(self, classes: str, count: int = 1, seed: int = 0, per_sample: bool = False, **overrides) -> np.ndarray:
         """Return images uint8 [n,S,S,1 or 3], `count` of each class.
 
         classes: as in `fastdit sample --class`, such as "207,otter"; overrides: values of the run's sample settings. Raises
-        InputError for a bad value.
+        InputError for a bad value, FloatingPointError if the images are not finite.
         """
         settings = self.settings(**overrides)
-        chosen = parse_classes(classes, self.null, self.names, seed)
+        chosen = parse_classes(classes, self.null, self.names, seed, self.counts, warn)
         labels = [c for c in chosen for _ in range(count)]
         with progress_bar(-(-len(labels) // BATCH) * settings.steps, description=f"{len(labels)} images") as bar:
             advance = lambda ids, step, x: step and bar.update()

@@ -21,7 +21,7 @@ from fastdit.device import DTYPES, precision
 from fastdit.distributed import World
 from fastdit.graphs import record_training
 from fastdit.model import DiT
-from fastdit.training.optimizer import STATE_NAMES, OneRankOptimizer, build, learning_rate_factor
+from fastdit.training.optimizer import STATE_NAMES, OneRankOptimizer, build, learning_rate, learning_rate_factor
 
 COMPILED = {"none": "eager", "graphs": "CUDA graphs", "blocks": "compiled blocks", "model": "compiled model"}
 DEEPSPEED = "0.19.8"  # the first without the races of its issues 7965 and 8061, which gave NaN
@@ -186,7 +186,7 @@ def initialize(model: DiT, config: Config, world: World):
     groups, optimizer = build(config, model, sharded)
     # Without ZeRO the optimizer follows the schedule itself: DeepSpeed would advance one in engine.step, where it is not known yet
     # whether the step is applied.
-    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step)) if sharded else None
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config.train, step)) if sharded else None
     weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()} if sharded else {}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(config, world.size),
@@ -307,6 +307,6 @@ def continue_from(engine, config: Config, steps: int) -> None:
     scheduler = engine.lr_scheduler
     scheduler.last_epoch = steps
     for group in engine.optimizer.param_groups:
-        group["lr"] = config.train.lr * learning_rate_factor(config, steps)
+        group["lr"] = learning_rate(config.train, steps)
     rates = [group["lr"] for group in engine.optimizer.param_groups]
     scheduler._last_lr = rates  # torch/optim/lr_scheduler.py: what get_lr returns until the next step

@@ -22,10 +22,12 @@ from fastdit.autoencoder import Codec
 from fastdit.checkpoint import Checkpoint, RunState
 from fastdit.config import Config, InputError, Stopped, TrainConfig
 from fastdit.data import Loader
+from fastdit.data.order import Since
 from fastdit.device import DTYPES, native_bf16
 from fastdit.graphs import release_recorded
 from fastdit.model import DiT
 from fastdit.sampling import pictures
+from fastdit.sampling.class_names import with_images
 from fastdit.sampling.sampler import Sampler
 from fastdit.training import engine, saver, telemetry
 from fastdit.training.ema import ShardedEma, gather
@@ -112,7 +114,8 @@ def _train(config: Config) -> Path:
     world.together(lambda: telemetry.check_wandb(config))
     data_path, loader, codec = open_data(config, world)
     run = Path(config.train.out) / config.train.name
-    validation = Validation(config, data_path, codec, run, world) if config.validate.steps else None
+    learned = with_images(config.model.num_classes, loader.class_counts, loader.class_names)
+    validation = Validation(config, data_path, codec, run, world, learned) if config.validate.steps else None
     lock = world.together(lambda: _lock_run_folder(run) if world.rank == 0 else None)
     Trainer(config, world, loader, codec, run, resume_from, state, validation).loop()
     if world.rank == 0:
@@ -123,7 +126,7 @@ def _train(config: Config) -> Path:
 
 
 def _notes(config: Config, world: distributed.World) -> list[str]:
-    """Return what makes this run slower than its user may expect, a sentence each."""
+    """Return what its user may not expect of this run, a sentence each."""
     notes = []
     if config.train.precision == "bf16" and not native_bf16(world.device):
         notes.append("warning: bf16 matmuls are emulated on this device, and far slower than with train.precision=fp32")
@@ -132,6 +135,8 @@ def _notes(config: Config, world: distributed.World) -> list[str]:
             "note: train.compile=model makes one graph of the backward pass: gradients are sent after it, and no communication is "
             "hidden (train.compile=graphs and blocks hide it)"
         )
+    if config.flow.label_dropout == 0:
+        notes.append("note: flow.label_dropout=0 trains no null class: samples are drawn without guidance")
     return notes
 
 
@@ -195,6 +200,8 @@ class Trainer:
         self.run = run
         self.validation = validation
         self.start = state.step
+        if resume_from:
+            loader.order.resume(state.step, Since(*state.batch_since), state.global_batch)
         self.lr = 0.0
         self.step_sums = torch.zeros(telemetry.sums_length(), device=world.device)
         self.sums = torch.zeros(telemetry.sums_length(), device=world.device)
@@ -221,6 +228,8 @@ class Trainer:
         if world.rank == 0:
             files.write_atomically(run / "config.json", config.to_json())
         self._print_header(model)
+        if resume_from and state.global_batch != loader.order.global_batch:
+            self._note_batch_change(state)
 
     def _print_header(self, model: DiT) -> None:
         train = self.config.train
@@ -237,6 +246,16 @@ class Trainer:
         )
         for note in _notes(self.config, self.world):
             self.log.print(note)
+
+    def _note_batch_change(self, before: RunState) -> None:
+        """Log that a run takes another number of images per step from here on. before: state of the checkpoint."""
+        batches = [before.global_batch, self.loader.order.global_batch]
+        self.log.event(
+            {"step": self.start + 1, "images_per_step": batches, "images_seen": self.loader.order.images_seen(self.start)}
+        )
+        self.log.print(
+            f"from step {self.start + 1} on: {batches[1]} images per step, {batches[0]} before; the same train.lr schedule"
+        )
 
     def loop(self) -> None:
         """Train to the last step, or to the first log line after SIGTERM (a preempted job), where the run is saved and ends."""
@@ -332,11 +351,11 @@ class Trainer:
         """Write the means since the last log line, and start new sums. Here the ranks also agree whether to stop."""
         self._finish_step()
         total, bin_sums, bin_counts, part_sums = self._reduce_sums()
-        samples = self.summed_steps * self.loader.order.global_batch
+        samples = sum(bin_counts)  # whole numbers, each exact in fp32 up to 2^24
         loss = total / samples if samples else None  # None: all steps were skipped
         norm = engine.gradient_norm(self.engine) if samples else math.nan
         self.log.write(
-            done, epoch=round(done / self.loader.order.steps_per_epoch, 4), loss=loss, lr=self.lr,
+            done, epoch=round(self.loader.order.epochs(done), 4), loss=loss, lr=self.lr,
             grad_norm=norm if math.isfinite(norm) else None,  # None: the last step was skipped
             skipped=self.skipped.since_log_line,
             loss_by_t=[round(s / n, 6) if n else None for s, n in zip(bin_sums, bin_counts, strict=True)],
@@ -368,8 +387,8 @@ class Trainer:
     def _diverged(self, reason: str) -> FloatingPointError:
         """Return the error that ends the run, which names its last checkpoint."""
         self._finish_save(required=False)
-        saved = checkpoint.find(self.run)
-        last = f"the last good checkpoint is {saved.path}" if saved else "there is no checkpoint yet"
+        whole = [folder for folder in files.step_folders(self.run / "checkpoints") if checkpoint.is_complete(folder, by_hash=False)]
+        last = f"the last good checkpoint is {whole[0]}" if whole else "there is no checkpoint yet"
         return FloatingPointError(f"{reason}: stopped, {last}; lower train.lr and run the same command again")
 
     def _save(self, done: int) -> None:
@@ -385,6 +404,8 @@ class Trainer:
             raise self._diverged(f"the loss or the weights at step {done} are not finite")
         state = RunState(
             done, summed_steps=self.summed_steps, wandb_id=self.log.wandb_id, versions=device.versions(),
+            batch_since=self.loader.order.since,
+            images_seen=self.loader.order.images_seen(done),
             class_names=self.loader.class_names,
             class_counts=self.loader.class_counts,
             data_sha256=self.loader.digest,
@@ -414,8 +435,8 @@ class Trainer:
 
     def _draw(self, done: int) -> None:
         """Write a grid of samples of the EMA weights, drawn from a copy of the model that lives as long as the drawing."""
-        classes = self.config.model.num_classes
-        shown = torch.linspace(0, classes - 1, min(classes, GRID_CLASSES)).round().long()
+        learned = torch.tensor(with_images(self.config.model.num_classes, self.loader.class_counts, self.loader.class_names))
+        shown = learned[torch.linspace(0, len(learned) - 1, min(len(learned), GRID_CLASSES)).round().long()]
         sampler = Sampler.of_model(self._averaged_model(), self.config, self.codec)
         images = sampler.draw(shown.repeat_interleave(GRID_COLUMNS), self.config.train.seed, world=self.world)
         if self.world.rank == 0:

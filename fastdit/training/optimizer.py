@@ -12,22 +12,31 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import kernels
-from fastdit.config import Config
+from fastdit.config import Config, TrainConfig
 
 STATE_NAMES = ("exp_avg", "exp_avg_sq")  # fp32 state tensors of the shape of the master, by torch's names; checkpoints use them too
 STATE_BYTES = 4 * len(STATE_NAMES)  # bytes of state per parameter
 
 
-def learning_rate_factor(config: Config, step: int) -> float:
-    """Return the factor of train.lr after `step` applied steps: a linear warm-up to 1 over warmup_steps, then 1 (constant) or half
-    a cosine down to 0 at total_steps (cosine)."""
-    train = config.train
+def learning_rate_factor(train: TrainConfig, step: int) -> float:
+    """Return the factor of train.lr after `step` applied steps.
+
+    It rises linearly to 1 over warmup_steps. The constant schedule then stays at 1 up to the last decay_steps steps, in which it
+    falls to 0 at total_steps as 1 - sqrt(progress): arXiv:2405.18392, where that gave a lower loss than a linear fall. The cosine
+    schedule falls to 0 at total_steps along half a cosine.
+    """
     if step < train.warmup_steps:
         return (step + 1) / train.warmup_steps
-    if train.schedule == "constant":
-        return 1.0
-    progress = (step - train.warmup_steps) / max(1, train.total_steps - train.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    if train.schedule == "cosine":
+        progress = (step - train.warmup_steps) / max(1, train.total_steps - train.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    decayed = train.decay_steps - max(0, train.total_steps - step)
+    return 1 - math.sqrt(decayed / train.decay_steps) if decayed > 0 else 1.0
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Return the learning rate after `step` applied steps."""
+    return train.lr * learning_rate_factor(train, step)
 
 
 def build(config: Config, model: nn.Module, sharded: bool) -> tuple[list[dict], torch.optim.Optimizer]:
@@ -43,9 +52,9 @@ def build(config: Config, model: nn.Module, sharded: bool) -> tuple[list[dict], 
     if sharded:
         return groups, torch.optim.AdamW(groups, train.lr, fused=True, **options)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    learning_rate = lambda step: train.lr * learning_rate_factor(config, step)
+    schedule = lambda step: learning_rate(train, step)
     bf16 = train.precision == "bf16"
-    return groups, OneRankAdamW(parameters, train.clip, bf16, train.accumulation, learning_rate, **options)
+    return groups, OneRankAdamW(parameters, train.clip, bf16, train.accumulation, schedule, **options)
 
 
 class OneRankAdamW(torch.optim.Optimizer):

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdit.checkpoint import FORMAT, Checkpoint, RunState, commit, folder_name, is_complete, shard_file
 from fastdit.config import Config, InputError, ModelConfig
 from fastdit.distributed import World, control_group
-from fastdit.files import flush, sha256
+from fastdit.files import flush, sha256, step_folders, step_of
 from fastdit.training.ema import ShardedEma
 from fastdit.training.engine import continue_from, optimizer_state, steps_applied
 
@@ -94,10 +94,10 @@ def prune(newest: Path, keep: int, keep_every: int) -> None:
     Of the complete ones, `newest` and the latest keep - 1 others stay. Those whose step is a multiple of keep_every stay as well
     and do not count (keep_every=0: there are none). Incomplete folders are left alone.
     """
-    others = [path for path in sorted(newest.parent.glob("step_*")) if path != newest and is_complete(path, by_hash=False)]
+    others = [path for path in step_folders(newest.parent) if path != newest and is_complete(path, by_hash=False)]
     if keep_every:
-        others = [path for path in others if int(path.name.removeprefix("step_")) % keep_every]
-    for path in others[: max(0, len(others) + 1 - keep)]:
+        others = [path for path in others if step_of(path.name) % keep_every]
+    for path in others[keep - 1 :]:
         shutil.rmtree(path)
 
 
@@ -168,10 +168,12 @@ def check(saved: Checkpoint, config: Config, world: World) -> None:
     if state.format != FORMAT:
         raise InputError(f"checkpoint {folder} was written by another version of fastdit: it can be sampled from, not continued")
     batch = config.train.batch_size * config.train.accumulation * world.size
-    if batch != state.global_batch:
+    if batch != state.global_batch and not config.train.allow_batch_change:
+        same, impossible = divmod(state.global_batch, world.size)
+        keep = "" if impossible else f"change train.batch_size or train.accumulation so that their product is {same} per rank, or "
         raise InputError(
-            f"checkpoint {folder} was trained with {state.global_batch} images per step, but this run has {batch}: change "
-            f"train.batch_size or train.accumulation so that their product times the number of ranks is {state.global_batch}"
+            f"checkpoint {folder} was trained with {state.global_batch} images per step, but this run has {batch}: "
+            f"{keep}set train.allow_batch_change=true to continue with {batch}"
         )
     _check_same_run(folder, saved.config, config)
 

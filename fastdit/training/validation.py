@@ -93,9 +93,15 @@ def _held_out(config: Config, path: Path | None, codec: Codec, world: World) -> 
 class Validation:
     """The held-out images of this rank, encoded, and the reference of the FID."""
 
-    def __init__(self, config: Config, path: Path | None, codec: Codec, run: Path, world: World) -> None:
-        """path: what data.locate returned; run: folder of the run. All ranks must call it. Raises InputError."""
+    def __init__(
+        self, config: Config, path: Path | None, codec: Codec, run: Path, world: World, learned: list[int] | None = None
+    ) -> None:
+        """path: what data.locate returned; run: folder of the run; learned: classes with training images (default: all).
+
+        All ranks must call it. Raises InputError.
+        """
         self.config = config
+        self.learned = learned or list(range(config.model.num_classes))
         self.codec = codec
         self.run = run
         self.world = world
@@ -113,7 +119,8 @@ class Validation:
         network = self.world.together(lambda: features.load(settings.features, self.world.device))
         shape = (self.config.data.image_size, self.config.data.image_size, self.codec.image_channels)
         request = evaluate_command.EvaluationRequest(settings.features, reference, image_size=self.config.data.image_size)
-        self.labels_drawn = image_sets.evaluation_labels("balanced", settings.samples, self.config.model.num_classes, SEED)
+        places = image_sets.evaluation_labels("balanced", settings.samples, len(self.learned), SEED)
+        self.labels_drawn = torch.tensor(self.learned)[places]
         self.world.together(lambda: network.probe(shape))
         self.network = network
         self.reference = evaluate_command.open_reference(request, network, self.world)

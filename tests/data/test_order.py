@@ -8,7 +8,7 @@ import torch
 
 from fastdit import kernels
 from fastdit.config import InputError, from_dict
-from fastdit.data.order import AREA, RATIO, Order, center_crops, check_classes
+from fastdit.data.order import AREA, RATIO, Order, Since, center_crops, check_classes
 from fastdit.distributed import World
 from fastdit.flow import Stream
 
@@ -33,6 +33,49 @@ def test_ranks_and_micro_steps_share_out_the_global_batch():
         images, epoch = whole.images(step, 0)
         assert np.concatenate([shares[first][0] for first in sorted(shares)]).tolist() == images.tolist() and epoch == step // 4
         assert whole.images_on(torch.device("cpu"), step, 0)[0].tolist() == images.tolist()
+
+
+@pytest.mark.parametrize("count", [35, 48, 97])
+def test_another_batch_continues_where_the_last_one_ended(count):
+    """Any number of changes, also two at one step: in each epoch no image twice, and none left out but a remainder that is smaller
+    than the batch in use."""
+    random = np.random.default_rng(count)
+    ranks_and_batches = [(2, 4, 1), (1, 6, 1), (3, 1, 2), (1, 35, 1), (2, 2, 3), (1, 1, 1)]
+    epochs, state, step, batch = {}, Since(), 0, 8
+    for _ in range(60):
+        ranks, batch_size, accumulation = ranks_and_batches[random.integers(len(ranks_and_batches))]
+        orders = [order_of(count, rank, ranks, batch_size=batch_size, accumulation=accumulation) for rank in range(ranks)]
+        for order in orders:
+            order.resume(step, state, batch)
+        state, batch = orders[0].since, orders[0].global_batch
+        for _ in range(random.integers(6)):
+            for micro in range(accumulation):
+                for order in orders:
+                    images, epoch = order.images(step, micro)
+                    assert images.tolist() == order.images_on(torch.device("cpu"), step, micro)[0].tolist()
+                    epochs.setdefault(epoch, []).append((images, batch))
+            step += 1
+        assert orders[0].images_seen(step) == sum(len(images) for parts in epochs.values() for images, _ in parts)
+    assert sorted(epochs) == list(range(max(epochs) + 1)) and max(epochs) > 5
+    for epoch, parts in epochs.items():
+        taken = np.concatenate([images for images, _ in parts])
+        assert len(set(taken.tolist())) == len(taken)
+        assert set(taken.tolist()) == set(np.random.default_rng([0, epoch]).permutation(count)[: len(taken)].tolist())
+        if epoch < max(epochs):  # the batch of the next epoch's first step did not fit any more
+            assert count - len(taken) < epochs[epoch + 1][0][1]
+
+
+def test_the_same_batch_resumes_the_same_order():
+    """Also from a state of before there was a change, and at the end of an epoch."""
+    first = order_of(35, batch_size=8)
+    for step in range(13):
+        resumed = order_of(35, batch_size=8)
+        resumed.resume(step, first.since, 8)
+        assert resumed.since == Since()
+        assert [resumed.images(step + i, 0)[0].tolist() for i in range(9)] == [
+            first.images(step + i, 0)[0].tolist() for i in range(9)
+        ]
+    assert [first.epochs(steps) for steps in (0, 1, 4, 6)] == [0, 0.25, 1, 1.5]
 
 
 def test_orders_of_one_process_do_not_mix():

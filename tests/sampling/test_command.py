@@ -73,7 +73,7 @@ def test_a_random_class_where_there_are_a_thousand(tmp_path, capsys):
     run = make_run(tmp_path / "run", model={"num_classes": 1000})
     assert latents(run, tmp_path).shape == (1, 1, 32, 32)
     assert latents(run, tmp_path, "--class-name", "golden retriever,otter").shape == (2, 1, 32, 32)
-    assert "classes: 207 (golden retriever), 360 (otter)\n" in capsys.readouterr().out
+    assert " id  class\n207  golden retriever\n360  otter\n" in capsys.readouterr().out
 
 
 def test_every_kind_of_file(latent_run, tmp_path, capsys):

@@ -9,10 +9,10 @@ from torch import nn
 
 import hot_loop
 from fastdit import checkpoint
-from fastdit.config import parse
+from fastdit.config import InputError, TrainConfig, parse
 from fastdit.training.ema import ShardedEma
 from fastdit.training.engine import Fragment
-from fastdit.training.optimizer import STATE_BYTES, STATE_NAMES, OneRankAdamW, OneRankOptimizer, build
+from fastdit.training.optimizer import STATE_BYTES, STATE_NAMES, OneRankAdamW, OneRankOptimizer, build, learning_rate
 
 SHAPES = [(16, 7), (48,), (4, 2, 16), (16,)]  # multiples of the vector width: other sizes are in test_adamw.py
 OPTIONS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -43,6 +43,32 @@ def overflowing(parameters, bad):
     (parameters[1] * bad).sum().backward()
     for p in (parameters[0], *parameters[2:]):
         p.grad = torch.ones_like(p)
+
+
+def test_schedules():
+    rates = lambda steps, **train: [learning_rate(TrainConfig(lr=2.0, warmup_steps=4, **train), step) for step in steps]
+    assert rates(range(6), total_steps=100) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0] and rates([1000], total_steps=100) == [2.0]
+    assert rates((4, 52, 100, 200), total_steps=100, schedule="cosine") == pytest.approx([2, 1, 0, 0])
+    # the last 16 steps: 1 - sqrt(k/16) after k of them
+    decaying = dict(total_steps=100, decay_steps=16)
+    assert rates((83, 84, 85, 88, 93, 99, 100, 101), **decaying) == pytest.approx([2, 2, 1.5, 1, 0.5, 2 - 15**0.5 / 2, 0, 0])
+    assert rates(range(8), total_steps=8, decay_steps=4) == pytest.approx([0.5, 1, 1.5, 2, 2, 1, 2 - 2**0.5, 2 - 3**0.5])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["train.decay_steps=9", "train.total_steps=8"],
+            "decay_steps=9 and train.warmup_steps=50 must fit into train.total_steps=8",
+        ),
+        (["train.decay_steps=9", "train.schedule=cosine"], "decay_steps=9 needs train.schedule=constant"),
+        (["train.decay_steps=-1"], "decay_steps=-1 must be at least 0"),
+    ],
+)
+def test_schedules_that_cannot_be(words, expected):
+    with pytest.raises(InputError, match=expected):
+        parse(None, words)
 
 
 @pytest.mark.parametrize("sharded", [False, True])

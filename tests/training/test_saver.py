@@ -3,6 +3,7 @@
 import errno
 import json
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -52,6 +53,66 @@ def test_settings_that_change_when_a_run_is_resumed(tmp_path, capsys):
     ):
         complains(capsys, ["train", *settings(tmp_path, "train.total_steps=6", override, *common)], override.split("=")[0])
     assert snapshot(run) == before
+
+
+def test_another_batch_is_taken_if_the_run_says_so(tmp_path, capsys):
+    """4 images per step, then 6, then 5; with a log line and a checkpoint between the changes, and killed between two of them."""
+    words = [
+        "train.log_steps=4",
+        "train.save_steps=1",
+        "train.sample_steps=0",
+        "train.keep_checkpoints=99",
+        "train.schedule=constant",
+    ]
+    stages = [(3, 4), (5, 6), (9, 5)]
+    allow = "train.allow_batch_change=true"
+    stage = lambda name, total, batch, *more: train(
+        parse(
+            None, settings(tmp_path, *words, f"train.name={name}", f"train.total_steps={total}", f"train.batch_size={batch}", *more)
+        )
+    )
+    for total, batch in stages:
+        run = stage("uninterrupted", total, batch, allow)
+    before = snapshot(run)
+    complains(
+        capsys,
+        ["train", *settings(tmp_path, *words, "train.name=uninterrupted", "train.total_steps=10", "train.batch_size=4")],
+        "trained with 5 images per step, but this run has 4",
+        "their product is 5",
+        allow,
+    )
+    assert snapshot(run) == before
+    for total, batch in [(2, 4), (3, 4), (4, 6), (5, 6), (6, 5), (7, 5), (9, 5)]:
+        resumed = stage("resumed", total, batch, allow)
+    for folder in (resumed / "checkpoints/step_00000008", resumed / "checkpoints/step_00000009"):  # once: as if killed there
+        weights = (folder / "weights_rank_0000.safetensors").read_bytes()
+        assert weights == (run / "checkpoints" / folder.name / "weights_rank_0000.safetensors").read_bytes()
+    state = checkpoint.open_checkpoint(resumed).state
+    assert state == checkpoint.open_checkpoint(run).state and state.global_batch == 5
+    assert list(state.batch_since) == [5, 0, 24, 24] and state.images_seen == 3 * 4 + 2 * 6 + 4 * 5
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in lines if "images_per_step" in line] == [
+        {"step": 4, "images_per_step": [4, 6], "images_seen": 12},
+        {"step": 6, "images_per_step": [6, 5], "images_seen": 24},
+    ]
+    assert "from step 6 on: 5 images per step, 6 before" in capsys.readouterr().err
+    shutil.rmtree(resumed / "checkpoints/step_00000009")
+    stage("resumed", 9, 5)  # the flag is not needed any more
+    assert lines_of(resumed)[9]["loss"] == lines_of(run)[9]["loss"]
+
+
+def test_a_log_line_over_two_batches_is_the_mean_over_images(tmp_path):
+    words = ["train.save_steps=2", "train.sample_steps=0", "train.schedule=constant", "train.allow_batch_change=true"]
+    losses = {}
+    for log_steps in (1, 4):
+        for total, batch in ((3, 4), (4, 6)):
+            batch_words = [f"train.name=r{log_steps}", f"train.total_steps={total}", f"train.batch_size={batch}"]
+            run = train(parse(None, settings(tmp_path, *words, f"train.log_steps={log_steps}", *batch_words)))
+            if total == 3:  # killed after the checkpoint of step 2, which is no log line of the second run
+                shutil.rmtree(run / "checkpoints/step_00000003")
+        losses[log_steps] = {step: line.get("loss") for step, line in lines_of(run).items()}
+    one = losses[1]
+    assert losses[4][4] == pytest.approx((4 * one[1] + 4 * one[2] + 6 * one[3] + 6 * one[4]) / 20, rel=1e-6)
 
 
 def test_pruning_keeps_complete_checkpoints_and_the_newest(tmp_path):
