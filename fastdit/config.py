@@ -129,12 +129,15 @@ class FlowConfig:
 
     logit_mean: float = 0.0  # mean of the logit-normal timesteps, t = sigmoid(normal(mean, std)): arXiv:2403.03206, equation 19
     logit_std: float = 1.0  # their standard deviation, before the sigmoid
+    time_shift: float = 1.0  # shift s of the timesteps, as logit_mean + ln s: above 1 for larger latents, sqrt of elements' ratio
     label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance
 
     def __post_init__(self) -> None:
         _at_least("flow", self, "logit_std", 0)
         if not 0 <= self.label_dropout <= 1:
             raise InputError(f"flow.label_dropout={self.label_dropout} must be between 0 and 1")
+        if not 0 < self.time_shift < math.inf:
+            raise InputError(f"flow.time_shift={self.time_shift} must be above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,9 @@ class TrainConfig:
     name: str = "digits"  # name of the run, whose folder is <out>/<name>
     out: str = "runs"  # folder of all runs
     resume: str = "auto"  # auto: this run's newest checkpoint, if there is one | never | the folder of a checkpoint
+    # weights to begin from: a run, a checkpoint, an exported file, a base model's .pkl, a Hub id owner/name[@revision]; none: new
+    init: str | None = None
+    init_weights: str = "ema"  # weights of train.init: ema | raw | a further average such as ema_0.9999
     seed: int = 0  # seed of weights, order, augmentation, timesteps, noise and label dropout
     total_steps: int = 1400  # optimizer steps of the whole run
     batch_size: int = 32  # images per device and micro-step
@@ -196,6 +202,8 @@ class TrainConfig:
             "max_skipped_steps",
         ):  # fmt: skip
             _at_least("train", self, key, 0)
+        if self.init and self.resume not in ("auto", "never"):
+            raise InputError(f"train.init={self.init} and train.resume={self.resume} both name a start: leave one of them out")
         _one_of("train", self, "precision", ("auto", "bf16", "fp32"))
         _one_of("train", self, "compile", ("auto", "graphs", "blocks", "model", "none"))
         _one_of("train", self, "recompute", RECOMPUTE)
@@ -298,8 +306,9 @@ class Config:
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1)
+    def to_json(self, init: dict | None = None) -> str:
+        """Return the settings as JSON. init: RunState.init, which stands beside them for readers."""
+        return json.dumps(self.to_dict() | ({"init": init} if init else {}), indent=1)
 
     def to_yaml(self) -> str:
         """Return the resolved config as YAML, which `parse` reads back to the same config."""
@@ -419,7 +428,7 @@ def from_saved(values: dict) -> Config:
         section, key = old.split(".")
         if key in values.get(section, {}):
             values[section][new.partition(".")[2]] = values[section].pop(key)
-    return from_dict(values)
+    return from_dict({section: entries for section, entries in values.items() if section != "init"})
 
 
 def load_json(path: str | Path) -> Config:

@@ -28,7 +28,7 @@ from fastdit.graphs import release_recorded
 from fastdit.model import DiT
 from fastdit.sampling import pictures
 from fastdit.sampling.sampler import Sampler
-from fastdit.training import engine, saver, telemetry
+from fastdit.training import engine, init, saver, telemetry
 from fastdit.training.ema import ShardedEma, gather
 from fastdit.training.saver import Saver
 from fastdit.training.validation import Validation
@@ -110,12 +110,13 @@ def _train(config: Config) -> Path:
         if world.rank == 0:
             print(f"already trained to step {state.step} in {resume_from.path}: nothing to do (raise train.total_steps to resume)")
         return resume_from.path.parent.parent
+    source = world.together(lambda: init.open_source(config)) if config.train.init and not resume_from else None
     world.together(lambda: telemetry.check_wandb(config))
     data_path, loader, codec = open_data(config, world)
     run = Path(config.train.out) / config.train.name
     validation = Validation(config, data_path, codec, run, world) if config.validate.steps else None
     lock = world.together(lambda: _lock_run_folder(run) if world.rank == 0 else None)
-    Trainer(config, world, loader, codec, run, resume_from, state, validation).loop()
+    Trainer(config, world, loader, codec, run, resume_from, state, validation, source).loop()
     if world.rank == 0:
         telemetry.plot(run)
     if lock:
@@ -174,6 +175,7 @@ class Trainer:
     log: telemetry.Log
     clock: telemetry.StepClock
     # state
+    began_from: dict | None  # RunState.init
     start: int  # completed steps when this process began
     lr: float  # learning rate of the last step
     step_sums: torch.Tensor  # telemetry.loss_sums of the last step, fp32 on the device
@@ -187,8 +189,10 @@ class Trainer:
     def __init__(
         self, config: Config, world: distributed.World, loader: Loader, codec: Codec, run: Path,
         resume_from: Checkpoint | None, state: RunState, validation: Validation | None = None,
+        source: init.Source | None = None,
     ) -> None:  # fmt: skip
-        """resume_from: checkpoint to resume from, or None. state: that of the checkpoint, or a fresh one."""
+        """resume_from: checkpoint to resume from, or None. state: that of the checkpoint, or a fresh one. source: weights to begin
+        from if there is no checkpoint."""
         self.config = config
         self.world = world
         self.loader = loader
@@ -210,6 +214,10 @@ class Trainer:
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         if resume_from:
             model.load_state_dict(resume_from.shards().parameters("raw", self.shapes))
+        changes = world.together(lambda: init.adapt(model, source, loader.class_names)) if source else []
+        self.began_from = state.init
+        if source:
+            self.began_from = source.record | {"changes": [change._asdict() for change in changes]}
         self.engine = engine.initialize(model, config, world)
         self.ema = ShardedEma(
             engine.fragments(self.engine, world), config.train.ema_decay, *config.train.ema_more,
@@ -222,8 +230,11 @@ class Trainer:
         self.log = world.together(lambda: telemetry.Log(run, config, world, self.start, state.wandb_id))
         self.skipped = SkippedSteps(loader, config.train.accumulation, world, self.log)
         if world.rank == 0:
-            files.write_atomically(run / "config.json", config.to_json())
+            files.write_atomically(run / "config.json", config.to_json(self.began_from))
         self._print_header(model)
+        if source:
+            for text in (init.table(source, changes), *init.notes(source, config, codec.sha256())):
+                self.log.print(text)
         if resume_from and state.global_batch != loader.order.global_batch:
             self._note_batch_change(state)
 
@@ -265,6 +276,9 @@ class Trainer:
             self.log.close()
 
     def _loop(self, settings: TrainConfig, profiler: torch.profiler.profile | None) -> None:
+        if self.began_from and not self.start and self.validation:  # what it begins from
+            with self.log.pause():
+                self.validation.step(0, False, self._averaged_model, self.log)
         for step in range(self.start, settings.total_steps):
             # Ends the process if the step hangs: cancelled below, or set again by the next step.
             faulthandler.dump_traceback_later(settings.timeout_s, exit=True, file=STDERR)
@@ -402,6 +416,7 @@ class Trainer:
             done, summed_steps=self.summed_steps, wandb_id=self.log.wandb_id, versions=device.versions(),
             batch_since=self.loader.order.since,
             images_seen=self.loader.order.images_seen(done),
+            init=self.began_from,
             class_names=self.loader.class_names,
             class_counts=self.loader.class_counts,
             data_sha256=self.loader.digest,

@@ -146,7 +146,8 @@ class Log:
     """The log of a run: <run>/metrics.jsonl, the progress bar and wandb. On other ranks than 0 it does nothing."""
 
     def __init__(self, run: Path, config: Config, world: World, start_step: int, wandb_id: str | None) -> None:
-        """start_step: completed steps; lines of later steps, which a killed run may have left, are cut from metrics.jsonl.
+        """start_step: completed steps; lines of later steps, which a killed run may have left, are cut from metrics.jsonl; of a run
+        that begins, all.
         wandb_id: of the wandb run to resume. Raises InputError if wandb does not start."""
         self.writes = world.rank == 0
         self.wandb = None
@@ -154,7 +155,7 @@ class Log:
         if not self.writes:
             return
         self.path = run / "metrics.jsonl"
-        write_atomically(self.path, _lines_up_to(start_step, self.path.read_text() if self.path.exists() else ""))
+        write_atomically(self.path, _lines_up_to(start_step or -1, self.path.read_text() if self.path.exists() else ""))
         if config.train.wandb != "disabled":
             self._start_wandb(run, config)
         self.world_size = world.size
