@@ -110,6 +110,7 @@ class DataConfig:
     autoencoder: str = "pixels"  # pixels (none) | folder or hub id of a diffusers AutoencoderKL
     flip: bool = False  # mirror each image with probability 1/2 (never for digits)
     crop: str = "center"  # center: resize the short side, cut out the middle | random: torchvision's RandomResizedCrop
+    grey: bool = False  # read the images of an index as grey, one channel
     threads: int | None = None  # DALI threads per rank; none: the node's cores divided by its ranks
     max_bad_files: int = 10  # undecodable files that each rank replaces; one more ends the run
     resident: str = "auto"  # latents in device memory: true | false | auto, if they take less than a tenth of what is free

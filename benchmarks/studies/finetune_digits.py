@@ -30,7 +30,7 @@ KEPT = (9, 7, 5, 3, 1)
 SAMPLER = {"steps": 10, "solver": "dpm++", "guidance": 2.0}
 SAMPLES = 40  # per class
 COMMON = [
-    f"model.num_classes={len(KEPT)}", "train.log_steps=10", "train.save_steps=1000", "train.sample_steps=0",
+    "data.grey=true", f"model.num_classes={len(KEPT)}", "train.log_steps=10", "train.save_steps=1000", "train.sample_steps=0",
     "train.warmup_steps=10", "train.lr=2e-3", "train.ema_decay=0.95", "validate.steps=20",
 ]  # fmt: skip
 

@@ -252,7 +252,7 @@ def grey(images: Tensor) -> Tensor:
 
 
 class ImageLoader:
-    """Training batches of an index, grey if the model takes pixels of one channel."""
+    """Training batches of an index."""
 
     channels: int
     class_names: list[str] | None
@@ -264,7 +264,7 @@ class ImageLoader:
         check_classes(len(index.classes), config)
         self.class_names = index.class_names or index.classes
         self.order = Order(len(rows), config, world)
-        self.channels = 1 if data.autoencoder == "pixels" and config.model.in_channels == 1 else 3
+        self.channels = 1 if data.grey else 3
         self.data = data
         self.device = world.device
         self.labels = np.array(rows["label"])
@@ -293,5 +293,5 @@ class ImageLoader:
         """Return images fp32 [B,3 or 1,S,S] in [-1,1] and labels int64 [B], both on the device."""
         self.decoder.seek(step * self.order.accumulation + micro)
         images, decoded = self.decoder.next()
-        images = grey(images) if self.channels == 1 else images
+        images = grey(images) if self.data.grey else images
         return images, torch.from_numpy(self.labels[decoded].astype(np.int64)).to(self.device, non_blocking=True)

@@ -147,7 +147,7 @@ def _check_same_run(folder: Path, saved: Config, config: Config) -> None:
     """Raise InputError if a setting differs that a run cannot change: the model, the data, and what determines random numbers."""
     fixed = {
         "model": [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("preset", "attention")],
-        "data": ["source", "image_size", "autoencoder", "flip", "crop"],
+        "data": ["source", "image_size", "autoencoder", "flip", "crop", "grey"],
         "train": ["seed", "precision"],
     }
     for section, keys in fixed.items():

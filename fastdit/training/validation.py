@@ -75,6 +75,9 @@ def _held_out(config: Config, path: Path | None, codec: Codec, world: World) -> 
         ids, inputs, labels = _images(config, path, world)
         inputs = inputs.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
         encoded = False
+        channels = 1 if config.data.grey else inputs.shape[1]
+        if channels not in (1, codec.image_channels):  # 1: the built-in digits, which the run trains on, and grey images
+            raise InputError(f"validate.source={source} has {channels} channels, the run's images have {codec.image_channels}")
     else:
         raise InputError(f"validate.source={source} must be 'auto', an index with a val split or latents of one")
     check_classes(int(labels.max(initial=0)) + 1, config)
@@ -83,8 +86,8 @@ def _held_out(config: Config, path: Path | None, codec: Codec, world: World) -> 
     for first in range(0, len(ids), batch):
         noise = kernels.counter_normal(SEED, flow.Stream.POSTERIOR, ids[first : first + batch], shape)
         part = torch.from_numpy(inputs[first : first + batch]).to(world.device)
-        if not encoded:  # grey images are encoded as RGB, and RGB ones made grey, as for training
-            part = codec.encode(grey(part) if part.shape[1] == 3 and codec.image_channels == 1 else part)
+        if not encoded:
+            part = codec.encode(grey(part) if config.data.grey and part.shape[1] == 3 else part)
         latents.append(codec.posterior_sample(part, noise))
     return ids, torch.cat(latents), torch.from_numpy(labels.astype(np.int64)).to(world.device)
 
