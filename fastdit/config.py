@@ -393,6 +393,12 @@ def _is_text(section: str, key: str) -> bool:
     return section in sections and typing.get_type_hints(sections[section]).get(key) is str
 
 
+def _without_record(values: dict) -> dict:
+    """Return the sections of a saved config without RunState.init, which `Config.to_json` puts beside them."""
+    is_record = isinstance(values.get("init"), dict) and "sha256" in values["init"]
+    return {section: entries for section, entries in values.items() if section != "init" or not is_record}
+
+
 def parse(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
     """Return the config of a YAML file, or the defaults, with `section.key=value` overrides. Raises InputError."""
     import yaml
@@ -407,6 +413,7 @@ def parse(path: str | Path | None = None, overrides: list[str] | None = None) ->
             raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise InputError(f"config file {path} must hold sections ({', '.join(Config.__dataclass_fields__)})")
+    values = _without_record(values)
     for override in overrides or []:
         name, equals, text = override.partition("=")
         section, dot, key = name.partition(".")
@@ -429,7 +436,7 @@ def from_saved(values: dict) -> Config:
         section, key = old.split(".")
         if key in values.get(section, {}):
             values[section][new.partition(".")[2]] = values[section].pop(key)
-    return from_dict({section: entries for section, entries in values.items() if section != "init"})
+    return from_dict(_without_record(values))
 
 
 def load_json(path: str | Path) -> Config:

@@ -7,6 +7,8 @@ H width, s side of the grid of tokens.
 import dataclasses
 import math
 import re
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,12 +69,22 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     request = {"repo_id": repository, "revision": revision, "allow_patterns": ["*.safetensors", "*.json"]}
+    answer: Future = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S))
+        except Exception as error:  # raised below
+            answer.set_exception(error)
+
     try:
         return Path(snapshot_download(**request, local_files_only=True))
-    except OSError:  # not in the cache
+    except (OSError, ValueError):  # not in the cache, or no name of a repository
         pass
     try:
-        HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S)  # snapshot_download would try for minutes
+        # snapshot_download would try for minutes; a thread, because no timeout bounds the resolution of names
+        threading.Thread(target=ask, daemon=True).start()
+        answer.result(HUB_TIMEOUT_S)
         return Path(snapshot_download(**request, etag_timeout=HUB_TIMEOUT_S))
     except Exception as error:  # of two HTTP libraries, by version of huggingface_hub; OSError if the disk is full
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -226,7 +238,7 @@ def adapt(model: DiT, source: Source, names: list[str] | None) -> list[Change]:
     return [Change("taken", f"{len(others)} tensors", f"{count / 1e6:.2f} M parameters, as they are"), *changes]
 
 
-def table(source: Source, changes: list[Change]) -> str:
+def describe(source: Source, changes: list[Change]) -> str:
     """Return the source, and what became of its weights, one line per change."""
     record, width = source.record, max(len(change.name) for change in changes)
     lines = [

@@ -233,7 +233,7 @@ class Trainer:
             files.write_atomically(run / "config.json", config.to_json(self.began_from))
         self._print_header(model)
         if source:
-            for text in (init.table(source, changes), *init.notes(source, config, codec.sha256())):
+            for text in (init.describe(source, changes), *init.notes(source, config, codec.sha256())):
                 self.log.print(text)
         if resume_from and state.global_batch != loader.order.global_batch:
             self._note_batch_change(state)

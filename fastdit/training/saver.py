@@ -174,7 +174,7 @@ def check(saved: Checkpoint, config: Config, world: World) -> None:
             "from its weights use train.init"
         )
     began_from = state.init["path"] if state.init else "random weights"
-    if config.train.init and config.train.init != began_from:
+    if config.train.init and Path(config.train.init) != Path(began_from):
         raise InputError(
             f"checkpoint {folder} is of a run that began from {began_from}, not from train.init={config.train.init}: leave "
             "train.init out to resume it, or use another train.name"

@@ -67,7 +67,8 @@ def test_the_first_validation_is_the_sources(trained, tmp_path, capsys):
     out = tmp_path / "model.safetensors"
     checkpoint.export(run, "ema", out)
     assert json.loads(out.with_suffix(".json").read_text())["state"]["init"] == record
-    assert checkpoint.load_json(run / "config.json") == checkpoint.find(run).config
+    assert checkpoint.load_json(run / "config.json") == checkpoint.find(run).config == parse(run / "config.json")
+    assert cli.main(["train", *settings(tmp_path, *WORDS, f"train.init={trained}/", "train.total_steps=4")]) == 0  # the same path
     before = snapshot(run)
     other = ["train.init=elsewhere", "train.total_steps=9"]
     complains(
