@@ -64,6 +64,7 @@ class RunState:
     wandb_id: str | None = None
     versions: dict[str, str] | None = None  # of the installed packages
     format: int | None = None  # FORMAT at the time of writing; None: the checkpoint cannot be resumed from
+    init: dict | None = None  # what the run began from by train.init, and what became of those weights; None: random weights
     origin: str | None = None  # the file that the weights were imported from; None: they were trained by fastdit
     weights: str | None = None  # of an exported file: "ema" | "raw" | "ema_0.9999"
 
@@ -184,6 +185,12 @@ class Checkpoint:
 
     def shards(self) -> Shards:
         return Shards(self.path, self.state.ranks)
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of weights that it holds."""
+        if self.path.is_file():
+            return [str(self.state.weights)]
+        return [kind for kind in self.shards().kinds if holds_weights(kind)]
 
     def load_model(self, weights: str, device: torch.device) -> DiT:
         """Return the fp32 model in eval mode. weights: "ema" | "raw" | a further average such as "ema_0.9999".

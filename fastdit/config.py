@@ -126,6 +126,7 @@ class DataConfig:
     autoencoder: str = "pixels"  # pixels (none) | folder or hub id of a diffusers AutoencoderKL
     flip: bool = False  # mirror each image with probability 1/2 (never for digits)
     crop: str = "center"  # center: resize the short side, cut out the middle | random: torchvision's RandomResizedCrop
+    grey: bool = False  # read the images of an index as grey, one channel
     threads: int | None = None  # DALI threads per rank; none: the node's cores divided by its ranks
     max_bad_files: int = 10  # undecodable files that each rank replaces; one more ends the run
     resident: str = "auto"  # latents in device memory: true | false | auto, if they take less than a tenth of what is free
@@ -147,12 +148,15 @@ class FlowConfig:
 
     logit_mean: float = 0.0  # mean of the logit-normal timesteps, t = sigmoid(normal(mean, std)): arXiv:2403.03206, equation 19
     logit_std: float = 1.0  # their standard deviation, before the sigmoid
+    time_shift: float = 1.0  # shift s of the timesteps, as logit_mean + ln s: above 1 for larger latents, sqrt of elements' ratio
     label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance (default with one class: 0)
 
     def __post_init__(self) -> None:
         _at_least("flow", self, "logit_std", 0)
         if not 0 <= self.label_dropout < 1:
             raise InputError(f"flow.label_dropout={self.label_dropout} must be at least 0 and below 1: at 1 no class is trained")
+        if not 0 < self.time_shift < math.inf:
+            raise InputError(f"flow.time_shift={self.time_shift} must be above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,9 @@ class TrainConfig:
     name: str = "digits"  # name of the run, whose folder is <out>/<name>
     out: str = "runs"  # folder of all runs
     resume: str = "auto"  # auto: this run's newest checkpoint, if there is one | never | the folder of a checkpoint
+    # weights to begin from: a run, a checkpoint, an exported file, a base model's .pkl, a Hub id owner/name[@revision]; none: new
+    init: str | None = None
+    init_weights: str = "ema"  # weights of train.init: ema | raw | a further average such as ema_0.9999
     seed: int = 0  # seed of weights, order, augmentation, timesteps, noise and label dropout
     total_steps: int = 1400  # optimizer steps of the whole run
     batch_size: int = 32  # images per device and micro-step
@@ -216,6 +223,8 @@ class TrainConfig:
         ):  # fmt: skip
             _at_least("train", self, key, 0)
         _at_most("train", self, "timeout_s", 30 * 86_400)  # 30 days: faulthandler takes no more than some centuries
+        if self.init and self.resume not in ("auto", "never"):
+            raise InputError(f"train.init={self.init} and train.resume={self.resume} both name a start: leave one of them out")
         _one_of("train", self, "precision", ("auto", "bf16", "fp32"))
         _one_of("train", self, "compile", ("auto", "graphs", "blocks", "model", "none"))
         _one_of("train", self, "recompute", RECOMPUTE)
@@ -338,8 +347,9 @@ class Config:
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1)
+    def to_json(self, init: dict | None = None) -> str:
+        """Return the settings as JSON. init: RunState.init, which stands beside them for readers."""
+        return json.dumps(self.to_dict() | ({"init": init} if init else {}), indent=1)
 
     def to_yaml(self) -> str:
         """Return the resolved config as YAML, which `parse` reads back to the same config."""
@@ -474,6 +484,12 @@ def _is_text(section: str, key: str, value: str) -> bool:
     return hint is str or (hint == (str | None) and value != "null")
 
 
+def _without_record(values: dict) -> dict:
+    """Return the sections of a saved config without RunState.init, which `Config.to_json` puts beside them."""
+    is_record = isinstance(values.get("init"), dict) and "sha256" in values["init"]
+    return {section: entries for section, entries in values.items() if section != "init" or not is_record}
+
+
 def read_settings(path: str | Path | None = None, overrides: list[str] | None = None) -> dict:
     """Return the settings that a YAML file and `section.key=value` overrides give, as nested dicts. Raises InputError."""
     import yaml  # here and in `to_yaml`: a config made in Python needs no package
@@ -491,6 +507,7 @@ def read_settings(path: str | Path | None = None, overrides: list[str] | None = 
             raise InputError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise InputError(f"config file {path} must hold sections ({', '.join(Config.__dataclass_fields__)})")
+    values = _without_record(values)
     for override in overrides or []:
         name, equals, text = override.partition("=")
         section, dot, key = name.partition(".")
@@ -528,7 +545,7 @@ def from_saved(values: object) -> Config:
     if isinstance(entries := sections.get("flow"), dict) and entries.get("label_dropout") == 0:
         unguided = {"guidance": 0.0, "guidance_low": 0.0, "guidance_high": 1.0}  # an untrained null class guided runs of before
         sections["sample"] = {**(sections.get("sample") or {}), **unguided}
-    return from_dict(sections)
+    return from_dict(_without_record(sections))
 
 
 def load_json(path: str | Path) -> Config:

@@ -5,6 +5,7 @@ Every random number of training is named by (seed, stream, step, index in the gl
 or without accumulation, on any device to rounding.
 """
 
+import math
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -52,9 +53,10 @@ def sample_ids(step: int, first: int, count: int, device: torch.device) -> Tenso
 
 
 def sample_timesteps(config: FlowConfig, seed: int, ids: Tensor) -> Tensor:
-    """Return logit-normal timesteps fp32 [B] in (0,1): sigmoid(mean + std·normal) (SD3, arXiv:2403.03206, equation 19)."""
+    """Return logit-normal timesteps fp32 [B] in (0,1): sigmoid(mean + std·normal) (SD3, arXiv:2403.03206, equation 19), shifted to
+    s·t/(1 + (s−1)·t) (equation 23), which adds ln s to the mean."""
     normal = kernels.counter_normal(seed, Stream.TIME, ids, ())
-    return torch.sigmoid(config.logit_mean + config.logit_std * normal)
+    return torch.sigmoid(config.logit_mean + math.log(config.time_shift) + config.logit_std * normal)
 
 
 def drop_labels(config: FlowConfig, seed: int, ids: Tensor, labels: Tensor, null: int) -> Tensor:

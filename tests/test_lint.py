@@ -12,6 +12,7 @@ COLD = {
     "data/encode.py",  # writes what it computes, shard by shard
     "data/prepare.py",  # has no device
     "sampling/class_names.py",
+    "training/init.py",  # runs once, before the first step
     "sampling/command.py",  # prints, and writes pictures
 }
 ROOMS = [file for room in ("data", "sampling", "training") for file in sorted((ROOT / "fastdit" / room).glob("*.py"))]

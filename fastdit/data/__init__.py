@@ -61,6 +61,8 @@ def load(config: Config, path: Path | None, world: World) -> Loader:
     """Return the loader of the training data at a path from `locate`. Raises InputError if they do not fit the config."""
     from fastdit.data import builtin, index, latents, loader
 
+    if config.data.grey and (path is None or latents.is_latent_set(path)):
+        raise InputError(f"data.grey=true is for the images of an index: leave it out for data.source={config.data.source}")
     if path is None:
         return builtin.load(config, world)
     if latents.is_latent_set(path):

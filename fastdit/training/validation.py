@@ -19,6 +19,7 @@ from fastdit.config import Config, InputError
 from fastdit.data.builtin import mnist5k
 from fastdit.data.index import is_index
 from fastdit.data.latents import is_latent_set, open_latents
+from fastdit.data.loader import grey
 from fastdit.data.order import check_classes
 from fastdit.distributed import World
 from fastdit.evaluation import command as evaluate_command
@@ -74,10 +75,9 @@ def _held_out(config: Config, path: Path | None, codec: Codec, world: World) -> 
         ids, inputs, labels = _images(config, path, world)
         inputs = inputs.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
         encoded = False
-        if inputs.shape[1] not in (1, codec.image_channels):  # 1: the built-in digits, which the run trains on
-            raise InputError(
-                f"validate.source={source} has {inputs.shape[1]} channels, the run's images have {codec.image_channels}"
-            )
+        channels = 1 if config.data.grey else inputs.shape[1]
+        if channels not in (1, codec.image_channels):  # 1: the built-in digits, which the run trains on, and grey images
+            raise InputError(f"validate.source={source} has {channels} channels, the run's images have {codec.image_channels}")
     else:
         raise InputError(f"validate.source={source} must be 'auto', an index with a val split or latents of one")
     check_classes(int(labels.max(initial=0)) + 1, config)
@@ -86,7 +86,9 @@ def _held_out(config: Config, path: Path | None, codec: Codec, world: World) -> 
     for first in range(0, len(ids), batch):
         noise = kernels.counter_normal(SEED, flow.Stream.POSTERIOR, ids[first : first + batch], shape)
         part = torch.from_numpy(inputs[first : first + batch]).to(world.device)
-        latents.append(codec.posterior_sample(part if encoded else codec.encode(part), noise))
+        if not encoded:
+            part = codec.encode(grey(part) if config.data.grey and part.shape[1] == 3 else part)
+        latents.append(codec.posterior_sample(part, noise))
     return ids, torch.cat(latents), torch.from_numpy(labels.astype(np.int64)).to(world.device)
 
 

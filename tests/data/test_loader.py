@@ -12,7 +12,7 @@ from benchmarks import photographs
 from fastdit.config import InputError, from_dict
 from fastdit.data import prepare
 from fastdit.data.index import open_index
-from fastdit.data.loader import ImageLoader
+from fastdit.data.loader import ImageLoader, grey
 from fastdit.distributed import World
 
 
@@ -52,6 +52,17 @@ def test_pixels_are_those_of_pillow(index, record_property):
         assert any(word in name for name in seen)
     record_property("largest mean and maximum difference in levels", np.array(list(seen.values())).max(0).tolist())
     assert max(mean for mean, _ in seen.values()) <= 0.5 and max(largest for _, largest in seen.values()) <= 10
+
+
+def test_grey_images_are_the_luma_of_the_others(index):
+    """As Pillow's to a level, and of grey pixels exactly their value."""
+    (colour, _), (one, _) = loader(index).batch(0, 0), loader(index, grey=True).batch(0, 0)
+    assert one.shape == (4, 1, 64, 64)
+    level = lambda images: ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    for image, luma in zip(level(colour), level(one), strict=True):
+        assert np.abs(np.asarray(Image.fromarray(image).convert("L"), np.int16) - luma[..., 0]).max() <= 1
+    pixels = torch.rand(2, 1, 8, 8)
+    assert torch.equal(grey(pixels.expand(-1, 3, -1, -1)), pixels)
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])

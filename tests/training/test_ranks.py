@@ -149,3 +149,35 @@ def test_another_global_batch_is_refused_with_exit_code_2(two_ranks):
     done = deepspeed(1, two_ranks, "train.total_steps=10", "train.batch_size=4", expect=2)
     assert "trained with 8 images per step, but this run has 4" in done.stderr
     assert sorted(str(p) for p in two_ranks.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (2, 3), (1, 3)])
+def test_a_run_from_weights_resumes_to_the_last_bit(two_ranks, tmp_path, ranks, stage):
+    """Two ranks' weights, with two classes more."""
+    begins = [f"train.init={two_ranks / 'r'}", "model.num_classes=12", f"zero.stage={stage}", "train.total_steps=6"]
+    names = [f"weights_rank_{rank:04d}.safetensors" for rank in range(ranks)]
+    for name in ("whole", "cut"):
+        done = deepspeed(ranks, tmp_path / name, *begins)
+        assert "10 of 12 rows by class name" in done.stderr and "from step 0 to 6" in done.stderr
+    last = tmp_path / "cut/r/checkpoints/step_00000006"
+    (last / names[-1]).write_bytes(b"cut")
+    assert "from step 4 to 6" in deepspeed(ranks, tmp_path / "cut", *begins).stderr
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for name in names:
+        assert (last / name).read_bytes() == (tmp_path / "whole/r/checkpoints/step_00000006" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_ranks_of_four_images_continue_on_one_of_six(tmp_path):
+    deepspeed(2, tmp_path, "train.total_steps=4")
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    one = ["train.total_steps=8", "train.batch_size=6"]
+    done = deepspeed(1, tmp_path, *one, expect=2)
+    assert "trained with 8 images per step, but this run has 6" in done.stderr and "train.allow_batch_change=true" in done.stderr
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+    deepspeed(1, tmp_path, *one, "train.allow_batch_change=true")
+    lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert {"step": 5, "images_per_step": [8, 6], "images_seen": 32} in lines
+    state = checkpoint.find(tmp_path / "r").state
+    assert (state.ranks, state.global_batch, state.images_seen, list(state.batch_since)) == (1, 6, 56, [4, 0, 32, 32])

@@ -55,6 +55,21 @@ def test_settings_that_change_when_a_run_is_resumed(tmp_path, capsys):
     assert snapshot(run) == before
 
 
+def test_a_decay_is_a_phase_of_its_own(tmp_path):
+    """From any checkpoint of a constant run, which stays; the phase is resumed like any run."""
+    words = ["train.schedule=constant", "train.log_steps=1", "train.sample_steps=0", "train.keep_checkpoints=9"]
+    run = train(parse(None, settings(tmp_path, *words, "train.total_steps=6")))
+    start = f"train.resume={run}/checkpoints/step_00000004"
+    phase = ["train.name=phase", start, "train.decay_steps=4"]
+    decayed = train(parse(None, settings(tmp_path, *words, *phase, "train.total_steps=8")))
+    rates = {step: line["lr"] for step, line in lines_of(decayed).items()}
+    assert rates == pytest.approx({5: 1e-3, 6: 5e-4, 7: 1e-3 * (1 - 0.5**0.5), 8: 1e-3 * (1 - 0.75**0.5)})
+    shutil.rmtree(decayed / "checkpoints/step_00000008")
+    train(parse(None, settings(tmp_path, *words, *phase, "train.total_steps=8")))
+    assert {step: line["lr"] for step, line in lines_of(decayed).items()} == rates
+    assert [line["lr"] for line in lines_of(run).values()] == [1e-3] * 6
+
+
 def test_another_batch_is_taken_if_the_run_says_so(tmp_path, capsys):
     """4 images per step, then 6, then 5; with a log line and a checkpoint between the changes, and killed between two of them."""
     words = [
