@@ -365,8 +365,8 @@ def test_a_trained_flow_is_told_from_a_trained_diffusion_model(kind):
 
 @pytest.mark.slow
 def test_a_full_size_checkpoint_is_imported_in_60_s_and_8_gb(tmp_path, record_property):
-    """SiT-XL/2 at 256 pixels, 675 M random numbers, in a process of its own. Seconds are the process's, on all of its threads: those
-    on the clock, which depend on what else runs, are recorded."""
+    """SiT-XL/2 at 256 pixels, 675 M random numbers, in a process of its own. The seconds are those of all its threads;
+    those on the clock depend on what else runs, and are recorded."""
     shape = dict(width=1152, depth=28, heads=16, patch=2, size=32, classes=1000)
     torch.manual_seed(0)
     state = {name: torch.empty(t.shape).normal_(std=0.02) for name, t in tensors(**shape).items()}
