@@ -56,7 +56,8 @@ COMMANDS = {
         "the table holds the settings that were finished",
     ),
     "export": Command("fastdit.checkpoint", "Write the weights of a checkpoint to one safetensors file."),
-    "import-base": Command("fastdit.convert.base", "Convert a checkpoint of the published base model."),
+    "import": Command("fastdit.convert.command", "Convert a published SiT, REPA or base model to a run."),
+    "import-base": Command("fastdit.convert.command", "Convert a checkpoint of the published base model."),
     "prepare": Command(
         "fastdit.data.prepare", "Index the images of archives or folders, without unpacking them.", False,
         "the same command resumes with what is not scanned yet",

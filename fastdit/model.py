@@ -1,7 +1,7 @@
 """The diffusion transformer: patches in, velocity out, adaLN-Zero modulation (DiT, arXiv:2212.09748), written on fastdit.kernels.
 
 Shapes:
-    B  batch size          T  tokens, (h/p)·(w/p) in row-major order    F  hidden width of SwiGLU
+    B  batch size          T  tokens, (h/p)·(w/p) in row-major order    F  hidden width of the MLP
     C  latent channels     H  width                                     L  blocks
     h  latent rows         N  heads                                     U  distinct classes of a batch
     w  latent columns      D  head dim, H/N                             p  side of a patch
@@ -24,20 +24,17 @@ from fastdit.config import ModelConfig
 ROPE_THETA = 10_000.0
 QK_EPS = torch.finfo(torch.float32).eps  # 1.19e-7, as in the base model
 TIME_FEATURES = 256  # sinusoids of the timestep that its MLP reads, as in DiT
-# Largest frequency of the timestep's sinusoids, in radians per unit of t. DiT's 1000 makes neighbouring timesteps look unrelated:
-# on the built-in digits 600 steps gave 51 % recognised digits with it and 99.5 % with 30 (guidance 4, all else equal).
-TIME_FREQUENCY = 30.0
 
 
 def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, Tensor] | None:
-    """Return the rotary tables of a config: cos and sin, fp32 [T,D/2], for half-split rotation; None for absolute positions.
+    """Return the rotary tables of a config: cos and sin, fp32 [T,D/2], for half-split rotation; None for other positions.
 
     rope_1d rotates by the token index (arXiv:2104.09864); rope_2d gives the first half of the frequencies to the row and the
     second to the column, counted in tokens. Computed in fp64 on the CPU: the angles reach T, where fp32 powers lose digits.
     """
     side = config.input_size // config.patch_size
     pairs = config.width // config.heads // 2
-    if config.positions == "absolute":
+    if config.positions not in ("rope_1d", "rope_2d"):
         return None
     if config.positions == "rope_1d":
         frequencies = ROPE_THETA ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
@@ -51,12 +48,20 @@ def rope_tables(config: ModelConfig, device: torch.device | None = None) -> tupl
 
 
 def sincos_positions(side: int, width: int) -> Tensor:
-    """Return DiT's 2-D sine-cosine table, fp32 [side², width]: half of the width for the row, half for the column."""
+    """Return a 2-D sine-cosine table, fp32 [side², width]: the first half of the width for the row, the second for the column."""
     frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     line = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     line = torch.cat((line.sin(), line.cos()), dim=-1)
     rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
     return torch.cat((rows, columns), dim=-1).flatten(0, 1).float()
+
+
+def fixed_positions(config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Return the position table of DiT, MAE and SiT, [T,H], which has the column's half first; None for other positions."""
+    if config.positions != "sincos":
+        return None
+    table = sincos_positions(config.input_size // config.patch_size, config.width)
+    return table.roll(config.width // 2, dims=1).to(device, dtype)
 
 
 class TimeEmbedding(nn.Module):
@@ -70,6 +75,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.base = config.time_embedding == "base"
+        self.largest = config.time_frequency
         H = config.width
         if self.base:
             self.map = nn.Linear(H, H, bias=False)
@@ -78,7 +84,7 @@ class TimeEmbedding(nn.Module):
         self.register_buffer("frequencies", self.make_frequencies(), persistent=False)
 
     def make_frequencies(self) -> Tensor:
-        """Return the frequencies, fp32 on the CPU: geometric from TIME_FREQUENCY down to 1/10,000 of it, [TIME_FEATURES/2], or the
+        """Return the frequencies, fp32 on the CPU: geometric from time_frequency down to 1/10,000 of it, [TIME_FEATURES/2], or the
         base model's table 10000^(2i/H), [H], which grows with i.
 
         The base table must come from fp32 `pow` on the CPU: arguments reach 1e8, where any other rounding is another model. PyTorch
@@ -92,7 +98,7 @@ class TimeEmbedding(nn.Module):
             parts = exponents[:in_pairs], *exponents[in_pairs:].split(1)
             return torch.cat([torch.tensor(10_000, device="cpu") ** part for part in parts])
         half = TIME_FEATURES // 2
-        return TIME_FREQUENCY * 10_000.0 ** -(torch.arange(half, device="cpu") / half)
+        return self.largest * 10_000.0 ** -(torch.arange(half, device="cpu") / half)
 
     def features(self, t: Tensor) -> Tensor:
         """Return the sinusoids of t fp32 [B]: fp32 [B,TIME_FEATURES], or [B,H] of the base model."""
@@ -131,8 +137,8 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.full_width = config.qk_norm == "full_width"
         self.kind = config.attention
-        self.qkv = nn.Linear(H, 3 * H, bias=False)
-        self.out = nn.Linear(H, H, bias=False)
+        self.qkv = nn.Linear(H, 3 * H, bias=config.linear_bias)
+        self.out = nn.Linear(H, H, bias=config.linear_bias)
         size = {"head": D, "full_width": H, "none": None}[config.qk_norm]
         self.q_weight = nn.Parameter(torch.ones(size)) if size else None
         self.k_weight = nn.Parameter(torch.ones(size)) if size else None
@@ -153,8 +159,13 @@ class Attention(nn.Module):
 recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
+def gelu_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return gelu(x) @ weightᵀ by GELU's tanh form (arXiv:1606.08415). x [..,F], weight [H,F] -> [..,H]."""
+    return F.linear(F.gelu(x, approximate="tanh"), weight)
+
+
 class Mlp(nn.Module):
-    """down(swiglu(up(y))) without down's bias.
+    """down(swiglu(up(y))), or down(gelu(up(y))), without down's bias.
 
     The ops after the matmuls add the biases, because they can sum the biases' gradients from values that they have loaded anyway:
     up's in swiglu, down's in the residual add of the block.
@@ -162,12 +173,17 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.width, 2 * config.hidden)  # (value | gate)
+        self.gelu = config.mlp == "gelu"
+        self.up = nn.Linear(config.width, config.hidden if self.gelu else 2 * config.hidden)  # SwiGLU's: (value | gate)
         self.down = nn.Linear(config.hidden, config.width)
-        self.light = False  # whether SwiGLU's output is recomputed in the backward pass
+        self.light = False  # whether the activation's output is recomputed in the backward pass
 
     def forward(self, y: Tensor) -> Tensor:
         """y [B,T,H] -> [B,T,H]."""
+        if self.gelu:
+            hidden = F.linear(y, self.up.weight, self.up.bias)
+            run = functools.partial(recomputed, gelu_linear) if self.light and self.training else gelu_linear
+            return run(hidden, self.down.weight)
         packed = F.linear(y, self.up.weight)
         return kernels.swiglu_linear(packed, self.down.weight, self.up.bias, recompute=self.light and self.training)
 
@@ -183,6 +199,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         self.mlp = Mlp(config)
+        self.eps = config.norm_eps
 
     def forward(
         self, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], cos: Tensor | None, sin: Tensor | None
@@ -193,8 +210,8 @@ class Block(nn.Module):
         gate of the MLP, shift and scale of the next block's attention; cos and sin as in Attention.
         """
         gate1, shift2, scale2, gate2, next_shift, next_scale = modulation
-        x, y = kernels.gated_residual_modulate(x, self.attention(y, cos, sin), gate1, shift2, scale2)
-        return kernels.gated_residual_modulate(x, self.mlp(y), gate2, next_shift, next_scale, bias=self.mlp.down.bias)
+        x, y = kernels.gated_residual_modulate(x, self.attention(y, cos, sin), gate1, shift2, scale2, self.eps)
+        return kernels.gated_residual_modulate(x, self.mlp(y), gate2, next_shift, next_scale, self.eps, self.mlp.down.bias)
 
 
 class DiT(nn.Module):
@@ -202,6 +219,7 @@ class DiT(nn.Module):
 
     cos: Tensor | None
     sin: Tensor | None
+    positions: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -211,8 +229,10 @@ class DiT(nn.Module):
         self.patch_embedding = nn.Linear(config.in_channels * p * p, H)
         self.time_embedding = TimeEmbedding(config)
         self.class_embedding = ClassEmbedding(config)
-        # Learned, so that it lives in the checkpoint and survives a cast with its fp32 master.
-        self.positions = nn.Parameter(torch.empty(side * side, H)) if config.positions == "absolute" else None
+        if config.positions == "absolute":  # learned, so that it lives in the checkpoint and survives a cast with its fp32 master
+            self.positions = nn.Parameter(torch.empty(side * side, H))
+        else:
+            self.register_buffer("positions", fixed_positions(config), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(L))
         # All modulations from few large Linears; order in a block: shift, scale and gate of attention, then of the MLP.
         self.modulation = nn.ModuleList(nn.Linear(H, 6 * blocks * H) for blocks in config.group_sizes)
@@ -225,7 +245,7 @@ class DiT(nn.Module):
         self.initialize()
 
     def set_recompute(self, mode: str) -> None:
-        """Set what training recomputes in the backward pass: "none" | "light" (SwiGLU's outputs) | "full" (blocks)."""
+        """Set what training recomputes in the backward pass: "none" | "light" (the MLP's activations) | "full" (blocks)."""
         self.recompute = mode
         for module in self.modules():
             if isinstance(module, Mlp):
@@ -237,7 +257,7 @@ class DiT(nn.Module):
         With zero_init_gates: Xavier-uniform Linears with zero bias, a N(0, 0.02) class table, and zeros in the modulation and the
         output (adaLN-Zero; DiT, section 3.2). Without: PyTorch's own initialisation, as in the base model.
         """
-        if self.positions is not None:
+        if isinstance(self.positions, nn.Parameter):
             with torch.no_grad():
                 self.positions.copy_(sincos_positions(int(len(self.positions) ** 0.5), self.config.width))
         if not self.config.zero_init_gates:
@@ -252,9 +272,12 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.get_parameter("weight"))
 
     def _apply(self, fn, recurse: bool = True):
-        """Keep the tables in fp32 when the module is cast or moved: .bfloat16() must not round angles or frequencies."""
+        """Compute the tables again when the module is cast or moved: .bfloat16() must not round angles or frequencies, and fixed
+        positions have the dtype of the parameters."""
         super()._apply(fn, recurse)
         device = self.output.weight.device
+        if not isinstance(self.positions, nn.Parameter):
+            self.positions = fixed_positions(self.config, device, self.output.weight.dtype)
         tables = rope_tables(self.config, device)
         if tables:
             self.cos = tables[0]
@@ -329,7 +352,7 @@ class DiT(nn.Module):
         x = self.patch_embedding(self.patchify(x.to(self.output.weight.dtype)))
         if self.positions is not None:
             x = x + self.positions
-        return x, kernels.modulate(x, modulation[0], modulation[1]), *modulation[2:]
+        return x, kernels.modulate(x, modulation[0], modulation[1], self.config.norm_eps), *modulation[2:]
 
     def run_block(self, block: nn.Module, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Run one of self.blocks, under activation checkpointing if blocks are recomputed."""

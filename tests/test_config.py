@@ -33,6 +33,9 @@ from fastdit.sampling import solvers
         ("zero.stage=4", ["zero.stage=4", "1, 2, 3"]),
         ("model.heads=3", ["model.heads=3", "model.width=128"]),
         ("model.patch_size=5", ["model.patch_size=5", "model.input_size=32"]),
+        ("model.mlp=relu", ["model.mlp=relu", "did you mean 'gelu'"]),
+        ("model.norm_eps=0", ["model.norm_eps=0.0", "at least 1e-12"]),
+        ("model.time_frequency=0", ["model.time_frequency=0.0", "at least 0.001"]),
         ("model.modulation_groups=9", ["model.modulation_groups=9", "model.depth=6"]),
         ("flow.label_dropout=2", ["flow.label_dropout=2.0", "below 1"]),
         ("width=3", ["width=3", "section.key=value"]),
@@ -88,7 +91,9 @@ def test_wrong_override_is_one_sentence(override, words):
 @pytest.mark.parametrize(
     ("section", "key", "values"),
     [
-        ("model", "positions", ["absolute", "rope_1d", "rope_2d"]),
+        ("model", "positions", ["absolute", "sincos", "rope_1d", "rope_2d"]),
+        ("model", "mlp", ["swiglu", "gelu"]),
+        ("model", "preset", list(PRESETS)),
         ("model", "qk_norm", ["head", "none", "full_width"]),
         ("model", "time_embedding", ["sinusoidal", "base"]),
         ("model", "attention", ["auto", "flash", "sdpa", "matmul"]),
@@ -274,6 +279,23 @@ def test_published_hidden_rule():
         row = config.PRESETS[name]
         assert row["hidden"] == max(128, round(row["width"] * 8 / 3 / 128) * 128)
         assert row["width"] == 64 * row["heads"]
+
+
+def test_the_published_sit_models():
+    """arXiv:2401.08740, table 1: DiT's widths, depths and heads, and an MLP of four times the width."""
+    for name in ("S/2", "B/2", "L/2", "XL/2"):
+        sit, ours = (from_dict({"model": {"preset": preset}}).model for preset in (f"sit-{name}", name))
+        assert (sit.width, sit.depth, sit.patch_size, sit.hidden) == (ours.width, ours.depth, 2, 4 * ours.width)
+        assert sit.heads == {"S/2": 6, "B/2": 12, "L/2": 16, "XL/2": 16}[name]
+        assert (sit.mlp, sit.linear_bias, sit.norm_eps, sit.time_frequency) == ("gelu", True, 1e-6, 1.0)
+        assert (ours.mlp, ours.linear_bias, ours.norm_eps, ours.time_frequency) == ("swiglu", False, 1e-5, 30.0)
+
+
+def test_saved_configs_from_before_the_switches_of_sit():
+    saved = parse(None, ["model.preset=S/2"]).to_dict()
+    for key in ("mlp", "linear_bias", "norm_eps", "time_frequency"):
+        del saved["model"][key]
+    assert from_saved(saved) == parse(None, ["model.preset=S/2"])
 
 
 def test_the_old_name_of_recompute():

@@ -12,7 +12,12 @@ from fastdit.model import DiT
 
 
 @pytest.mark.parametrize(
-    "words", [["model.preset=test/4"], ["model.preset=nano/4", "model.positions=rope_2d", "model.class_width=32"]]
+    "words",
+    [
+        ["model.preset=test/4"],
+        ["model.preset=nano/4", "model.positions=rope_2d", "model.class_width=32"],
+        ["model.preset=sit-S/2", "model.depth=2", "model.input_size=8"],
+    ],
 )
 def test_flops_are_those_that_torch_counts(words):
     """With attention by matmuls, which torch counts on a CPU; its fused kernel there it does not."""
@@ -29,17 +34,21 @@ def test_flops_are_those_that_torch_counts(words):
     assert counted.parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_published_flops_and_parameters():
-    """DiT-XL/2: 675 M parameters (arXiv:2212.09748, table 1), 0.710 TFLOP an image forward and backward."""
-    counted = flops.walk(parse(None, ["model.preset=XL/2"]).model, 1, torch.bfloat16, "none")
+@pytest.mark.parametrize("preset", ["XL/2", "sit-XL/2"])
+def test_published_flops_and_parameters(preset):
+    """DiT-XL/2: 675 M parameters (arXiv:2212.09748, table 1), 0.710 TFLOP an image forward and backward; SiT-XL/2 has the same."""
+    counted = flops.walk(
+        parse(None, [f"model.preset={preset}", "model.num_classes=1000", "model.in_channels=4"]).model, 1, torch.bfloat16, "none"
+    )
     assert (counted.forward + counted.backward) / 1e12 == pytest.approx(0.710, rel=0.02)
     assert counted.parameters / 1e6 == pytest.approx(675, rel=0.01)
 
 
 @pytest.mark.skipif(kernels.backend_in_use(torch.device("cpu")) == "reference", reason="references save more")
-def test_saved_bytes_are_those_of_a_real_forward():
+@pytest.mark.parametrize("words", [[], ["model.mlp=gelu", "model.linear_bias=true", "model.positions=sincos"]])
+def test_saved_bytes_are_those_of_a_real_forward(words):
     """Tensors that autograd saves, and the velocity; with attention by matmuls, which is the same on a CPU."""
-    config = dataclasses.replace(parse(None, ["model.preset=test/4"]).model, attention="matmul")
+    config = dataclasses.replace(parse(None, ["model.preset=test/4", *words]).model, attention="matmul")
     counted = flops.walk(config, 3, torch.float32, "none")
     model = DiT(config).train()
     with flops.LiveBytes([*model.parameters(), *model.buffers()]) as live:
@@ -48,8 +57,9 @@ def test_saved_bytes_are_those_of_a_real_forward():
     assert counted.saved_per_block * config.depth < counted.saved < counted.peak
 
 
-def test_recomputing_saves_less_and_counts_the_same_flops():
-    config = parse(None, ["model.preset=S/2"]).model
+@pytest.mark.parametrize("preset", ["S/2", "sit-S/2"])
+def test_recomputing_saves_less_and_counts_the_same_flops(preset):
+    config = parse(None, [f"model.preset={preset}"]).model
     none, light, full = (flops.walk(config, 2, torch.bfloat16, mode) for mode in ("none", "light", "full"))
     assert none.saved_per_block > light.saved_per_block > full.saved_per_block and none.peak > light.peak > full.peak
     assert none.forward == light.forward == full.forward and none.backward == light.backward == full.backward

@@ -52,7 +52,15 @@ def steps(model, count=3):
 
 @pytest.mark.parametrize("per_block", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "light", "full"])
-@pytest.mark.parametrize("variant", [{}, {"positions": "absolute", "class_width": 24, "modulation_groups": 2}], ids=str)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"positions": "absolute", "class_width": 24, "modulation_groups": 2},
+        {"positions": "sincos", "qk_norm": "none", "mlp": "gelu", "linear_bias": True, "norm_eps": 1e-6, "time_frequency": 1.0},
+    ],
+    ids=str,
+)
 def test_velocities_and_gradients_are_those_without_graphs_to_the_bit(variant, recompute, per_block):
     plain, recorded = make(recompute, **variant), make(recompute, **variant)
     record_training(recorded, per_block)

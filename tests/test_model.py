@@ -40,6 +40,9 @@ VARIANTS = [
     {"positions": "rope_2d", "class_width": 24, "modulation_groups": 2},
     {"positions": "absolute", "qk_norm": "full_width", "time_embedding": "base", "zero_init_gates": False},
     {"positions": "rope_1d", "time_embedding": "base", "in_channels": 4, "patch_size": 2, "input_size": 16},
+    {"preset": "sit-S/2", "width": 64, "depth": 2, "heads": 2, "hidden": 96, "input_size": 8},
+    {"mlp": "gelu", "positions": "rope_2d", "norm_eps": 0.1, "time_frequency": 1000.0},
+    {"linear_bias": True, "qk_norm": "full_width", "positions": "sincos"},
 ]
 
 
@@ -66,7 +69,12 @@ def test_samples_of_a_batch_do_not_mix(variant):
             torch.testing.assert_close(alone, together[i : i + 1], atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize(("preset", "millions"), [("S/2", 33), ("B/2", 130), ("L/2", 458), ("XL/2", 675), ("base/2", 452)])
+SIZES = {"S/2": 33, "B/2": 130, "L/2": 458, "XL/2": 675}  # millions of parameters of DiT and SiT
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"), [*SIZES.items(), *((f"sit-{size}", n) for size, n in SIZES.items()), ("base/2", 452)]
+)
 def test_published_sizes(preset, millions):
     with torch.device("meta"):
         m = DiT(config(preset=preset, in_channels=4, num_classes=1000))
@@ -132,6 +140,54 @@ def test_sincos_table_tells_all_places_apart():
     assert torch.cdist(table, table).fill_diagonal_(1).min() > 0.1
 
 
+def test_fixed_positions_are_the_published_table():
+    """Of DiT, from MAE: column first, sines before cosines; neither trained nor saved, and rounded from fp32 by each cast."""
+    model = DiT(config(positions="sincos", width=16, input_size=32, patch_size=4))
+    for token in range(64):
+        for half, position in enumerate((token % 8, token // 8)):
+            for i in range(4):
+                angle = position / 10_000 ** (i / 4)
+                assert model.positions[token, 8 * half + i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+                assert model.positions[token, 8 * half + 4 + i].item() == pytest.approx(math.cos(angle), abs=1e-6)
+    assert "positions" not in model.state_dict() and "positions" not in dict(model.named_parameters())
+    table = model.positions.clone()
+    assert torch.equal(model.bfloat16().positions, table.bfloat16()) and torch.equal(model.float().positions, table)
+
+
+def test_the_switches_are_the_published_formulas():
+    """The MLP, the biases, the norms' epsilon and the timestep's features, beside PyTorch's own modules."""
+    m = randomised(mlp="gelu", linear_bias=True, norm_eps=0.3, time_frequency=1.0, qk_norm="none", positions="sincos")
+    y, block = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)), m.blocks[0]
+    up, gelu, down = torch.nn.Linear(64, 128), torch.nn.GELU(approximate="tanh"), torch.nn.Linear(128, 64)
+    up.load_state_dict(block.mlp.up.state_dict())
+    down.load_state_dict(block.mlp.down.state_dict())
+    torch.testing.assert_close(block.mlp(y) + down.bias, down(gelu(up(y))))
+    attention = torch.nn.MultiheadAttention(64, 2, batch_first=True)
+    attention.load_state_dict(
+        {
+            "in_proj_weight": block.attention.qkv.weight, "in_proj_bias": block.attention.qkv.bias,
+            "out_proj.weight": block.attention.out.weight, "out_proj.bias": block.attention.out.bias,
+        }
+    )  # fmt: skip
+    torch.testing.assert_close(block.attention(y, None, None), attention(y, y, y)[0])
+    zeros = torch.zeros(2, 64)
+    x, y = block(torch.zeros_like(y), y, (zeros + 1, zeros, zeros, zeros, zeros, zeros), None, None)
+    torch.testing.assert_close(y, torch.nn.LayerNorm(64, eps=0.3, elementwise_affine=False)(x))
+    stream, *_ = m.embed(*inputs(m))
+    torch.testing.assert_close(m.embed(*inputs(m))[1], kernels.modulate(stream, *m.modulations(*embedded(m))[:2], 0.3))
+    (features,) = m.time_embedding.features(torch.tensor([0.7])).double()
+    for i in (0, 5, 127):
+        angle = 0.7 * 10_000 ** (-i / 128)
+        assert features[i].item() == pytest.approx(math.cos(angle), abs=1e-6)
+        assert features[128 + i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+
+
+def embedded(m):
+    """The timesteps and class vectors of `inputs`."""
+    _, t, labels = inputs(m)
+    return t, m.class_embedding(labels)
+
+
 def test_base_time_features_are_the_published_formula():
     embedding = TimeEmbedding(config(width=16, time_embedding="base"))
     t = torch.linspace(1, 1 / 7, 7)
@@ -188,11 +244,11 @@ def test_modulation_backward_never_slices_the_large_tensor():
     assert guard.counts["aten.unbind"] >= 3  # two groups and the final norm
 
 
-def kept_by_a_forward(recompute, dtype):
+def kept_by_a_forward(recompute, dtype, mlp="swiglu"):
     """Widths of activations that a token and block keep for the backward pass, and the gradients of that."""
     torch.manual_seed(0)
     B, L, H = 2, 4, 128
-    m = DiT(config(depth=L, width=H, heads=2, hidden=3 * H, input_size=64, patch_size=4)).to(dtype).train()
+    m = DiT(config(depth=L, width=H, heads=2, hidden=3 * H, input_size=64, patch_size=4, mlp=mlp)).to(dtype).train()
     m.set_recompute(recompute)
     x, t, labels = torch.randn(B, 1, 64, 64), torch.rand(B), torch.tensor([1, 2])
     m(x, t, labels).sum().backward()
@@ -204,13 +260,15 @@ def kept_by_a_forward(recompute, dtype):
     return kept / (L * B * 256 * H * dtype.itemsize), [p.grad for p in m.parameters()]
 
 
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
 @pytest.mark.parametrize(("dtype", "none"), [(torch.float32, 22.6), (torch.bfloat16, 26.7)])
-def test_recomputing_keeps_less_and_changes_no_bit(dtype, none):
+def test_recomputing_keeps_less_and_changes_no_bit(dtype, none, mlp):
     """fp32: x, y, qkv 3, q 1, k 1, attention 1, …; bf16 on a CPU also keeps the attention's probabilities."""
-    kept, wanted = kept_by_a_forward("none", dtype)
+    none -= 3 * (mlp == "gelu")  # its input is 3 widths here, SwiGLU's 6
+    kept, wanted = kept_by_a_forward("none", dtype, mlp)
     assert kept == pytest.approx(none, abs=0.1)
-    for recompute, expected in (("light", none - 3), ("full", 2.35)):  # SwiGLU's output is 3 widths here; a block's inputs are 2
-        kept, gradients = kept_by_a_forward(recompute, dtype)
+    for recompute, expected in (("light", none - 3), ("full", 2.35)):  # the MLP's activation is 3 widths; a block's inputs are 2
+        kept, gradients = kept_by_a_forward(recompute, dtype, mlp)
         assert kept == pytest.approx(expected, abs=0.1), recompute
         assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
 
@@ -247,13 +305,19 @@ def test_light_recomputes_in_compiled_graphs_too(compiled):
     assert all(torch.equal(a, b) for a, b in zip(again, gradients, strict=True))
 
 
-@pytest.mark.parametrize("recompute", ["none", "light", pytest.param("full", marks=pytest.mark.slow)])
-def test_one_graph_serves_all_blocks_in_training_and_sampling(recompute):
+SIT_BLOCKS = {"positions": "sincos", "qk_norm": "none", "mlp": "gelu", "linear_bias": True, "norm_eps": 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("recompute", "model"),
+    [("none", {}), ("light", {}), ("none", SIT_BLOCKS), ("light", SIT_BLOCKS), pytest.param("full", {}, marks=pytest.mark.slow)],
+)
+def test_one_graph_serves_all_blocks_in_training_and_sampling(recompute, model):
     """28 blocks that are compiled one by one must share their graphs: more than eight would silently run eager."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    m = DiT(config(depth=28, width=16, heads=1, hidden=16, input_size=8, patch_size=4))
+    m = DiT(config(depth=28, width=16, heads=1, hidden=16, input_size=8, patch_size=4, **model))
     m.set_recompute(recompute)
     for block in m.blocks:
         block.compile(backend="aot_eager", fullgraph=True, dynamic=False)

@@ -3,9 +3,7 @@
 A base checkpoint is two files, model_Ns.pkl (a state_dict) and model_params_Ns.json. D head dim.
 """
 
-import argparse
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.config import Config, DataConfig, InputError, ModelConfig, TrainConfig
+from fastdit.convert import files
 from fastdit.model import DiT
 
 POSITION_TABLE_SIDE = 256  # rows and columns of the base model's position table, of which it uses the centre
@@ -117,12 +116,7 @@ def load(file: Path, parameters_file: Path, input_size: int = 32) -> tuple[Model
         raise InputError(f"base checkpoint parameters {parameters_file} cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{parameters_file} is not a base model's parameter file: {error!r}") from error
-    try:
-        base = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise InputError(f"base checkpoint {file} cannot be read: {error.strerror}") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise InputError(f"{file} is damaged or contains more than tensors: it was not loaded") from error
+    base = files.read(file)
     try:
         weights = convert(base, config)
     except (KeyError, RuntimeError) as error:
@@ -159,23 +153,14 @@ def load_run(file: Path, parameters_file: Path | None, vae_folder: Path | None =
 
 
 def import_run(file: Path, parameters_file: Path | None, out: Path) -> Path:
-    """Write a base checkpoint as the run `out`, with its autoencoder as out/autoencoder: `fastdit import-base`.
+    """Write a base checkpoint as the run `out`, with its autoencoder as out/autoencoder.
 
     Returns the checkpoint's folder. Raises InputError for bad files or if `out` holds checkpoints already, before anything is
     written.
     """
-    from fastdit import checkpoint  # needs safetensors, which converting does not
-
-    if checkpoint.find(out):
-        raise InputError(f"--out {out} holds checkpoints already: choose another folder")
+    files.refuse_taken(out)
     config, weights, step, vae = load_run(file, parameters_file, out / "autoencoder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if vae:
-            vae.save_pretrained(out / "autoencoder")
-        return checkpoint.save_weights(out / "checkpoints", weights, config, step, file.name)
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be written: {error.strerror}: choose another folder") from error
+    return files.write(out, weights, config, step, file.name, vae)
 
 
 def _autoencoder(weights: dict[str, Tensor], file: Path):
@@ -195,23 +180,3 @@ def _autoencoder(weights: dict[str, Tensor], file: Path):
             f"the VAE.* weights in {file} are not those of sd-vae-ft-ema: {str(error).splitlines()[1].strip()}"
         ) from error
     return vae
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `fastdit import-base`."""
-    parser.description = (
-        "Convert a checkpoint of the published base model, with its autoencoder, to a run. `fastdit sample --checkpoint DIR` draws "
-        "from it."
-    )
-    parser.add_argument(
-        "pickle", type=Path, metavar="model_Ns.pkl", help="Weights of the base model. Code in the file is refused and never run."
-    )
-    parser.add_argument(
-        "--params", type=Path, metavar="JSON", help="Parameters of the model (default: model_params_Ns.json beside it)."
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Folder of the run to make.")
-
-
-def run(arguments: argparse.Namespace) -> str:
-    """Convert, and return the folder of the checkpoint as text. Raises InputError."""
-    return f"checkpoint: {import_run(arguments.pickle, arguments.params, arguments.out)}"

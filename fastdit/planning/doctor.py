@@ -117,7 +117,8 @@ def examine(config: Config) -> dict:
     _, loader, codec = open_data(config, world)
     model, train, device = config.model, config.train, world.device
     tokens = (model.input_size // model.patch_size) ** 2
-    shape = (train.batch_size * tokens, model.width, 2 * model.hidden)  # SwiGLU's first matmul: M, K, N
+    up = model.hidden if model.mlp == "gelu" else 2 * model.hidden
+    shape = (train.batch_size * tokens, model.width, up)  # the MLP's first matmul: M, K, N
     measured = _measured_rates(config, world, loader, shape)
     settings = {"total_steps": WARMUP_STEPS + TIMED_STEPS + PROFILED_STEPS, "wandb": "disabled", "profile": None, "resume": "never"}
     with tempfile.TemporaryDirectory() as folder:

@@ -25,20 +25,25 @@ def op_bytes(model: ModelConfig, fused: bool, recompute: str = "none") -> float:
 
     Fused: kernels.BYTES. Else the chains of PyTorch ops that they replace, each reading and writing memory
     once: modulate (norm, multiply, add), gate (multiply, add), the sum of two residual gradients, silu and multiply, a norm and six
-    half-width products and sums a rotation. The patch embedding, the noise and the loss, under 1 %, are left out.
+    half-width products and sums a rotation. GELU and the sums of gradients of biases in the attention are PyTorch's in both cases.
+    The patch embedding, the noise and the loss, under 1 %, are left out.
     """
     T, H, F = (model.input_size // model.patch_size) ** 2, model.width, model.hidden
-    norm, rope = model.qk_norm != "none", model.positions != "absolute"
+    norm, rope, gelu = model.qk_norm != "none", model.positions.startswith("rope"), model.mlp == "gelu"
     if fused:  # elements: half of the bytes in bf16
         ops = ("gated_residual_modulate", "qk_norm_rope", "swiglu")
-        residual, qk, swiglu = ([n // 2 for n in kernels.BYTES[op]] for op in ops)
+        residual, qk, activation = ([n // 2 for n in kernels.BYTES[op]] for op in ops)
     else:
         residual = (11, 19)  # forward 6 + 5; backward 10 + 6 and 3 for the sum
         qk = (4 * norm + 18 * rope, 6 * norm + 18 * rope + 6)  # both of q and k; 6: the packed gradient
-        swiglu = (5, 13)
-    forward = 2 * residual[0] * H + qk[0] * H + swiglu[0] * F
-    backward = 2 * residual[1] * H + qk[1] * H + swiglu[1] * F
-    again = {"none": 0, "light": F if fused else swiglu[0] * F, "full": forward}[recompute]  # fused: one output more
+        activation = (5, 13)
+    if gelu:
+        activation = (2, 4)  # in, out; dout, in, din, and din again for the sum that is up's bias's gradient
+    biases = 4 * model.linear_bias  # the gradients of qkv 3 and out 1, read again for the biases' sums
+    forward = 2 * residual[0] * H + qk[0] * H + activation[0] * F
+    backward = 2 * residual[1] * H + (qk[1] + biases) * H + activation[1] * F
+    light = F if fused and not gelu else activation[0] * F  # the fused backward writes one output more
+    again = {"none": 0, "light": light, "full": forward}[recompute]
     return model.depth * T * (forward + backward + again)
 
 

@@ -311,8 +311,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stage", type=int, choices=ZERO_STAGES, help="ZeRO stage, as zero.stage.")
     add(
         "--recompute", choices=RECOMPUTE,
-        help="What the backward pass computes again to save memory, as train.recompute: nothing, the outputs of SwiGLU (light) "
-        "or whole blocks (full).",
+        help="What the backward pass computes again to save memory, as train.recompute: nothing, the MLP's activations "
+        "(light) or whole blocks (full).",
     )  # fmt: skip
     add("--price-per-gpu-hour", type=float, dest="price", metavar="X", help="Price of a GPU hour, which adds the cost of the run.")
     add("--json", action="store_true", help="Print all figures as JSON, in bytes, FLOPs and seconds.")

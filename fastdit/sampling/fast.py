@@ -56,6 +56,7 @@ class PackedBlock(nn.Module):
         super().__init__()
         attention, mlp = block.attention, block.mlp
         self.heads = attention.heads
+        self.eps = block.eps
         self.weights = kernels.pack_dit_block(
             kernels.BlockWeights(
                 attention.qkv.weight, attention.q_weight, attention.k_weight, attention.out.weight,
@@ -67,7 +68,7 @@ class PackedBlock(nn.Module):
         self, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], cos: Tensor | None, sin: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return what Block.forward does: the residual stream and the next block's input, both [B,T,H]."""
-        return kernels.dit_block(x, y, modulation, self.weights, cos, sin, self.heads, QK_EPS)
+        return kernels.dit_block(x, y, modulation, self.weights, cos, sin, self.heads, QK_EPS, self.eps)
 
 
 class PackedLinear(nn.Module):
@@ -100,6 +101,7 @@ def fast_velocity(model: DiT, device: torch.device) -> Callable | None:
     config, bf16 = model.config, model.output.weight.dtype == torch.bfloat16
     fits = kernels.dit_block_fits((config.input_size // config.patch_size) ** 2, config.width, config.heads, config.hidden)
     plain = config.qk_norm != "full_width" and config.attention == "auto" and not isinstance(model.blocks[0], PackedBlock)
+    plain &= config.mlp == "swiglu" and not config.linear_bias  # the packed block has neither GELU nor biases in the attention
     if bf16 and fits and plain and native_bf16(device) and kernels.dit_block_is_fast(device):
         model.register_state_dict_pre_hook(_refuse_state)
         for i, block in enumerate(model.blocks):

@@ -15,6 +15,7 @@ from PIL import Image
 
 import base_files
 import inception
+from autoencoders import Enlarged
 from commands import complains
 from fastdit import autoencoder, checkpoint, cli, files, kernels
 from fastdit.config import InputError
@@ -128,24 +129,9 @@ def test_import_and_sample_from_the_command_line(case, tmp_path, capsys):
         saver.check(opened, config, None)
 
 
-class Enlarged:
-    """A codec without weights: the first three channels, each element as 8x8 pixels."""
-
-    channels, size, image_channels, dtype, needs_noise = 4, 32, 3, None, False
-
-    def sha256(self):
-        return None
-
-    def for_decoding(self, dtype):
-        return self
-
-    def decode(self, latents):
-        return latents[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3).clamp(-1, 1)
-
-
 def test_a_pickle_is_evaluated_and_swept_as_its_import_is(case, tmp_path, monkeypatch):
     """The same numbers; the result says which file the weights are of."""
-    monkeypatch.setattr(autoencoder, "load", lambda *_, **__: Enlarged())
+    monkeypatch.setattr(autoencoder, "load", lambda *_, **__: Enlarged(32))
     network, folder, out = inception.save(tmp_path / "net.pt"), tmp_path / "run", tmp_path / "out.json"
     np.savez(tmp_path / "ref.npz", arr_0=np.random.default_rng(0).integers(0, 256, (4, 256, 256, 3), np.uint8))
     assert cli.main(["import-base", str(case.pickle), "--out", str(folder)]) == 0

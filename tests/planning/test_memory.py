@@ -17,6 +17,7 @@ from fastdit.training.ema import ShardedEma
         ["model.width=256", "train.batch_size=8"],  # mostly activations
         ["model.width=256", "train.batch_size=8", "train.recompute=full"],
         ["model.width=512", "train.batch_size=1", "train.accumulation=2"],  # mostly weights
+        ["model.width=256", "train.batch_size=8", "model.mlp=gelu", "model.linear_bias=true", "model.positions=sincos"],
     ],
 )
 def test_memory_is_what_the_tensors_of_a_real_step_take(words, record_property):
@@ -50,6 +51,20 @@ def test_one_gpu_holds_gradients_through_the_forward_only_to_add_them_up():
     one, two = (memory.memory(plan.settings(None, [*words, f"train.accumulation={n}"]), 1, cards.CARDS["h100"]) for n in (1, 2))
     parameters = flops.walk(plan.settings(None, words).model, 1, torch.float32, "none").parameters
     assert two.peak - one.peak == 4 * parameters
+
+
+def test_the_bytes_of_gelu_and_biases_by_hand():
+    """Per token and block, of PyTorch's ops with or without the fused ones: GELU moves 2 + 4 hidden widths, of which the last
+    sums its input's gradient for the bias, and again 2 if it is recomputed; the sums of the biases' gradients of the attention
+    read 4 widths."""
+    words = ["model.preset=test/4", "model.depth=1", "model.hidden=1000"]
+    swiglu, gelu, biased = (
+        parse(None, [*words, *more]).model for more in ([], ["model.mlp=gelu"], ["model.mlp=gelu", "model.linear_bias=true"])
+    )
+    for fused, of_swiglu in ((True, 3 + 5), (False, 5 + 13)):
+        count = [memory.op_bytes(model, fused) for model in (swiglu, gelu, biased)]
+        assert count[0] - count[1] == 64 * 1000 * (of_swiglu - (2 + 4)) and count[2] - count[1] == 64 * 64 * 4
+        assert memory.op_bytes(gelu, fused, "light") - memory.op_bytes(gelu, fused) == 64 * 1000 * 2
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import autoencoders
 import hot_loop
@@ -130,6 +131,21 @@ def test_loss_of_a_run_that_is_resumed_past_its_end(tmp_path):
     single, grouped = lines_of(single), lines_of(run)
     assert list(grouped) == [4, 5, 8]
     assert grouped[8]["loss"] == pytest.approx(sum(single[s]["loss"] for s in (6, 7, 8)) / 3, rel=1e-6)
+
+
+def test_a_run_with_the_switches_of_sit_is_the_same_in_parts_and_recomputed(tmp_path):
+    words = ["mlp=gelu", "linear_bias=true", "positions=sincos", "qk_norm=none", "norm_eps=1e-6", "time_frequency=1"]
+    words = [*(f"model.{word}" for word in words), "train.schedule=constant", "train.sample_steps=0"]
+    runs = {"whole": [4], "parts": [2, 4], "light": [4]}
+    for name, totals in runs.items():
+        for total in totals:
+            more = [f"train.total_steps={total}", f"train.name={name}", f"train.recompute={'light' if name == 'light' else 'none'}"]
+            train(parse(None, settings(tmp_path, *words, *more)))
+    whole, parts, light = (load_file(tmp_path / name / "checkpoints/step_00000004/weights_rank_0000.safetensors") for name in runs)
+    assert "raw/blocks.0.attention.qkv.bias@0" in whole and not any("positions" in key for key in whole)
+    assert whole["raw/blocks.0.attention.out.bias@0"].abs().max() > 0  # trained: biases start at zero
+    for other in (parts, light):
+        assert whole.keys() == other.keys() and all(torch.equal(t, other[key]) for key, t in whole.items())
 
 
 def test_a_run_from_another_runs_checkpoint(trained, tmp_path, capsys):

@@ -97,6 +97,21 @@ def test_resumed_run_equals_the_uninterrupted_one(two_ranks, tmp_path):
         assert uninterrupted.read_bytes() == resumed.read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_with_the_switches_of_sit_resumes_to_the_bit(tmp_path, stage):
+    """GELU, biases in the attention, fixed positions, another epsilon: two ranks, whole and in two parts."""
+    words = ["mlp=gelu", "linear_bias=true", "positions=sincos", "qk_norm=none", "norm_eps=1e-6", "time_frequency=1"]
+    words = [*(f"model.{word}" for word in words), f"zero.stage={stage}"]
+    for name, totals in (("whole", [6]), ("parts", [4, 6])):
+        for total in totals:
+            deepspeed(2, tmp_path / name, *words, f"train.total_steps={total}")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    for name in [f"weights_rank_{rank:04d}.safetensors" for rank in (0, 1)]:
+        whole, parts = (tmp_path / out / "r/checkpoints/step_00000006" / name for out in ("whole", "parts"))
+        assert whole.read_bytes() == parts.read_bytes()
+
+
 def test_recorded_steps_are_the_steps_without_graphs(two_ranks, tmp_path):
     """ZeRO 2 with overlap, whose hooks take each block's gradients while the others are replayed."""
     done = deepspeed(2, tmp_path, "train.total_steps=8", "train.compile=graphs")
