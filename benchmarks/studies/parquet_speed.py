@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet  # noqa: F401 (here, so that no timing has it)
+import pyarrow.compute
+import pyarrow.parquet  # noqa: F401 (both here, so that no timing has them)
 import torch
 
 from benchmarks import photographs, results_csv

@@ -269,10 +269,14 @@ def _sources(items: list[Item], notes: list[str]) -> list[Source]:
     listings: dict[str, Listing] = {}
     class_folders = [item.path for item in items if os.path.isdir(item.path)]
     bar = progress_bar(len(class_folders), description="list", unit="folder", delay=2)
-    with bar, ThreadPoolExecutor(THREADS) as pool:
+    pool = ThreadPoolExecutor(THREADS)
+    try:
         for path, listing in zip(class_folders, pool.map(folders.walk, class_folders), strict=True):
             listings[path] = listing
             bar.update()
+    finally:  # after an error or Ctrl-C the folders that are left are not waited for
+        pool.shutdown(cancel_futures=True)
+        bar.close()
     archives_in = [path for path, listing in listings.items() if listing.others.keys() & set(_archive_suffixes())]
     if archives_in and len(listings) == len(items) and not any(listing.images for listing in listings.values()):
         raise InputError(

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,7 +216,8 @@ def _fits(out: Path, request: dict[str, list[Source]]) -> bool:
 def _begin(journal: Path, request: dict[str, list[Source]]) -> None:
     """Begin the journal of a request, or continue it; the journal of another request is deleted. Raises InputError."""
     file = journal / "request.json"
-    settings = {role: [asdict(source) for source in sources] for role, sources in request.items()}
+    # without the times of folders, which change with files that are no images, too
+    settings = {role: [asdict(replace(source, mtimes=[])) for source in sources] for role, sources in request.items()}
     try:
         if begin_or_match(file, settings):
             shutil.rmtree(journal)

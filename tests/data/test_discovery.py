@@ -1,6 +1,7 @@
 """What lies at the paths of a user: class folders, splits, shards, pictures; and what is left out there."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,22 @@ def test_what_class_folders_hold_besides_images_is_said(tmp_path):
     assert "class folders without images: 1 (empty)" in discovery.find([tmp_path]).layout.notes
     for text in ("1 .avif, 2 .gif files; only .bmp, .jfif", ".cache (1)", "b/run, ", "runs/r, made by fastdit", "b/deep/er/3.jpg"):
         assert text in notes, notes
+
+
+def test_an_interrupt_does_not_wait_for_the_folders_that_are_left(tmp_path, monkeypatch):
+    pictures.write(tmp_path, *(f"{i}/0.jpg" for i in range(200)))
+    walked = []
+
+    def interrupted(path):
+        walked.append(path)
+        time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(discovery, "THREADS", 1)
+    monkeypatch.setattr(discovery.folders, "walk", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        discovery.find([tmp_path])
+    assert len(walked) < 20
 
 
 def test_unreadable_paths_are_one_sentence(tmp_path):

@@ -228,8 +228,14 @@ def kaggle(root: Path, pictures: dict) -> Path:
     return root
 
 
+def printed(capsys) -> list[tuple[int, str, int]]:
+    """Return id, name and number of images of the lines of a table of classes that a command printed."""
+    rows = re.findall(r"^ *(\d+)  (?:\S+ +)?(\S+) +(\d+)$", "\n".join(capsys.readouterr()), re.M)
+    return [(int(number), name, int(count)) for number, name, count in rows]
+
+
 def test_the_classes_of_the_same_pictures_agree_in_every_form(pictures, tmp_path, capsys):
-    """Id, name and number of images: in the index, in what prepare prints, in the loader and in a checkpoint."""
+    """Id, name and number of images: in the index, in the loader, in a checkpoint, and as prepare, train and sample print them."""
     folders(tmp_path / "folders", pictures)
     tar(tmp_path / "all.tar", pictures)
     webdataset(tmp_path / "shards" / "0.tar", pictures, PAIRS)
@@ -240,12 +246,18 @@ def test_the_classes_of_the_same_pictures_agree_in_every_form(pictures, tmp_path
     for form, source in sources.items():
         capsys.readouterr()
         assert cli.main(["prepare", str(source)]) == 0
-        printed = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" *\d+ ", line)]
-        assert [(int(words[0]), words[-2], int(words[-1])) for words in printed] == wanted, form
+        assert printed(capsys) == wanted, form
         index = open_index(source.with_name(f"{source.name}.index"))
         counts = np.bincount(index.rows("train")["label"]).tolist()
         assert list(zip(range(3), index.class_names or index.classes, counts, strict=True)) == wanted, form
         tiny = settings(tmp_path / f"runs-{form}", f"data.source={source}", "data.image_size=32", "model.input_size=32")
         assert cli.main(["train", *tiny, "model.in_channels=3", "model.num_classes=3", "train.total_steps=2"]) == 0
-        state = checkpoint.open_checkpoint(tmp_path / f"runs-{form}" / "r").state
+        assert printed(capsys) == wanted, form
+        run = tmp_path / f"runs-{form}" / "r"
+        state = checkpoint.open_checkpoint(run).state
         assert list(zip(range(3), state.class_names, state.class_counts, strict=True)) == wanted, form
+        assert (
+            cli.main(["sample", "--checkpoint", str(run), "--class", "bee,cat", "--out", str(run / "grid.png"), "--steps", "1"])
+            == 0
+        )
+        assert printed(capsys) == wanted[1:], form

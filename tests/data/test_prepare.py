@@ -312,6 +312,17 @@ def test_a_journal_of_another_form_is_one_sentence(archives, tmp_path, capsys, m
         complains(capsys, ["prepare", archives[0], "--out", tmp_path / "index"], "request.json was not written by", "delete")
 
 
+def test_a_journal_outlives_files_that_are_no_images(tmp_path, monkeypatch):
+    source = pictures.write(tmp_path / "d", "a/0.jpg", "b/0.jpg")
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "_write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare([source], source / "a" / "x.index")
+    pictures.write(source, "b/Thumbs.db", "b/notes.txt")
+    monkeypatch.setattr(archives_module, "scan", lambda *_: pytest.fail("scanned again"))
+    assert table(prepare.prepare([source], source / "a" / "x.index")) == {"a": 1, "b": 1}
+
+
 def test_an_interrupt_leaves_the_journal_whole(archives, full_index, tmp_path, monkeypatch):
     train, val, devkit = archives
     scan, scanned = archives_module.scan, []
