@@ -52,6 +52,7 @@ ALLOWED = {
     ("builtin.py", "__init__"): {"tolist"},  # of the host's labels, once
     ("latents.py", "__init__"): {"tolist"},
     ("loader.py", "__init__"): {"tolist"},
+    ("index.py", "_check_files"): {"tolist"},  # when an index is opened
     ("loader.py", "_crops_of"): {"numpy"},
     ("latents.py", "_fill"): {"numpy"},
     ("model.py", "make_frequencies"): {"torch.tensor"},  # at construction

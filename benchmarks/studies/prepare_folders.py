@@ -84,7 +84,8 @@ def main(words: list[str] | None = None) -> int:
         "files": options.files, "folders": options.folders, "rounds": options.rounds,
         **{f"{name}_cpu_s": f"{statistics.median(times):.2f}" for name, times in seconds.items()},
         "ratio": f"{statistics.median(ratios):.3f}", "ratio_min": f"{min(ratios):.3f}", "ratio_max": f"{max(ratios):.3f}",
-        "again_s": f"{statistics.median(again):.2f}", "open_s": f"{statistics.median(opened):.3f}", "cores": len(os.sched_getaffinity(0)),
+        "again_s": f"{statistics.median(again):.2f}",
+        "open_s": f"{statistics.median(opened):.3f}", "cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip
     print(results_csv.line(row))
     results_csv.write(options.csv, [row], allow_dirty=options.allow_dirty)
