@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "fastdit"
 LEVELS = [
     ["sampling.solvers"],  # the registry that config checks names against; it imports nothing of fastdit
     ["config"],
-    ["files", "distributed", "device", "progress"],
+    ["files", "distributed", "device", "progress", "autoencoder_files"],
     ["attention", "model", "flow", "autoencoder", "graphs", "flops"],
     ["checkpoint"],
     ["convert"],

@@ -46,6 +46,8 @@ ALLOWED = {
     ("sampler.py", "__init__"): {"float"},  # the decay in the name of the weights
     ("sampler.py", "latents"): {"torch.as_tensor"},  # the labels, once before the first batch
     ("autoencoder.py", "sha256"): {"cpu", "numpy"},  # once, before the first step
+    ("autoencoder.py", "_scale"): {"torch.tensor"},  # at construction
+    ("latents.py", "__init__"): {"tolist"},  # of numpy, at construction
     ("order.py", "random_crops"): {"numpy"},  # on the host, in the threads that read ahead
     ("loader.py", "_crops_of"): {"numpy"},
     ("latents.py", "_fill"): {"numpy"},

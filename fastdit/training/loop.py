@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 import torch
 import torch.distributed as dist
 
-from fastdit import autoencoder, checkpoint, data, device, distributed, files, flow, kernels
+from fastdit import autoencoder, autoencoder_files, checkpoint, data, device, distributed, files, flow, kernels
 from fastdit.autoencoder import Codec
 from fastdit.checkpoint import Checkpoint, RunState
 from fastdit.config import Config, InputError, Stopped, TrainConfig
@@ -68,6 +68,7 @@ def open_data(config: Config, world: distributed.World) -> tuple[Path | None, Lo
     """Where a run's data lie, their loader, and the codec that makes latents of them. Raises InputError on all ranks."""
     path = world.together(lambda: data.locate(config), everywhere=False)
     loader = world.together(lambda: data.load(config, path, world))
+    autoencoder.download(config.data.autoencoder, world)
     codec = world.together(lambda: autoencoder.load(config.data, config.model, loader.channels, world.device, loader.manifest))
     if world.device.type == "cuda":
         codec = codec.for_encoding(DTYPES[config.train.precision])
@@ -102,6 +103,7 @@ def _train(config: Config) -> Path:
     faulthandler.register(signal.SIGUSR1, STDERR)  # kill -USR1 prints where a run hangs
     world = distributed.start(config.train.device, config.train.timeout_s)
     config = engine.resolve_precision(config, world.device)
+    config = replace(config, data=replace(config.data, autoencoder=autoencoder_files.absolute(config.data.autoencoder)))
     device.check_backend(world.device)
     engine.import_deepspeed(world.device)  # an unsuitable version is refused before anything is written
     resume_from, state = world.together(lambda: _checkpoint_to_resume(config, world), everywhere=False)
@@ -110,7 +112,12 @@ def _train(config: Config) -> Path:
             print(f"already trained to step {state.step} in {resume_from.path}: nothing to do (raise train.total_steps to resume)")
         return resume_from.path.parent.parent
     world.together(lambda: telemetry.check_wandb(config))
+    if resume_from and config.data.autoencoder == resume_from.config.data.autoencoder:
+        config = replace(config, data=replace(config.data, autoencoder=resume_from.autoencoder))
     data_path, loader, codec = open_data(config, world)
+    if resume_from:
+        source = config.data.autoencoder
+        world.together(lambda: autoencoder.check(codec, state.autoencoder, resume_from.path, source))
     run = Path(config.train.out) / config.train.name
     validation = Validation(config, data_path, codec, run, world) if config.validate.steps else None
     lock = world.together(lambda: _lock_run_folder(run) if world.rank == 0 else None)
@@ -383,12 +390,15 @@ class Trainer:
         dist.all_reduce(finite, dist.ReduceOp.MIN)
         if not finite.item():
             raise self._diverged(f"the loss or the weights at step {done} are not finite")
+        about = self.codec.about()
         state = RunState(
             done, summed_steps=self.summed_steps, wandb_id=self.log.wandb_id, versions=device.versions(),
             class_names=self.loader.class_names,
             class_counts=self.loader.class_counts,
             data_sha256=self.loader.digest,
-            autoencoder_sha256=self.codec.sha256(),
+            autoencoder_sha256=about.pop("autoencoder_sha256"),
+            autoencoder_scale=about or None,
+            autoencoder_path=autoencoder_files.relative(self.config.data.autoencoder, self.run),
         )  # fmt: skip
         self._finish_save(required=False)
         self.saver.save(self.engine, self.ema, state, self.sums)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastdit.autoencoder_files import absolute
 from fastdit.checkpoint import FORMAT, Checkpoint, RunState, commit, folder_name, is_complete, shard_file
 from fastdit.config import Config, InputError, ModelConfig
 from fastdit.distributed import World, control_group
@@ -147,7 +148,7 @@ def _check_same_run(folder: Path, saved: Config, config: Config) -> None:
     """Raise InputError if a setting differs that a run cannot change: the model, the data, and what determines random numbers."""
     fixed = {
         "model": [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("preset", "attention")],
-        "data": ["source", "image_size", "autoencoder", "flip", "crop"],
+        "data": ["source", "image_size", "flip", "crop"],
         "train": ["seed", "precision"],
     }
     for section, keys in fixed.items():
@@ -174,6 +175,12 @@ def check(saved: Checkpoint, config: Config, world: World) -> None:
             f"train.batch_size or train.accumulation so that their product times the number of ranks is {state.global_batch}"
         )
     _check_same_run(folder, saved.config, config)
+    trained, asked = (absolute(each.data.autoencoder) for each in (saved.config, config))
+    if trained != asked and not state.autoencoder_sha256:  # with a hash, `autoencoder.check` compares the weights instead
+        raise InputError(
+            f"checkpoint {folder} was trained with data.autoencoder={trained}, not with data.autoencoder={asked}: use the "
+            "checkpoint's setting, or another train.name"
+        )
 
 
 def load(saved: Checkpoint, engine, ema: ShardedEma, sums: Tensor, config: Config, world: World) -> None:
