@@ -292,7 +292,8 @@ class Frozen:
         """Cast the weights to `dtype`, channels last."""
         if dtype != torch.float32:
             self.sha256()  # computed and kept now, because it is a hash of the fp32 weights
-        self.vae = self.vae.to(dtype=dtype, memory_format=torch.channels_last)
+        with _quiet():
+            self.vae = self.vae.to(dtype=dtype, memory_format=torch.channels_last)
 
     def for_encoding(self, dtype: torch.dtype) -> "Frozen":
         """Use `dtype`, channels last, and compile the encoder on CUDA; return the codec."""

@@ -2,13 +2,18 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import autoencoders
-from fastdit import autoencoder
+from commands import complains
+from fastdit import autoencoder, cli
+from fastdit.checkpoint import RunState
 from fastdit.config import DataConfig, InputError, ModelConfig
+from fastdit.data import prepare
 
 CPU = torch.device("cpu")
 SIZE = 32  # pixels
@@ -309,3 +314,73 @@ def test_another_scale_or_other_weights_are_a_difference(tmp_path):
     model = ModelConfig(in_channels=32, input_size=2, patch_size=1)
     with pytest.raises(InputError, match=r"not the one that the latents were made with, elsewhere .*latents_std"):
         autoencoder.load(DataConfig(autoencoder=str(tmp_path), image_size=SIZE), model, 3, CPU, manifest)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with an autoencoder in vae/, and pictures in ../data/."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (40, 36), (60 * i, 99, 10 * i)).save(tmp_path / "data" / name / f"{i}.png")
+    autoencoders.tiny(Path("vae"))
+    return tmp_path / "here"
+
+
+TRAIN = [
+    "train", "model.preset=test/4", "model.in_channels=4", "model.input_size=16", "model.num_classes=2", "data.autoencoder=vae",
+    "data.image_size=32", "train.batch_size=4", "train.warmup_steps=1", "train.sample_steps=0", "train.precision=fp32",
+    "train.out=runs", "train.name=r", "train.log_steps=1", "train.schedule=constant",
+]  # fmt: skip
+
+
+def sample(run, out):
+    return ["sample", "--checkpoint", str(run), "--class", "0", "--steps", "2", "--out", str(out)]
+
+
+def test_a_run_finds_its_autoencoder_from_any_folder(here, tmp_path, monkeypatch):
+    """data.autoencoder=vae is that of the folder where it was trained; another vae/ where one stands is not taken. The run may
+    move together with it, also to be continued."""
+    source = f"data.source={prepare.prepare([tmp_path / 'data'], tmp_path / 'index')}"
+    assert cli.main([*TRAIN, source, "train.total_steps=2"]) == 0
+    assert cli.main(sample("runs/r", tmp_path / "wanted.png")) == 0
+    (tmp_path / "other").mkdir()
+    autoencoders.tiny(tmp_path / "other" / "vae", seed=1)
+    monkeypatch.chdir(tmp_path / "other")
+    assert cli.main(sample(here / "runs" / "r", "elsewhere.png")) == 0
+    there = here.rename(tmp_path / "there")
+    assert cli.main(sample(there / "runs" / "r", "moved.png")) == 0
+    assert Path("elsewhere.png").read_bytes() == Path("moved.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
+    monkeypatch.chdir(there)
+    for autoencoder_then in ("vae", str(here / "vae")):  # the same command where it is now, and the path as it was
+        assert cli.main([*TRAIN, source, f"data.autoencoder={autoencoder_then}", "train.total_steps=3"]) == 0
+
+
+def test_a_run_refuses_other_weights_in_the_same_folder(here, tmp_path, capsys):
+    """When it samples, draws for an evaluation and resumes; a checkpoint that did not keep the hash does not."""
+    source = f"data.source={prepare.prepare([tmp_path / 'data'], tmp_path / 'index')}"
+    assert cli.main([*TRAIN, source, "train.total_steps=2"]) == 0
+    assert cli.main(["export", "runs/r", "--out", "r.safetensors"]) == 0
+    shutil.move("vae", "vae_before")
+    shutil.copytree("vae_before", "vae")
+    autoencoders.configure(Path("vae"), scaling_factor=0.25)
+    expected = ["was trained with another autoencoder", str(here / "vae"), "put the files of that one back"]
+    complains(capsys, sample("runs/r", "x.png"), *expected, "scaling_factor 0.5 there, 0.25 here")
+    shutil.rmtree("vae")
+    autoencoders.tiny(Path("vae"), seed=1)
+    for path in ("runs/r", "r.safetensors"):
+        complains(capsys, sample(path, "x.png"), *expected, "autoencoder_sha256")
+    drawn = ["--samples", "4", "--features", "digits", "--reference", "mnist5k"]
+    complains(capsys, ["evaluate", "runs/r", *drawn, "--steps", "2"], *expected)
+    complains(capsys, ["sweep", "runs/r", "steps=2", *drawn, "--out", "sweep.csv"], *expected)
+    complains(capsys, [*TRAIN, source, "train.total_steps=3"], *expected)
+    assert not Path("x.png").exists()
+    complains(capsys, [*TRAIN, source, "data.autoencoder=pixels", "train.total_steps=3"], "pixels")
+    assert cli.main([*TRAIN, source, "data.autoencoder=vae_before", "train.total_steps=3"]) == 0  # another path, the same weights
+    (state,) = Path("runs/r/checkpoints").glob("step_*3/state.json")
+    kept = json.loads(state.read_text())
+    assert kept["autoencoder_path"] == "../../vae_before" and kept["autoencoder_scale"] == {"scaling_factor": 0.5, "shift": 0.0}
+    old = RunState.from_dict({key: value for key, value in kept.items() if not key.startswith("autoencoder")})
+    autoencoder.check(create("vae"), old.autoencoder, Path("runs/r"), "vae")

@@ -8,6 +8,7 @@ import argparse
 import inspect
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
@@ -34,7 +35,7 @@ LOCK = ".lock"
 def _begin(out: Path, settings: dict, index: Index) -> TextIO | None:
     """Make the folder of a latent set, or check that the existing one is of the same images and settings.
 
-    Returns the lock on the folder, which the caller closes, or None if the set is finished. Raises InputError, also if another
+    Returns the lock on the folder, which closing releases, or None if the set is finished. Raises InputError, also if another
     process encodes into the folder.
     """
     if out.exists() and not out.is_dir():
@@ -101,11 +102,9 @@ def encode(
         "dali": versions()["nvidia-dali-cuda130"], "torch": versions()["torch"],
     }  # fmt: skip
     lock = world.together(lambda: _begin(out, settings, index) if world.rank == 0 else None)
-    world.together(lambda: _encode_shards(index, rows, out, codec.for_encoding(DTYPES[dtype]), settings, max_bad_files, world))
-    manifest = world.together(lambda: _finish(out, settings, index), everywhere=False)
-    if lock:
-        lock.close()
-    return manifest
+    with lock or nullcontext():
+        world.together(lambda: _encode_shards(index, rows, out, codec.for_encoding(DTYPES[dtype]), settings, max_bad_files, world))
+        return world.together(lambda: _finish(out, settings, index), everywhere=False)
 
 
 def _encode_shards(
