@@ -10,10 +10,11 @@ import hashlib
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,20 @@ def _class_name(folder: Path, source: str) -> tuple[str, dict]:
     return name, config
 
 
+def import_diffusers():
+    """Return the package diffusers.
+
+    It imports transformers if that is installed, which imports a package `kernels` if there is one. In a checkout of fastdit, whose
+    root is on sys.path under `python -m`, that would be the folder kernels/, and load its ops twice.
+    """
+    spec = importlib.util.find_spec("kernels")
+    if spec and spec.origin and Path(spec.origin).parent == Path(__file__).resolve().parent.parent / "kernels":
+        sys.modules["kernels"] = cast(Any, None)  # as if there were no such package
+    import diffusers
+
+    return diffusers
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep diffusers from logging warnings: what it warns of is an error here, or of no interest."""
@@ -138,8 +153,7 @@ def read(source: str):
     name, config = _class_name(folder, source)
     if name == "AutoencoderRAE" and not importlib.util.find_spec("transformers"):
         raise InputError(f"autoencoder {source} is of the class {name}, which needs the package transformers: pip install it")
-    import diffusers
-
+    diffusers = import_diffusers()
     kind = getattr(diffusers, name, None)
     if kind is None:
         raise InputError(
@@ -183,7 +197,8 @@ def _scale(vae, source: str) -> tuple[float | Tensor, float | Tensor, dict]:
             "pipeline of diffusers combines: set latents_mean and latents_std, or only shift_factor"
         )
     values = [factor, shift, *(mean or []), *(std or [])]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values) or min([factor, *(std or [])]) <= 0:
+    finite = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    if not finite or any(value <= 0 for value in [factor, *(std or [])]):
         raise InputError(f"autoencoder {source}: a scale of its config.json is not finite and above 0: {values}")
     if mean is None or std is None:
         return shift, factor, about
@@ -192,7 +207,8 @@ def _scale(vae, source: str) -> tuple[float | Tensor, float | Tensor, dict]:
             f"autoencoder {source}: its config.json has {len(mean)} latents_mean and {len(std)} latents_std for {channels} channels"
         )
     about |= {"latents_mean": list(mean), "latents_std": list(std)}
-    return torch.tensor(mean).view(-1, 1, 1), factor / torch.tensor(std).view(-1, 1, 1), about
+    constants = (torch.tensor(values, dtype=torch.float32, device=vae.device).view(-1, 1, 1) for values in (mean, std))
+    return next(constants), factor / next(constants), about
 
 
 class Frozen:
@@ -209,12 +225,10 @@ class Frozen:
 
         Raises InputError if there is no such autoencoder or it cannot encode images of this size.
         """
-        vae: Any = vae or read(source)  # what diffusers annotates as a dict or a tuple has the attributes used here
+        loaded: Any = vae or read(source)  # what diffusers annotates as a dict or a tuple has the attributes used here
         self.source = source
-        self.vae = vae.float().to(device).requires_grad_(False).eval()
+        self.vae = loaded.float().to(device).requires_grad_(False).eval()
         self.shift, self.scale, self._about = self._read_scale()
-        if isinstance(self.scale, Tensor):
-            self.shift, self.scale = self.shift.to(device), self.scale.to(device)
         self.channels, self.size = self._probe(image_size)
         self.may_compile_decoder = False
         self.decoder_is_compiled = False

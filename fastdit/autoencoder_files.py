@@ -34,8 +34,10 @@ def moved(source: str, relative_path: str | None, run: Path) -> str:
     It is `source`, unless there is no such folder and there is one at `relative_path` from the run's folder `run`: they were moved
     together. relative_path: from `relative` when the run was saved; None: the folder of the same name inside of the run's.
     """
+    if not os.path.isabs(source):  # a Hub id, or a path as runs kept it before
+        return source
     path = os.path.normpath(run.absolute() / (relative_path or os.path.basename(source)))
-    return path if not os.path.isdir(os.path.expanduser(source)) and os.path.isdir(path) else source
+    return path if not os.path.isdir(source) and os.path.isdir(path) else source
 
 
 class Files(NamedTuple):

@@ -1,7 +1,9 @@
 """Codecs: their contract, what each class of diffusers computes, and files that are not whole or of another class."""
 
+import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,15 @@ def test_a_representation_autoencoder_needs_transformers(tmp_path, monkeypatch):
     refused(tmp_path, "AutoencoderRAE", "transformers", "pip install")
 
 
+def test_the_folder_kernels_is_no_package_of_transformers(monkeypatch):
+    """In a checkout, whose root is on sys.path under `python -m`, transformers would import it and load the ops twice."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    assert importlib.util.find_spec("kernels")
+    autoencoder.import_diffusers()
+    assert not importlib.util.find_spec("kernels")
+
+
 OTHERS = [
     "AutoencoderKLFlux2", "AutoencoderKLTemporalDecoder", "AutoencoderKLQwenImage", "AutoencoderKLWan", "AsymmetricAutoencoderKL",
     "ConsistencyDecoderVAE", "VQModel", "UNet2DConditionModel",
@@ -301,6 +312,25 @@ def test_images_of_other_channels_or_sizes_are_refused(tmp_path):
     given |= {"encoder_block_out_channels": [8, 16], "decoder_block_out_channels": [8, 8, 16]}
     autoencoders.save("AutoencoderDC", tmp_path / "uneven", latent_channels=8, attention_head_dim=8, **given)
     refused(tmp_path / "uneven", "8x16x16 latents of 3x32x32 images, but 3x64x64 images")
+
+
+def test_one_rank_downloads(monkeypatch):
+    """World.together(everywhere=False) runs it on rank 0 and raises its error everywhere."""
+    calls = []
+
+    class Ranks:
+        def together(self, work, everywhere=True):
+            calls.append((work(), everywhere))
+
+    monkeypatch.setattr(autoencoder, "locate", lambda source: calls.append(source))
+    autoencoder.download("pixels", Ranks())
+    autoencoder.download("owner/name", Ranks())
+    assert calls == ["owner/name", (None, False)]
+
+
+def test_the_docs_list_every_class():
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    assert [line.split("`")[1] for line in page.splitlines() if line.startswith("| `Autoencoder")] == list(autoencoder.CODECS)
 
 
 def test_another_scale_or_other_weights_are_a_difference(tmp_path):

@@ -198,6 +198,7 @@ def test_a_path_is_absolute_and_moves_with_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert moved(str(vae), path, tmp_path / "there" / "runs" / "r") == str(tmp_path / "there" / "vae")
     assert moved(str(vae), path, tmp_path / "elsewhere" / "r") == str(vae)  # there is none: the saved path is what is named
+    (tmp_path / "there" / "runs" / "r" / "name").mkdir()
     assert moved("owner/name", None, tmp_path / "there" / "runs" / "r") == "owner/name"
     (tmp_path / "there" / "runs" / "r" / "autoencoder").mkdir()  # of fastdit import-base
     assert moved("/gone/autoencoder", None, tmp_path / "there" / "runs" / "r") == str(tmp_path / "there/runs/r/autoencoder")

@@ -71,6 +71,17 @@ def test_two_ranks_write_the_same_bytes(index, vae, latents, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_ranks_without_internet_stop_together(index, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    command = encode_command(index.folder, tmp_path / "latents", "owner/name")
+    process = start(command, ranks=2, script=tmp_path / "encode.py")
+    _, problems = process.communicate(timeout=300)
+    assert process.returncode != 0 and b"hf download owner/name" in problems and b"Traceback (most recent" not in problems, problems
+    assert not (tmp_path / "latents").exists()
+
+
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(index, vae, latents, tmp_path, seed):
     out, rng, done = tmp_path / "latents", random.Random(seed), []
     for _ in range(2):

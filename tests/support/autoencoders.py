@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastdit.autoencoder import import_diffusers
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -52,10 +54,8 @@ def representation(folder: Path, seed: int = 0) -> Path:
 
 def save(name: str, folder: Path, seed: int = 0, **settings) -> Path:
     """Save an autoencoder of a class of diffusers with random weights, and return the folder."""
-    import diffusers
-
     torch.manual_seed(seed)
-    getattr(diffusers, name)(**settings).save_pretrained(folder)
+    getattr(import_diffusers(), name)(**settings).save_pretrained(folder)
     return folder
 
 
