@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastdit.autoencoder_files import moved
 from fastdit.config import Config, InputError, from_saved, load_json
 from fastdit.files import (
     MANIFEST,
@@ -61,6 +62,8 @@ class RunState:
     class_counts: list[int] | None = None  # training images of labels 0, 1, …
     data_sha256: str | None = None  # Loader.digest
     autoencoder_sha256: str | None = None  # Codec.sha256()
+    autoencoder_scale: dict | None = None  # the other entries of Codec.about()
+    autoencoder_path: str | None = None  # the autoencoder's folder, relative to the run's; None: it is no local folder
     wandb_id: str | None = None
     versions: dict[str, str] | None = None  # of the installed packages
     format: int | None = None  # FORMAT at the time of writing; None: the checkpoint cannot be resumed from
@@ -71,6 +74,11 @@ class RunState:
     def to_dict(self) -> dict:
         """Return the fields that are not None."""
         return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @property
+    def autoencoder(self) -> dict:
+        """Entries of Codec.about() that are known of the run's autoencoder."""
+        return {"autoencoder_sha256": self.autoencoder_sha256, **(self.autoencoder_scale or {})}
 
     @classmethod
     def from_dict(cls, values: object) -> "RunState":
@@ -178,6 +186,12 @@ class Checkpoint:
     path: Path
     config: Config
     state: RunState
+
+    @property
+    def autoencoder(self) -> str:
+        """data.autoencoder, or where its folder is now if it was moved together with the run's."""
+        run = self.path.parent if self.path.is_file() else self.path.parent.parent
+        return moved(self.config.data.autoencoder, self.state.autoencoder_path, run)
 
     def sha256(self) -> str:
         """Return the SHA-256 of the manifest, which holds those of all files, or of the exported file."""

@@ -141,7 +141,7 @@ class DataConfig:
 
     source: str = "mnist5k"  # the built-in digits | an index | latents | an archive or folder, which gets an index first
     image_size: int = 32  # height and width of the images in pixels
-    autoencoder: str = "pixels"  # pixels (none) | folder or hub id of a diffusers AutoencoderKL
+    autoencoder: str = "pixels"  # pixels (none) | a diffusers autoencoder's folder, or its Hub id OWNER/NAME[/SUBFOLDER][@REVISION]
     flip: bool = False  # mirror each image with probability 1/2 (never for digits)
     crop: str = "center"  # center: resize the short side, cut out the middle | random: torchvision's RandomResizedCrop
     grey: bool = False  # read the images of an index as grey, one channel

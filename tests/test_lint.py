@@ -48,6 +48,7 @@ ALLOWED = {
     ("sampler.py", "latents"): {"torch.as_tensor"},  # the labels, once before the first batch
     ("autoencoder.py", "sha256"): {"cpu", "numpy"},  # once, before the first step
     ("order.py", "check_classes"): {"print"},  # once, before the first step
+    ("autoencoder.py", "_scale"): {"torch.tensor"},  # at construction
     ("order.py", "random_crops"): {"numpy"},  # on the host, in the threads that read ahead
     ("builtin.py", "__init__"): {"tolist"},  # of the host's labels, once
     ("latents.py", "__init__"): {"tolist"},

@@ -143,7 +143,7 @@ def load_run(file: Path, parameters_file: Path | None, vae_folder: Path | None =
     parameters_file = parameters_file or beside(file)
     model, weights, vae_weights = load(file, parameters_file)
     vae = _autoencoder(vae_weights, file) if vae_weights else None
-    source = str(vae_folder or file) if vae else PUBLISHED_VAE
+    source = str((vae_folder or file).absolute()) if vae else PUBLISHED_VAE
     config = Config(
         model=model,
         data=DataConfig(source=str(file), image_size=8 * model.input_size, autoencoder=source),

@@ -8,17 +8,20 @@ import argparse
 import inspect
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
 
-from fastdit import autoencoder, distributed
+from fastdit import autoencoder, distributed, files
 from fastdit.autoencoder import Codec
+from fastdit.autoencoder_files import absolute
 from fastdit.config import InputError
 from fastdit.data.imagenet import COUNTS
 from fastdit.data.index import Index, open_index, save_array
-from fastdit.data.latents import MANIFEST, SETTINGS
+from fastdit.data.latents import MANIFEST, SETTINGS, read_json, read_manifest
 from fastdit.data.loader import center_crop_decoder
 from fastdit.device import DTYPES, precision, versions
 from fastdit.distributed import World
@@ -26,16 +29,51 @@ from fastdit.files import begin_or_match, resumable, sha256, write_atomically
 from fastdit.progress import progress_bar
 
 SHARD = 4096  # images: 128 MiB at 256 pixels
+LOCK = ".lock"
 
 
-def _begin(out: Path, settings: dict) -> None:
-    """Make the folder of a latent set, or check that the existing one was begun with the same settings. Raises InputError."""
-    if out.exists() and not (out / SETTINGS).exists() and any(out.iterdir()):
+def _begin(out: Path, settings: dict, index: Index) -> TextIO | None:
+    """Make the folder of a latent set, or check that the existing one is of the same images and settings.
+
+    Returns the lock on the folder, which closing releases, or None if the set is finished. Raises InputError, also if another
+    process encodes into the folder.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: give the folder for the latents")
+    begun = read_json(out / SETTINGS) if (out / SETTINGS).exists() else None
+    if begun is None and out.exists() and any(path.name != LOCK for path in out.iterdir()):
         raise InputError(f"{out} is not empty and holds no latents: use another --out")
+    if begun is not None:
+        settings = _as_begun(settings, begun)
+        if "index_sha256" in settings and begun.get("index_sha256") != settings["index_sha256"]:
+            raise InputError(
+                f"{out} was begun with other images or classes than index {settings['index']} has now: use another --out, or "
+                "delete it"
+            )
+    lock = None
     with resumable(out):
+        if not (out / MANIFEST).exists():
+            out.mkdir(parents=True, exist_ok=True)
+            lock = files.lock(out / LOCK, f"another process encodes into {out}: wait for it, or use another --out")
         difference = begin_or_match(out / SETTINGS, settings)
+    if not difference and (out / MANIFEST).exists():
+        manifest = read_manifest(out)
+        if (manifest["classes"], manifest["class_names"]) != (index.classes, index.class_names):
+            difference = "has other names of classes than the index has now"
     if difference:
         raise InputError(f"{out} {difference}: use another --out, or delete it")
+    return lock
+
+
+def _as_begun(settings: dict, begun: dict) -> dict:
+    """Return settings with the paths of a set that was begun, where hashes say that the same is meant."""
+    settings = dict(settings)
+    for path, digest in (("index", "index_sha256"), ("autoencoder", "autoencoder_sha256")):
+        if path in begun and begun.get(digest) == settings[digest]:
+            settings[path] = begun[path]
+    if "index_sha256" not in begun:  # it is older than this entry: its paths and numbers are compared
+        del settings["index_sha256"]
+    return settings
 
 
 def encode(
@@ -44,7 +82,7 @@ def encode(
 ) -> dict:  # fmt: skip
     """Encode a split of an index to a latent set and return its manifest. All ranks must call it.
 
-    source: path of the index; out: folder of the latent set; autoencoder_id: folder or hub id of an autoencoder; image_size: side
+    source: path of the index; out: folder of the latent set; autoencoder_id: folder or Hub id of an autoencoder; image_size: side
     of the crops in pixels; dtype: the autoencoder's, "auto" | "bf16" | "fp32"; batch_size: images per batch; max_bad_files:
     undecodable files that are replaced; one more ends the run. Raises InputError, and FloatingPointError if moments are not finite.
     """
@@ -52,18 +90,21 @@ def encode(
     dtype = precision(dtype, world.device)
     index = world.together(lambda: open_index(source))
     rows = world.together(lambda: index.rows(split))
+    autoencoder.download(autoencoder_id, world)
     codec = world.together(lambda: autoencoder.create(autoencoder_id, image_size, 3, world.device))
     if codec.sha256() is None:
         raise InputError(f"--autoencoder {autoencoder_id} has no latents to encode: set data.source={source} to train on the index")
     settings = {
-        "index": str(source.resolve()), "split": split, "images": len(rows), "image_size": image_size, "dtype": dtype,
-        "autoencoder": autoencoder_id, **codec.about(), "batch_size": batch_size,
+        "index": str(source.resolve()), "index_sha256": index.digest(split), "split": split, "images": len(rows),
+        "image_size": image_size, "dtype": dtype,
+        "autoencoder": absolute(autoencoder_id), **codec.about(), "batch_size": batch_size,
         "decoder": "nvJPEG" if world.device.type == "cuda" else "libjpeg-turbo",
         "dali": versions()["nvidia-dali-cuda130"], "torch": versions()["torch"],
     }  # fmt: skip
-    world.together(lambda: _begin(out, settings) if world.rank == 0 else None)
-    world.together(lambda: _encode_shards(index, rows, out, codec.for_encoding(DTYPES[dtype]), settings, max_bad_files, world))
-    return world.together(lambda: _finish(out, settings, index), everywhere=False)
+    lock = world.together(lambda: _begin(out, settings, index) if world.rank == 0 else None)
+    with lock or nullcontext():
+        world.together(lambda: _encode_shards(index, rows, out, codec.for_encoding(DTYPES[dtype]), settings, max_bad_files, world))
+        return world.together(lambda: _finish(out, settings, index), everywhere=False)
 
 
 def _encode_shards(
@@ -106,14 +147,14 @@ def _file(out: Path, kind: str, images: np.ndarray) -> Path:
 def _finish(out: Path, settings: dict, index: Index) -> dict:
     """Write and return the manifest of a set whose shards are all there."""
     if (out / MANIFEST).exists():
-        return json.loads((out / MANIFEST).read_text())
-    files = {}
+        return read_manifest(out)
+    hashes = {}
     shards = sorted(out.glob("[!.]*_*.npy"))  # not the temporary files of a process that was killed
     with progress_bar(len(shards), description="checksums", unit="file") as bar:
         for path in shards:
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            hashes[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
             bar.update()
-    manifest = {**settings, "classes": index.classes, "class_names": index.class_names, "files": files}
+    manifest = {**settings, "classes": index.classes, "class_names": index.class_names, "files": hashes}
     with resumable(out):
         write_atomically(out / MANIFEST, json.dumps(manifest, indent=1))
     return manifest
@@ -122,7 +163,7 @@ def _finish(out: Path, settings: dict, index: Index) -> dict:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `fastdit encode`, named as the parameters of `encode`."""
     parser.description = (
-        "Encode every image of an index, as it is and mirrored, to the mean and log-variance of an autoencoder's latents. Runs as "
+        "Encode every image of an index, as it is and mirrored, to an autoencoder's latents or their distribution. Runs as "
         "one process or under torchrun. The same command resumes a run that was killed."
     )
     parser.epilog = (
@@ -132,7 +173,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", type=Path, metavar="INDEX", help="Index that `fastdit prepare` made.")
     add("--out", type=Path, required=True, metavar="DIR", help="Folder for the latents.")
-    add("--autoencoder", dest="autoencoder_id", required=True, metavar="ID", help="Folder or hub id of a diffusers AutoencoderKL.")
+    add("--autoencoder", dest="autoencoder_id", required=True, metavar="ID", help="Folder or Hub id of a diffusers autoencoder.")
     add("--image-size", type=int, metavar="N", help="Height and width of the images in pixels (default: %(default)s).")
     add(
         "--dtype", choices=("auto", *DTYPES),

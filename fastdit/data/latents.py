@@ -1,9 +1,10 @@
 """Latent sets: what `fastdit encode` wrote, read by memory map or kept on the device. B batch size per rank, n images.
 
 A latent set is a folder:
-    settings.json             what it is made of: index, autoencoder and its hash, image size, dtype; written first
+    settings.json             what it is made of: index and autoencoder with their hashes, image size, dtype; written first
     labels_00000.npy          int32 [n] of a shard's images
-    moments_00000.npy         fp16 [n, 2 (as it is, mirrored), ...], Codec.encode of a shard's images; ... is 2,c,s,s of a KL codec
+    moments_00000.npy         fp16 [n, 2 (as it is, mirrored), ...], Codec.encode of a shard's images; ... is 2,c,s,s of an
+                              AutoencoderKL, else c,s,s
     manifest.json             settings, classes, counts and SHA-256 of every file; written last
 """
 
@@ -35,16 +36,46 @@ def is_latent_set(path: Path) -> bool:
     return os.path.exists(path / SETTINGS)
 
 
+def read_json(path: Path) -> dict:
+    """Return what a latent set's settings.json or manifest.json holds. Raises InputError if it is no JSON object."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
+        raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from error
+    if not isinstance(values, dict):
+        raise _damaged(path.parent, f"{path.name} is not what `fastdit encode` writes")
+    return values
+
+
+def _damaged(folder: Path, problem: str) -> InputError:
+    return InputError(f"latent set {folder} is damaged: {problem}; delete it and run `fastdit encode` again")
+
+
+def _is_manifest(values: dict) -> bool:
+    """Whether the entries of a manifest that are read here have their types."""
+    shards, classes, names = values.get("files"), values.get("classes"), values.get("class_names")
+    if not isinstance(shards, dict) or not isinstance(classes, list) or not isinstance(names, list | None):
+        return False
+    texts = [*classes, *(names or []), *shards, values.get("autoencoder"), values.get("autoencoder_sha256")]
+    sizes = [values.get("image_size"), values.get("images")]
+    for file in shards.values():
+        if not isinstance(file, dict):
+            return False
+        sizes.append(file.get("bytes"))
+        texts.append(file.get("sha256"))
+    return all(isinstance(text, str) for text in texts) and all(isinstance(size, int) for size in sizes)
+
+
 def read_manifest(folder: Path) -> dict:
     """Return the manifest of a latent set. Raises InputError if the set is not finished or a file of it is missing or truncated."""
     if not os.path.exists(folder / MANIFEST):
         raise InputError(f"latent set {folder} is not finished: run the same `fastdit encode` command again")
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_json(folder / MANIFEST)
+    if not _is_manifest(manifest):
+        raise _damaged(folder, f"{MANIFEST} is not what `fastdit encode` writes")
     for name, file in manifest["files"].items():
         if not os.path.exists(folder / name) or (folder / name).stat().st_size != file["bytes"]:
-            raise InputError(
-                f"latent set {folder} is damaged: {name} is missing or truncated; delete it and run `fastdit encode` again"
-            )
+            raise _damaged(folder, f"{name} is missing or truncated")
     return manifest
 
 
@@ -82,9 +113,15 @@ def open_latents(folder: Path) -> LatentSet:
     """Open the latent set in `folder`. Raises InputError if it is not finished or damaged."""
     manifest = read_manifest(folder)
     names = sorted(name for name in manifest["files"] if name.startswith("moments"))
-    shards = [np.load(folder / name, mmap_mode="r") for name in names]
-    labels = np.concatenate([np.load(folder / name.replace("moments", "labels")) for name in names])
-    return LatentSet(manifest, shards, labels)
+    try:
+        shards = [np.load(folder / name, mmap_mode="r") for name in names]
+        labels = [np.load(folder / name.replace("moments", "labels")) for name in names]
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, str(error)) from error
+    counts = [len(each) for each in labels]
+    if not names or counts != [len(shard) for shard in shards] or sum(counts) != manifest["images"]:
+        raise _damaged(folder, f"its files do not hold the {manifest['images']} images of {MANIFEST}")
+    return LatentSet(manifest, shards, np.concatenate(labels))
 
 
 class LatentLoader:

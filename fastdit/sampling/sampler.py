@@ -132,7 +132,7 @@ class Sampler:
             state = RunState(step, origin=source.name)
         else:
             source = source if isinstance(source, Checkpoint) else checkpoint.open_checkpoint(Path(source))
-            config = source.config
+            config = replace(source.config, data=replace(source.config.data, autoencoder=source.autoencoder))
             state = source.state
             model = source.load_model(weights, device)
         if dtype == "auto":
@@ -180,9 +180,14 @@ class Sampler:
 
     @property
     def codec(self) -> Codec:
-        """Codec, loaded at the first use. It decodes in `dtype` on CUDA, in fp32 on a CPU."""
+        """Codec, loaded at the first use. It decodes in `dtype` on CUDA, in fp32 on a CPU.
+
+        Raises InputError if there is no such autoencoder, or if it is not the one that the run was trained with.
+        """
         if self._codec is None:
             codec = autoencoder.load(self.config.data, self.config.model, self.config.model.in_channels, self.device, vae=self._vae)
+            if isinstance(self.source, Checkpoint):
+                autoencoder.check(codec, self.source.state.autoencoder, self.source.path, self.config.data.autoencoder)
             self._codec = codec.for_decoding(DTYPES[self.dtype if self.device.type == "cuda" else "fp32"])
         return self._codec
 

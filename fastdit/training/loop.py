@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 import torch
 import torch.distributed as dist
 
-from fastdit import autoencoder, checkpoint, data, device, distributed, files, flow, kernels
+from fastdit import autoencoder, autoencoder_files, checkpoint, data, device, distributed, files, flow, kernels
 from fastdit.autoencoder import Codec
 from fastdit.checkpoint import Checkpoint, RunState
 from fastdit.config import Config, InputError, Interrupted, Stopped, TrainConfig
@@ -72,6 +72,7 @@ def open_data(config: Config, world: distributed.World) -> tuple[Path | None, Lo
     """Where a run's data lie, their loader, and the codec that makes latents of them. Raises InputError on all ranks."""
     path = world.together(lambda: data.locate(config), everywhere=False)
     loader = world.together(lambda: data.load(config, path, world))
+    autoencoder.download(config.data.autoencoder, world)
     codec = world.together(lambda: autoencoder.load(config.data, config.model, loader.channels, world.device, loader.manifest))
     if world.device.type == "cuda":
         codec = codec.for_encoding(DTYPES[config.train.precision])
@@ -106,6 +107,7 @@ def _train(config: Config) -> Path:
     faulthandler.register(signal.SIGUSR1, STDERR)  # kill -USR1 prints where a run hangs
     world = distributed.start(config.train.device, config.train.timeout_s)
     config = engine.resolve_precision(config, world.device)
+    config = replace(config, data=replace(config.data, autoencoder=autoencoder_files.absolute(config.data.autoencoder)))
     device.check_backend(world.device)
     world.together(lambda: device.check_memory(config.model))
     engine.import_deepspeed(world.device)  # an unsuitable version is refused before anything is written
@@ -116,9 +118,13 @@ def _train(config: Config) -> Path:
         return resume_from.path.parent.parent
     source = world.together(lambda: init.open_source(config)) if config.train.init and not resume_from else None
     world.together(lambda: telemetry.check_packages(config))
+    if resume_from and config.data.autoencoder == resume_from.config.data.autoencoder:
+        config = replace(config, data=replace(config.data, autoencoder=resume_from.autoencoder))
     data_path, loader, codec = open_data(config, world)
     if resume_from:
         saver.check_data(resume_from, config, loader)
+        asked = config.data.autoencoder
+        world.together(lambda: autoencoder.check(codec, state.autoencoder, resume_from.path, asked))
     run = Path(config.train.out) / config.train.name
     learned = with_images(config.model.num_classes, loader.class_counts, loader.class_names)
     validation = Validation(config, data_path, codec, run, world, learned) if config.validate.steps else None
@@ -469,6 +475,7 @@ class Trainer:
         dist.all_reduce(finite, dist.ReduceOp.MIN)
         if not finite.item():
             raise self._diverged(f"the loss or the weights at step {done} are not finite")
+        about = self.codec.about()
         state = RunState(
             done, summed_steps=self.summed_steps, wandb_id=self.log.wandb_id, versions=device.versions(),
             batch_since=self.loader.order.since,
@@ -477,7 +484,9 @@ class Trainer:
             class_names=self.loader.class_names,
             class_counts=self.loader.class_counts,
             data_sha256=self.loader.digest,
-            autoencoder_sha256=self.codec.sha256(),
+            autoencoder_sha256=about.pop("autoencoder_sha256"),
+            autoencoder_scale=about or None,
+            autoencoder_path=autoencoder_files.relative(self.config.data.autoencoder, self.run),
         )  # fmt: skip
         self._finish_save(required=False)
         self.saver.save(self.engine, self.ema, state, self.sums)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastdit.autoencoder_files import absolute
 from fastdit.checkpoint import FORMAT, Checkpoint, RunState, commit, folder_name, is_complete, shard_file
 from fastdit.config import OF_ONE_START, Config, InputError, ModelConfig
 from fastdit.data import Loader
@@ -152,7 +153,7 @@ def _check_same_run(folder: Path, saved: Config, config: Config, same_source: bo
     """
     fixed = {
         "model": [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("preset", "attention")],
-        "data": [*(["source"] if same_source else []), "image_size", "autoencoder", "flip", "crop", "grey"],
+        "data": [*(["source"] if same_source else []), "image_size", "flip", "crop", "grey"],
         "train": ["seed", "precision"],
     }
     for section, keys in fixed.items():
@@ -193,6 +194,12 @@ def check(saved: Checkpoint, config: Config, world: World) -> None:
             f"{keep}set train.allow_batch_change=true to continue with {batch}"
         )
     _check_same_run(folder, saved.config, config, same_source=state.data_sha256 is None)
+    trained, asked = (absolute(each.data.autoencoder) for each in (saved.config, config))
+    if trained != asked and not state.autoencoder_sha256:  # with a hash, `autoencoder.check` compares the weights instead
+        raise InputError(
+            f"checkpoint {folder} was trained with data.autoencoder={trained}, not with data.autoencoder={asked}: use the "
+            "checkpoint's setting, or another train.name"
+        )
 
 
 def check_data(saved: Checkpoint, config: Config, loader: Loader) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdit import flow, kernels
-from fastdit.autoencoder import Codec
+from fastdit.autoencoder import Codec, difference
 from fastdit.config import Config, InputError
 from fastdit.data.builtin import mnist5k
 from fastdit.data.index import is_index
@@ -36,8 +36,10 @@ SEED = 0  # seed of the noise in every run
 def _latents(folder: Path, codec: Codec, wanted: int, world: World) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """This rank's ids int64 [n], moments fp16 [n,2,c,s,s] and labels [n] of a latent set."""
     latents = open_latents(folder)
-    if codec.sha256() != latents.manifest["autoencoder_sha256"]:
-        raise InputError(f"validate.source={folder} was made with another autoencoder than the run's: encode the val split again")
+    if problem := difference(codec, latents.manifest):
+        raise InputError(
+            f"validate.source={folder} was made with another autoencoder than the run's ({problem}): encode the val split again"
+        )
     rows = image_sets.evenly_spread(len(latents.labels), wanted)
     ids = np.arange(world.rank, len(rows), world.size)
     moments = np.empty((len(ids), *latents.shape), np.float16)

@@ -1,18 +1,24 @@
-"""fastdit encode: the moments are the autoencoder's, on any number of ranks and after kills and full disks."""
+"""fastdit encode: the moments are the autoencoder's, on any number of ranks and after kills and full disks; whose set it is."""
 
 import errno
+import fcntl
+import json
 import random
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from commands import complains
+import autoencoders
+from commands import complains, snapshot
 from fastdit import autoencoder, cli, files
 from fastdit.config import InputError
-from fastdit.data import encode
+from fastdit.data import encode, prepare
+from fastdit.data.index import open_index
 from fastdit.data.latents import read_manifest
 from fastdit.data.loader import ImageLoader
 from fastdit.distributed import World
@@ -62,6 +68,19 @@ def test_another_batch_size_changes_roundings_only(index, vae, latents, tmp_path
 def test_two_ranks_write_the_same_bytes(index, vae, latents, tmp_path):
     finish(start(encode_command(index.folder, tmp_path / "latents", vae), ranks=2, script=tmp_path / "encode.py"))
     assert contents(tmp_path / "latents") == contents(latents)
+
+
+@pytest.mark.slow
+def test_two_ranks_without_internet_stop_together(index, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    command = encode_command(index.folder, tmp_path / "latents", "owner/name")
+    process = start(command, ranks=2, script=tmp_path / "encode.py")
+    _, problems = process.communicate(timeout=300)
+    assert process.returncode != 0 and b"`hf download owner/name" in problems and b"InputError" not in problems, (
+        problems
+    )  # no traceback
+    assert not (tmp_path / "latents").exists()
 
 
 @pytest.mark.slow
@@ -122,3 +141,103 @@ def test_a_full_disk_keeps_whole_shards(index, vae, latents, tmp_path, capsys, m
     monkeypatch.setattr(encode, "save_array", save)
     assert cli.main(encode_command(index.folder, tmp_path / "out", vae)) == 0
     assert moments_of(tmp_path / "out").tobytes() == moments_of(latents).tobytes()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of two class folders of three pictures each."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(3):
+            save_picture(tmp_path / "data" / name / f"{i}.png", rng)
+    return tmp_path / "data"
+
+
+def save_picture(path, rng):
+    Image.fromarray(rng.integers(0, 256, (36, 40, 3), np.uint8)).save(path)
+
+
+def test_changed_pictures_or_classes_are_not_the_old_latents(pictures, vae, tmp_path, capsys):
+    """Finished and unfinished sets are kept and named; the same pictures elsewhere and another spelling are the same set."""
+    first, out = tmp_path / "index", tmp_path / "latents"
+    prepare.prepare([pictures], first)
+    assert cli.main(encode_command(first, out, vae)) == 0
+    assert read_manifest(out)["index_sha256"] == open_index(first).digest("train")
+    before = snapshot(out)
+    shutil.copytree(pictures, tmp_path / "copy")
+    prepare.prepare([tmp_path / "copy"], tmp_path / "index_of_copy")
+    shutil.copytree(vae, tmp_path / "vae_of_copy")
+    assert cli.main(encode_command(tmp_path / "index_of_copy", out, str(tmp_path / "vae_of_copy"))) == 0
+    assert snapshot(out) == before
+    save_picture(pictures / "cat" / "1.png", np.random.default_rng(1))
+    for index in ("replaced", "renamed"):
+        prepare.prepare([pictures], tmp_path / index)
+        complains(capsys, encode_command(tmp_path / index, out, vae), str(out), "other images or classes", "another --out")
+        shutil.rmtree(pictures)
+        shutil.copytree(tmp_path / "copy", pictures)
+        (pictures / "cat").rename(pictures / "lynx")
+    assert snapshot(out) == before
+    (out / "manifest.json").unlink()
+    prepare.prepare([pictures], tmp_path / "again")
+    complains(capsys, encode_command(tmp_path / "again", out, vae), "other images or classes")
+    other = autoencoders.tiny(tmp_path / "other", seed=1)
+    complains(capsys, encode_command(tmp_path / "index_of_copy", out, str(other)), "was begun with autoencoder", "another --out")
+
+
+def test_a_set_without_the_indexs_digest_still_counts(pictures, vae, tmp_path, capsys):
+    """As fastdit wrote it before: the same command does nothing, and what can be seen to differ is refused."""
+    index, out = tmp_path / "index", tmp_path / "latents"
+    prepare.prepare([pictures], index)
+    assert cli.main(encode_command(index, out, vae)) == 0
+    for name in ("settings.json", "manifest.json"):
+        values = json.loads((out / name).read_text())
+        del values["index_sha256"]
+        (out / name).write_text(json.dumps(values))
+    before = snapshot(out)
+    assert cli.main(encode_command(index, out, vae)) == 0 and snapshot(out) == before
+    (pictures / "cat").rename(pictures / "lynx")
+    shutil.rmtree(index)
+    prepare.prepare([pictures], index)
+    complains(capsys, encode_command(index, out, vae), "other names of classes")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b"\xff\xfe"])
+def test_settings_of_another_shape_are_one_sentence(index, vae, latents, tmp_path, capsys, text):
+    for name in ("settings.json", "manifest.json"):
+        shutil.copytree(latents, tmp_path / name)
+        (tmp_path / name / name).write_bytes(text)
+        complains(capsys, encode_command(index.folder, tmp_path / name, vae), f"{tmp_path / name} is damaged", name, "delete it")
+
+
+def test_two_encoders_in_one_folder(index, vae, latents, tmp_path, capsys):
+    """The second one stops; it may have the folder once the first has gone. A finished set needs no lock."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        complains(capsys, encode_command(index.folder, out, vae), f"another process encodes into {out}", "another --out")
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    assert cli.main(encode_command(index.folder, out, vae)) == 0
+    with (out / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert cli.main(encode_command(index.folder, out, vae)) == 0
+
+
+def test_ctrl_c_keeps_whole_shards(index, vae, latents, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "SHARD", 8)
+    save, saved = encode.save_array, []
+
+    def interrupt(path, array):
+        if len(saved) == 4:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(path, array)
+
+    monkeypatch.setattr(encode, "save_array", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        encode.encode(index.folder, tmp_path / "out", vae, SIZE, "fp32", 4)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.npy")) == sorted(path.name for path in saved)
+    monkeypatch.setattr(encode, "save_array", save)
+    assert cli.main(encode_command(index.folder, tmp_path / "out", vae)) == 0, caught  # the lock is free though the error lives
+    assert contents(tmp_path / "out") == contents(latents)

@@ -1,5 +1,6 @@
 """Batches of cached latents, and training on them."""
 
+import json
 import shutil
 
 import numpy as np
@@ -9,9 +10,11 @@ import torch
 import autoencoders
 from commands import complains
 from fastdit import autoencoder, checkpoint, cli, kernels
-from fastdit.data.latents import LatentLoader, read_manifest
+from fastdit.config import InputError
+from fastdit.data.latents import LatentLoader, open_latents, read_manifest
 from fastdit.distributed import World
-from latent_sets import SIZE, config, moments_of, train
+from fastdit.sampling.sampler import Sampler
+from latent_sets import SIZE, config, encode_command, moments_of, train
 
 CPU = torch.device("cpu")
 
@@ -83,3 +86,61 @@ def test_wrong_latents_are_one_sentence(latents, vae, tmp_path, capsys):
         file.truncate(1000)
     complains(capsys, [*base, f"data.source={copy}", size, f"data.autoencoder={vae}"], "moments_00001.npy is missing or truncated")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "size"),
+    [
+        pytest.param("f32", 32, 8, marks=pytest.mark.slow),
+        pytest.param("f16d32", 32, 16, marks=pytest.mark.slow),
+        ("distilled", 4, 128),
+    ],
+)
+def test_other_autoencoders_from_images_to_samples(index, tmp_path, kind, channels, size):
+    """A deep-compression autoencoder (8x8x32 at 256 pixels), one of VA-VAE's kind (16x16x32) and a distilled one: encode, train 20
+    steps, resume to the same losses, sample; online the same to the moments' fp16 rounding."""
+    if kind == "f32":
+        vae = autoencoders.dc(tmp_path / "vae", depth=6, latent_channels=32)
+    else:
+        vae = {"f16d32": autoencoders.f16d32, "distilled": autoencoders.distilled}[kind](tmp_path / "vae")
+    latents = tmp_path / "latents"
+    assert cli.main(encode_command(index.folder, latents, str(vae), "--image-size", 256)) == 0
+    shape = (channels, size, size)
+    assert moments_of(latents).shape == (35, 2, *((2, *shape) if kind == "f16d32" else shape))
+    given = [f"data.autoencoder={vae}", "data.image_size=256", "data.flip=true", "train.precision=fp32", "train.total_steps=20"]
+    given += [f"model.in_channels={channels}", f"model.input_size={size}", f"model.patch_size={max(1, size // 16)}"]
+    wanted = train(tmp_path / "a", f"data.source={latents}", *given)
+    assert len(wanted) == 20
+    train(tmp_path / "b", f"data.source={latents}", *given, "train.total_steps=13")
+    assert train(tmp_path / "b", f"data.source={latents}", *given) == wanted
+    if kind != "distilled":  # whose images of 128x128 latents take long
+        online = train(tmp_path / "c", f"data.source={index.folder}", *given, "train.total_steps=3")
+        np.testing.assert_allclose(online, wanted[:3], rtol=2**-9)
+    images = Sampler(tmp_path / "b" / "r").images("1", steps=2)
+    assert images.shape == (1, 256, 256, 3) and len(np.unique(images)) > 50
+
+
+@pytest.mark.parametrize(
+    ("name", "entries"),
+    [
+        ("no files", {"files": None}), ("a list of files", {"files": ["moments_00000.npy"]}),
+        ("a size of text", {"image_size": "32"}),
+        ("classes of numbers", {"classes": [1, 2]}), ("no hash", {"autoencoder_sha256": None}),
+        ("no bytes", {"files": {"moments_00000.npy": {}}}), ("nothing", {"files": {}}), ("another count", {"images": 36}),
+    ],
+)  # fmt: skip
+def test_manifests_of_another_shape_are_one_sentence(latents, vae, tmp_path, capsys, name, entries):
+    copy = tmp_path / "copy"
+    shutil.copytree(latents, copy)
+    (copy / "manifest.json").write_text(json.dumps(read_manifest(latents) | entries))
+    words = ["train", "model.preset=test/4", "model.in_channels=4", "model.input_size=16", f"train.out={tmp_path / 'out'}"]
+    words += [f"data.source={copy}", f"data.autoencoder={vae}", f"data.image_size={SIZE}"]
+    complains(capsys, words, f"latent set {copy} is damaged", "manifest.json", "delete it")
+
+
+def test_a_file_of_the_right_size_that_holds_no_array(latents, vae, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(latents, copy)
+    (copy / "labels_00001.npy").write_bytes(b"x" * (copy / "labels_00001.npy").stat().st_size)
+    with pytest.raises(InputError, match="is damaged"):
+        open_latents(copy)
