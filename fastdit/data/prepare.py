@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastdit.config import InputError
-from fastdit.data import archives, imagenet
+from fastdit.data import archives, imagenet, pixels
 from fastdit.data.archives import Chunk, Container, ImageEntry, Source
 from fastdit.data.index import FILE, FORMAT, is_index, record, requested_sources, save_array
 from fastdit.files import begin_or_match, resumable, write_atomically
@@ -208,11 +208,14 @@ def _write_index(out: Path, scanned: dict[str, ScannedSplit], devkit: imagenet.D
 
 
 def describe(folder: Path) -> str:
-    """Return one or two lines on the contents of an index."""
+    """Return a few lines on the contents of an index."""
     content = json.loads((folder / FILE).read_text())
     images = ", ".join(f"{count:,} {split} images" for split, count in content["images"].items())
     bad = f"\n{content['bad_files']} bad files were left out: {folder / 'bad_files.csv'}" if content["bad_files"] else ""
-    return f"index: {folder} ({images}, {len(content['classes']):,} classes){bad}"
+    flags = np.concatenate([np.load(folder / f"{split}.npy", mmap_mode="r")["flags"] for split in content["images"]])
+    changed = pixels.describe_flags(flags, exif=not imagenet.are_imagenet(content["classes"]))
+    changed = f"\n{changed}" if changed else ""
+    return f"index: {folder} ({images}, {len(content['classes']):,} classes){changed}{bad}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -196,12 +196,12 @@ def of_folder(folder: Path) -> ImageSet:
     return ImageSet(len(paths), shape, batches, {"kind": "folder", "path": str(folder), "images": len(paths)})
 
 
-def of_index(folder: Path, size: int, split: str, device: torch.device, at_most: int | None = None) -> ImageSet:
+def of_index(folder: Path, size: int, split: str, device: torch.device, at_most: int | None = None, exif: str = "auto") -> ImageSet:
     """Return a split of an index, or at most `at_most` evenly spread images of it.
 
-    They are resized (antialiased, cubic) and cut to size x size pixels as for training. Raises InputError.
+    They are resized (antialiased, cubic) and cut to size x size pixels as for training; exif: data.exif. Raises InputError.
     """
-    from fastdit.data.loader import center_crop_decoder
+    from fastdit.data.loader import applies_exif, center_crop_decoder
 
     index = open_index(folder)
     rows = index.rows(split)
@@ -211,12 +211,13 @@ def of_index(folder: Path, size: int, split: str, device: torch.device, at_most:
     def batches(world: World) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         shares = list(_shares(len(rows), world))
         if shares:
-            decoder = center_crop_decoder(index, rows, shares, BATCH, size, device, max_bad_files=10)
+            decoder = center_crop_decoder(index, rows, shares, BATCH, size, device, max_bad_files=10, exif=exif)
         for ids in shares:
             images = ((decoder.next()[0][: len(ids)] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             yield ids, images.permute(0, 2, 3, 1).cpu().numpy()
 
     about = {"kind": "index", "path": str(folder), "split": split, "image_size": size, "images": len(rows)}
+    about["exif"] = "applied" if applies_exif(exif, index) else "ignored"
     return ImageSet(len(rows), (size, size, 3), batches, about, np.asarray(rows["label"], np.int64))
 
 
