@@ -173,8 +173,8 @@ def test_the_page_shows_the_committed_csvs():
 
 SCRIPTS = [
     "compare_runs", "gpu_train", "machine_code", "parity", "report", "run_on_gpu", "tune_kernels", "studies.engine_overhead",
-    "studies.evaluate_overhead", "studies.launch_bound", "studies.optimizer_step", "studies.plan_memory", "studies.quality",
-    "without_gpu.cuda_host", "without_gpu.cuda_kernels", "without_gpu.selftest",
+    "studies.evaluate_overhead", "studies.launch_bound", "studies.optimizer_step", "studies.plan_memory",
+    "studies.prepare_folders", "studies.quality", "without_gpu.cuda_host", "without_gpu.cuda_kernels", "without_gpu.selftest",
 ]  # fmt: skip
 
 

@@ -46,7 +46,11 @@ ALLOWED = {
     ("sampler.py", "__init__"): {"float"},  # the decay in the name of the weights
     ("sampler.py", "latents"): {"torch.as_tensor"},  # the labels, once before the first batch
     ("autoencoder.py", "sha256"): {"cpu", "numpy"},  # once, before the first step
+    ("order.py", "check_classes"): {"print"},  # once, before the first step
     ("order.py", "random_crops"): {"numpy"},  # on the host, in the threads that read ahead
+    ("builtin.py", "__init__"): {"tolist"},  # of the host's labels, once
+    ("latents.py", "__init__"): {"tolist"},
+    ("loader.py", "__init__"): {"tolist"},
     ("loader.py", "_crops_of"): {"numpy"},
     ("latents.py", "_fill"): {"numpy"},
     ("model.py", "make_frequencies"): {"torch.tensor"},  # at construction

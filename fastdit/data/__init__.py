@@ -38,12 +38,14 @@ class Loader(Protocol):
 def locate(config: Config) -> Path | None:
     """Return the path of a run's index or latent set, None for the built-in digits.
 
-    Makes an index first if data.source is an archive or a folder of class folders. Raises InputError for anything else.
+    Makes an index first if data.source is an archive or a folder of images. Raises InputError for anything else.
     """
     from fastdit.data import index, latents, prepare
 
     if config.data.source == "mnist5k":
         return None
+    if not config.data.source:
+        raise InputError("data.source is empty, as of a shell variable that is not set: write . for the current folder")
     source = Path(config.data.source)
     if index.is_index(source) or latents.is_latent_set(source):
         return source

@@ -8,44 +8,51 @@ more entry in KINDS.
 import io
 import json
 import mmap
-import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from fastdit.config import InputError
-from fastdit.data import pixels
-from fastdit.data.pixels import IMAGE_SUFFIXES, BadImage
+from fastdit.data import folders, pixels
+from fastdit.data.pixels import IMAGE_SUFFIXES, BadImage, is_hidden
 
 CHUNK = 4096  # images
+HIDDEN = "images in hidden folders"
 LABEL_KEYS = ("label", "cls", "class", "class_id")  # of a .json beside an image
 
 
 @dataclass(frozen=True)
 class Source:
-    """An archive, or a folder of images of one class, as it was when the index was made."""
+    """An archive, or a folder of images of one class, as it was when the index was made. Names hold any bytes, as surrogates."""
 
-    path: str
+    path: str  # absolute; a link keeps its name
     size: int  # bytes, 0 of a folder
-    mtime_ns: int
+    mtime_ns: int  # 0 of a folder
     kind: str  # key of KINDS
+    label: str | None = None  # class of all images of a folder
+    digest: str = ""  # of a folder's images: folders.Listing.digest
+    mtimes: list[tuple[str, int]] = field(default_factory=list, compare=False)  # of a folder and the folders in it, ns
 
     @classmethod
     def of(cls, path: Path) -> "Source":
-        """Describe the source at `path` as it is now, a file of unknown suffix as a tar. Raises OSError if it cannot be read."""
+        """Describe the archive at `path` as it is now, one of unknown suffix as a tar. Raises OSError if it cannot be read."""
         status = path.stat()
-        if path.is_dir():
-            return cls(str(path.resolve()), 0, status.st_mtime_ns, "folder")
-        kind = next((name for name, kind in KINDS.items() if kind.suffix == path.suffix), "tar")
-        return cls(str(path.resolve()), status.st_size, status.st_mtime_ns, kind)
+        kind = next((name for name, kind in KINDS.items() if kind.suffix == path.suffix.lower()), "tar")
+        return cls(absolute(path), status.st_size, status.st_mtime_ns, kind)
 
     @classmethod
-    def from_json(cls, values: dict) -> "Source":
-        """Read a source of an index.json. Indexes made before kinds were recorded hold folders, of size 0, and tars."""
-        return cls(**{"kind": "tar" if values["size"] else "folder", **values})
+    def of_folder(cls, path: str, label: str | None, listing: folders.Listing) -> "Source":
+        """Describe a folder by what folders.walk found there."""
+        return cls(path, 0, 0, "folder", label, listing.digest, listing.folders)
+
+
+def absolute(path: Path) -> str:
+    """Return an absolute path without links, but for the last part: a link names its data."""
+    return str(path.parent.resolve() / path.name) if path.name not in ("", "..") else str(path.resolve())
 
 
 class ImageEntry(NamedTuple):
@@ -59,11 +66,12 @@ class ImageEntry(NamedTuple):
     width: int
     flags: int  # of pixels.Header
     label: str | None  # class
+    mtime_ns: int  # modification time of its file, 0 in an archive
 
 
-def entry(name: str, offset: int, data: bytes, label: str | None) -> ImageEntry:
+def entry(name: str, offset: int, data: bytes, label: str | None, mtime_ns: int = 0) -> ImageEntry:
     """Return the entry of an encoded image, whose bytes begin at `offset` of its source. Raises BadImage."""
-    return ImageEntry(name, offset, len(data), zlib.crc32(data), *pixels.inspect(data), label)
+    return ImageEntry(name, offset, len(data), zlib.crc32(data), *pixels.inspect(data), label, mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ class Chunk(NamedTuple):
     images: list[ImageEntry]
     bad: list[tuple[str, str]]  # name and reason
     next_start: int | None  # where the next chunk begins, None after the last
+    others: dict[str, int] | None = None  # number of files that were left out by suffix, or by what else they are
 
 
 class Kind(NamedTuple):
@@ -97,13 +106,24 @@ def _label_beside(member: tarfile.TarInfo, data: bytes) -> str | None:
     if member.name.endswith(".cls"):
         return data.decode().strip()
     values = json.loads(data)
-    return next((str(values[key]) for key in LABEL_KEYS if isinstance(values, dict) and key in values), None)
+    label = next((values[key] for key in LABEL_KEYS if isinstance(values, dict) and values.get(key) is not None), None)
+    if isinstance(label, (dict, list)):
+        raise ValueError("a class is a name or a number")
+    if label is not None:
+        str(label).encode()  # raises: half a pair of surrogates is no text
+    return None if label is None else str(label)
 
 
-def _grouped_members(tar: tarfile.TarFile, path: str) -> Iterator[list[tarfile.TarInfo]]:
+def _is_hidden(name: str) -> bool:
+    """Whether a member of an archive, or a folder that it lies in, is hidden or a system's own."""
+    return any(is_hidden(part) for part in name.split("/") if part not in (".", ".."))
+
+
+def _grouped_members(tar: tarfile.TarFile, path: str, hidden: list[int] | None = None) -> Iterator[list[tarfile.TarInfo]]:
     """Yield groups of successive files whose names are equal up to the first dot: an image and the files beside it.
 
-    Raises InputError if the tar is damaged or truncated.
+    Hidden files are left out; the offsets of images in hidden folders are added to `hidden`. Raises InputError if the tar is
+    damaged or truncated.
     """
     group: list[tarfile.TarInfo] = []
     key = last = None
@@ -119,6 +139,10 @@ def _grouped_members(tar: tarfile.TarFile, path: str) -> Iterator[list[tarfile.T
         if not member.isreg():
             continue
         folder, _, base = member.name.rpartition("/")
+        if _is_hidden(member.name):
+            if hidden is not None and not is_hidden(base) and folders.suffix(base) in IMAGE_SUFFIXES:
+                hidden.append(member.offset)
+            continue
         if group and (folder, base.split(".")[0]) != key:
             yield group
             group = []
@@ -150,8 +174,8 @@ def _content(data: mmap.mmap, member: tarfile.TarInfo) -> bytes:
 def _tar_containers(number: int, source: Source) -> Iterator[Container]:
     """Yield the inner tars of a tar of tars, each named by its class, or else the tar itself. Raises InputError."""
     with open(source.path, "rb") as file:
-        first = next(iter(_open_tar(source.path, file)), None)
-        if first is None or not first.name.endswith(".tar"):
+        first = next(_grouped_members(_open_tar(source.path, file), source.path), None)
+        if first is None or not first[0].name.endswith(".tar"):
             yield Container(number, 0, source.size, None)
             return
         for group in _grouped_members(_open_tar(source.path, file), source.path):
@@ -162,11 +186,14 @@ def _tar_containers(number: int, source: Source) -> Iterator[Container]:
 
 def _scan_tar(path: str, container: Container, start: int) -> Chunk:
     """Scan a tar from byte `start`, the header of a member. Raises InputError if it is damaged."""
-    images, bad = [], []
+    images, bad, others = [], [], Counter[str]()
+    hidden: list[int] = []
+    next_start = None
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-        for group in _grouped_members(_open_tar(path, file, start), path):
+        for group in _grouped_members(_open_tar(path, file, start), path, hidden):
             if len(images) + len(bad) >= CHUNK:
-                return Chunk(images, bad, group[0].offset)
+                next_start = group[0].offset
+                break
             label = container.label
             try:
                 for beside in group:
@@ -183,56 +210,36 @@ def _scan_tar(path: str, container: Container, start: int) -> Chunk:
                         images.append(entry(member.name, member.offset_data, _content(data, member), label_or_folder))
                     except BadImage as error:
                         bad.append((member.name, str(error)))
-    return Chunk(images, bad, None)
+                elif name.suffix not in (".cls", ".json"):
+                    others[folders.suffix(name.name)] += 1
+    if count := sum(next_start is None or offset < next_start for offset in hidden):
+        others[HIDDEN] = count
+    return Chunk(images, bad, next_start, others)
 
 
 def _folder_containers(number: int, source: Source) -> Iterator[Container]:
-    """Yield the class folder itself."""
-    yield Container(number, 0, 1, os.path.basename(source.path))
+    """Yield the folder itself."""
+    yield Container(number, 0, 1, source.label)
 
 
 def _scan_folder(path: str, container: Container, start: int) -> Chunk:
     """Scan a folder from its `start`th image, in the order of their names."""
-    files = sorted(
-        os.path.relpath(os.path.join(folder, file), path)
-        for folder, _, names in os.walk(path)
-        for file in names
-        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
-    )
-    images, bad = [], []
-    for file in files[start : start + CHUNK]:
+    listing = folders.walk(path, with_state=False)
+    images, bad = [], [] if start else listing.bad
+    for name in listing.images[start : start + CHUNK]:
         try:
-            images.append(entry(file, 0, Path(path, file).read_bytes(), container.label))
+            data, mtime_ns = folders.read(f"{path}/{name}")
+            images.append(entry(name, 0, data, container.label, mtime_ns))
         except BadImage as error:
-            bad.append((file, str(error)))
-    return Chunk(images, bad, start + CHUNK if start + CHUNK < len(files) else None)
+            bad.append((name, str(error)))
+        except OSError as error:
+            if error.errno not in folders.FAULTS_OF_A_FILE:
+                raise
+            bad.append((name, error.strerror or str(error)))
+    return Chunk(images, bad, start + CHUNK if start + CHUNK < len(listing.images) else None)
 
 
 KINDS = {"folder": Kind(None, _folder_containers, _scan_folder), "tar": Kind(".tar", _tar_containers, _scan_tar)}
-
-
-def find_sources(paths: list[Path]) -> list[Source]:
-    """Return the sources at some paths: archives, and of a folder its class folders or else its archives. Raises InputError."""
-    sources: list[Path] = []
-    for path in paths:
-        try:
-            if not path.is_dir():
-                sources.append(path)
-                continue
-            entries = sorted(path.iterdir())
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        suffixes = [kind.suffix for kind in KINDS.values() if kind.suffix]
-        inside = [entry for entry in entries if entry.is_dir()] or [entry for entry in entries if entry.suffix in suffixes]
-        if not inside:
-            raise InputError(
-                f"{path} holds neither class folders nor {', '.join(suffixes)} archives: give the folder above the images' folders"
-            )
-        sources += inside
-    try:
-        return [Source.of(path) for path in sources]
-    except OSError as error:
-        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def find_containers(sources: list[Source]) -> Iterator[Container]:

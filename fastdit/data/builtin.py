@@ -56,7 +56,7 @@ class ArrayLoader:
                 f"data.image_size={config.data.image_size}, but {config.data.source} has images of {images.shape[1]} pixels: "
                 f"set data.image_size={images.shape[1]}"
             )
-        check_classes(int(labels.max()) + 1, config)
+        check_classes(int(labels.max()) + 1, config, world)
         self.order = Order(len(images), config, world)
         self.flip = config.data.flip
         self.images = torch.from_numpy(images).to(world.device).permute(0, 3, 1, 2)

@@ -104,7 +104,7 @@ class LatentLoader:
                 f"images: set data.image_size={self.manifest['image_size']}"
             )
         classes = self.manifest["classes"]
-        check_classes(len(classes), config)
+        check_classes(len(classes), config, world)
         self.class_names = self.manifest["class_names"] or classes
         self.class_counts = np.bincount(self.latents.labels, minlength=len(classes)).tolist()
         files = {name: file["sha256"] for name, file in self.manifest["files"].items()}

@@ -205,7 +205,7 @@ class Decoder:
         return image
 
     def _encoded(self, image: int) -> bytes:
-        """Return the bytes that DALI decodes, of an image that it cannot as a portable pixmap. Raises OSError and BadImage."""
+        """Return the bytes that DALI decodes, of an image that it cannot as a portable pixmap. Raises BadImage."""
         data = self.index.read(self.rows[image])
         if not self.by_pillow[image]:
             return data or b"\0"
@@ -215,7 +215,7 @@ class Decoder:
     def _bytes(self, image: int) -> np.ndarray:
         try:
             return np.frombuffer(self._encoded(image), np.uint8)
-        except (OSError, BadImage):
+        except BadImage:
             return np.zeros(1, np.uint8)  # not an image: DALI fails, and `_note_bad_files` names the file
 
     def _note_bad_files(self, error: RuntimeError) -> None:
@@ -245,7 +245,7 @@ class Decoder:
 
         try:
             data = self._encoded(image)
-        except (OSError, BadImage) as error:
+        except BadImage as error:
             return str(error)
         pipe = self._pipe(1)
         with pipe:
@@ -297,7 +297,7 @@ class ImageLoader:
     def __init__(self, index: Index, config: Config, world: World) -> None:
         """Raises InputError if the index does not fit the config."""
         data, rows = config.data, index.rows("train")
-        check_classes(len(index.classes), config)
+        check_classes(len(index.classes), config, world)
         self.class_names = index.class_names or index.classes
         self.order = Order(len(rows), config, world)
         self.data = data

@@ -6,6 +6,7 @@ rank has the same number of batches, the global batch is the same at 1 or 8 rank
 """
 
 import math
+import sys
 from functools import lru_cache
 
 import numpy as np
@@ -23,12 +24,21 @@ RATIO = (3 / 4, 4 / 3)  # its width/height
 TRIES = 10
 
 
-def check_classes(count: int, config: Config) -> None:
-    """Raise InputError unless the model has a class for each of the data's `count` classes."""
+def check_classes(count: int, config: Config, world: World | None = None) -> None:
+    """Raise InputError unless the model has a class for each of the data's `count` classes.
+
+    world: of the training data, whose first rank says which classes of the model have no images.
+    """
     if count > config.model.num_classes:
         raise InputError(
             f"model.num_classes={config.model.num_classes}, but {config.data.source} has class ids up to {count - 1}: "
             f"set model.num_classes={count}"
+        )
+    if world and world.rank == 0 and count < config.model.num_classes:
+        print(
+            f"fastdit: warning: {config.data.source} has {count} classes, and model.num_classes={config.model.num_classes}: the "
+            f"model's classes from {count} on are never trained, set model.num_classes={count} unless other data follow",
+            file=sys.stderr,
         )
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 IMAGE_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM"}
 DALI_FORMATS = {"JPEG", "MPO", "PNG", "WEBP"}  # whose ordinary images DALI decodes to the same bits as Pillow
 SYSTEM_NAMES = {  # of files and folders that operating systems, NAS boxes and archivers leave behind

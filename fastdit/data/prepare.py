@@ -1,9 +1,9 @@
 """`fastdit prepare`: archives and folders of images to an index, in place.
 
-A source is ImageNet's train archive (a tar of one tar per class), a folder of class folders, or tars of images whose class is named
-in a .cls or .json file beside the image (webdataset) or by the folder that they lie in. Its containers (inner tars, class folders,
-tars) are scanned in chunks. A scanned chunk is written to <index>/.parts at once, so that a killed run resumes with the chunks that
-are missing.
+A source is ImageNet's train archive (a tar of one tar per class), a class folder, or a tar of images whose class is named in a .cls
+or .json file beside the image (webdataset) or by the folder that they lie in; discovery.py finds them. Its containers (inner tars,
+class folders, tars) are scanned in chunks. A scanned chunk is written to <index>/.parts at once, so that a killed run resumes with
+the chunks that are missing.
 """
 
 import argparse
@@ -15,16 +15,20 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastdit import files
 from fastdit.config import InputError
-from fastdit.data import archives, imagenet, pixels
+from fastdit.data import archives, discovery, folders, imagenet, pixels
 from fastdit.data.archives import Chunk, Container, ImageEntry, Source
-from fastdit.data.index import FILE, FORMAT, is_index, record, requested_sources, save_array
+from fastdit.data.classes import class_table, printable
+from fastdit.data.index import FILE, SPLITS, Content, is_index, read_content, record, save_array
+from fastdit.data.pixels import IMAGE_SUFFIXES
 from fastdit.files import begin_or_match, resumable, write_atomically
 from fastdit.progress import progress_bar
 
@@ -40,8 +44,11 @@ class ScannedSplit(NamedTuple):
 def _scan_chunk(journal_file: Path, source: Source, container: Container, start: int) -> Chunk:
     """Return a chunk from the journal, or scan it and add it to the journal."""
     if journal_file.exists():
-        images, bad, next_start = json.loads(journal_file.read_text())
-        return Chunk([ImageEntry(*image) for image in images], bad, next_start)
+        try:
+            chunk = Chunk(*json.loads(journal_file.read_bytes()))
+            return chunk._replace(images=[ImageEntry(*image) for image in chunk.images])
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{journal_file} was not written by `fastdit prepare`: delete {journal_file.parent}") from error
     chunk = archives.scan(source, container, start)
     write_atomically(journal_file, json.dumps(chunk))
     return chunk
@@ -89,10 +96,23 @@ def _labels(split: str, scanned: ScannedSplit, devkit: imagenet.Devkit | None) -
 
 
 def _class_ids(labels: set[str]) -> list[str]:
-    """Return class ids in the order of their labels: whole numbers are the labels themselves, anything else is sorted."""
-    if all(label.isdecimal() for label in labels) and not any(len(label) > 1 and label[0] == "0" for label in labels):
-        return [str(i) for i in range(max(map(int, labels)) + 1)]
-    return sorted(labels)
+    """Return the classes in the order of their ids 0, 1, …: by number if all are numbers, else by the bytes of their names."""
+    if all(label.isascii() and label.isdecimal() for label in labels):
+        digits = lambda label: label.lstrip("0")
+        return sorted(labels, key=lambda label: (len(digits(label)), digits(label), label))
+    return sorted(labels, key=os.fsencode)
+
+
+def _note_gaps(classes: list[str]) -> None:
+    """Say that class numbers are not the ids."""
+    other = next((i for i, name in enumerate(classes) if name != str(i)), None)
+    if other is not None and all(name.isascii() and name.isdecimal() for name in classes):
+        last = len(classes) - 1
+        _say(f"the class numbers are not 0 to {last}: ids count the classes that exist, {classes[other]!r} has id {other}")
+
+
+def _say(note: str) -> None:
+    print(f"fastdit: {printable(note)}", file=sys.stderr)
 
 
 def _write_rows(
@@ -107,7 +127,7 @@ def _write_rows(
         for image, label, name in zip(chunk.images, chunk_labels, chunk_names, strict=True):
             rows[at] = (
                 first_source + source, image.offset, image.bytes, image.crc, image.height, image.width, image.flags,
-                label_of[label], name,
+                label_of[label], image.mtime_ns, name,
             )  # fmt: skip
             at += 1
     save_array(path, rows)
@@ -131,8 +151,11 @@ def check_md5(paths: dict[str, Path]) -> None:
 
 
 def default_index(source: Path) -> Path:
-    """Return the path of a source's index unless --out names another: beside the source."""
-    return source.resolve().with_name(f"{source.resolve().name}.index")
+    """Return the path of a source's index unless --out names another: beside the source. Raises InputError."""
+    path = source.resolve()
+    if not path.name:
+        raise InputError(f"there is no folder beside {path}: give --out")
+    return path.with_name(f"{path.name}.index")
 
 
 def prepare(
@@ -140,82 +163,133 @@ def prepare(
 ) -> Path:
     """Make, or finish, the index of some sources and return its folder. Does nothing if it exists and fits them.
 
-    out: folder of the index (default: beside the first source); val: archive or folder of the validation images; devkit: ImageNet's
-    development kit, for the classes of its validation archive and the names of all classes; verify: compare the MD5 sums of
-    ImageNet's archives first. Raises InputError.
+    out: folder of the index (default: beside the first source); val: archive or folder of the validation images (default: those
+    that lie beside the training images in a root of splits); devkit: ImageNet's development kit, for the classes of its validation
+    archive and the names of all classes; verify: compare the MD5 sums of ImageNet's archives first. Raises InputError.
     """
     out = out or default_index(sources[0])
-    requested = {
-        "train": archives.find_sources(sources),
-        "val": archives.find_sources([val]) if val else [],
-        "devkit": archives.find_sources([devkit]) if devkit else [],
-    }
-    request = {role: [asdict(source) for source in role_sources] for role, role_sources in requested.items()}
+    found = discovery.find(sources, val, named=devkit is not None)
+    for note in found.layout.notes:
+        _say(note)
+    try:
+        request = {**found.sources, "devkit": [Source.of(devkit)] if devkit else []}
+    except OSError as error:
+        raise InputError(f"{devkit} cannot be read: {error.strerror}") from error
     if verify:
         check_md5({role: p for role, p in (("train", sources[0]), ("val", val), ("devkit", devkit)) if p})
+    journal = out / ".parts"
+    if not journal.exists() and _fits(out, request):  # which may lie where nothing can be written
+        return out
     with resumable(out):
         out.mkdir(parents=True, exist_ok=True)
-        journal = out / ".parts"
-        if is_index(out) and requested_sources(json.loads((out / FILE).read_text())["request"]) == requested:
+        with files.lock(out / ".lock", f"another `fastdit prepare` makes {out}: wait for it, or use another --out"):
+            if not _fits(out, request):
+                _begin(journal, request)
+                kit = imagenet.read_devkit(devkit) if devkit else None
+                scanned = {split: _scan_split(split, request[split], journal) for split in SPLITS if request[split]}
+                paths = [archives.absolute(path) for path in sources]
+                content = Content({}, 0, [], None, request, paths, archives.absolute(val) if val else None, found.layout.levels)
+                _write_index(out, scanned, kit, content, found.layout.bad)
             shutil.rmtree(journal, ignore_errors=True)
-            return out
-        if begin_or_match(journal / "request.json", request):  # a journal of other sources
-            shutil.rmtree(journal)
-            begin_or_match(journal / "request.json", request)
-        kit = imagenet.read_devkit(devkit) if devkit else None
-        scanned = {split: _scan_split(split, requested[split], journal) for split in ("train", "val") if requested[split]}
-        _write_index(out, scanned, kit, request)
-        shutil.rmtree(journal)
     return out
 
 
-def _write_index(out: Path, scanned: dict[str, ScannedSplit], devkit: imagenet.Devkit | None, request: dict) -> None:
-    """Join the chunks of the splits to the files of an index, index.json last."""
+def _fits(out: Path, request: dict[str, list[Source]]) -> bool:
+    """Whether `out` is the index of a request. Raises InputError if it has an index.json that is not of `fastdit prepare`."""
+    if not (out / FILE).exists():
+        return False
+    try:
+        content = read_content(out)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out / FILE} is not of an index ({error}): delete it, or use another --out") from error
+    return content is not None and content.request == request and is_index(out)
+
+
+def _begin(journal: Path, request: dict[str, list[Source]]) -> None:
+    """Begin the journal of a request, or continue it; the journal of another request is deleted. Raises InputError."""
+    file = journal / "request.json"
+    settings = {role: [asdict(source) for source in sources] for role, sources in request.items()}
+    try:
+        if begin_or_match(file, settings):
+            shutil.rmtree(journal)
+            begin_or_match(file, settings)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{file} was not written by `fastdit prepare`: delete {journal}") from error
+
+
+def _write_index(
+    out: Path,
+    scanned: dict[str, ScannedSplit],
+    devkit: imagenet.Devkit | None,
+    content: Content,
+    bad_links: list[tuple[str, str, str]],
+) -> None:
+    """Join the chunks of the splits to the files of an index, index.json last.
+
+    content: with what is known before the scan; bad_links: folder, name and reason of files beside the sources.
+    """
     labels = {split: _labels(split, scanned[split], devkit) for split in scanned}
     classes_of = {
         split: {label for chunk_labels in labels[split] for label in chunk_labels} | scanned[split].container_labels
         for split in scanned
     }
-    sources = scanned["train"].sources
+    sources = content.request["train"]
     if not any(labels["train"]):
         raise InputError(f"there are no images in {', '.join(s.path for s in sources[:3])}: see `fastdit prepare --help`")
     classes = _class_ids(classes_of["train"])
     if unknown := sorted(classes_of.get("val", set()) - set(classes)):
-        raise InputError(f"the validation images have a class {unknown[0]!r} that the training images do not have")
+        raise InputError(
+            f"the validation images have a class {unknown[0]!r} that the training images do not have: give a --val of the same "
+            "classes, or only the folder of the training images"
+        )
     (out / FILE).unlink(missing_ok=True)  # from here to the end there is no index
     label_of = {name: i for i, name in enumerate(classes)}
-    counts, bad = {}, []
+    bad = [("", *link) for link in bad_links]
+    others = Counter[str]()
     for split, (split_sources, chunks, _) in scanned.items():
         first_source = len(sources) if split == "val" else 0
-        counts[split] = _write_rows(out / f"{split}.npy", chunks, labels[split], label_of, first_source)
+        content.images[split] = _write_rows(out / f"{split}.npy", chunks, labels[split], label_of, first_source)
         bad += [(split, split_sources[source].path, name, reason) for source, chunk in chunks for name, reason in chunk.bad]
+        for _, chunk in chunks:
+            others.update(chunk.others or {})
+    if others:
+        _say(f"left out in the archives: {folders.counted(others)}; only {', '.join(sorted(IMAGE_SUFFIXES))} files are read")
     table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([("split", "source", "file", "reason"), *bad])
+    rows = [[printable(text) for text in line] for line in bad]
+    csv.writer(table, lineterminator="\n").writerows([("split", "source", "file", "reason"), *rows])
     write_atomically(out / "bad_files.csv", table.getvalue())
     names = None
     if devkit and set(classes) <= set(devkit.names):
         names = [devkit.names[c] for c in classes]
     elif imagenet.are_imagenet(classes):
         names = imagenet.imagenet_names()
-    content = {
-        "format": FORMAT, "images": counts, "bad_files": len(bad), "classes": classes, "class_names": names, "request": request,
-    }  # fmt: skip
-    write_atomically(out / FILE, json.dumps(content, indent=1))
-    for split, count in counts.items():
+    _note_gaps(classes)
+    write_atomically(out / FILE, content._replace(bad_files=len(bad), classes=classes, class_names=names).to_json())
+    for split, count in content.images.items():
         expected = imagenet.COUNTS[split]
         if imagenet.are_imagenet(classes) and count + sum(b[0] == split for b in bad) != expected:
             print(f"fastdit: warning: ImageNet's {split} set has {expected:,} images, not {count:,}", file=sys.stderr)
 
 
 def describe(folder: Path) -> str:
-    """Return a few lines on the contents of an index."""
-    content = json.loads((folder / FILE).read_text())
-    images = ", ".join(f"{count:,} {split} images" for split, count in content["images"].items())
-    bad = f"\n{content['bad_files']} bad files were left out: {folder / 'bad_files.csv'}" if content["bad_files"] else ""
-    flags = np.concatenate([np.load(folder / f"{split}.npy", mmap_mode="r")["flags"] for split in content["images"]])
-    changed = pixels.describe_flags(flags, exif=not imagenet.are_imagenet(content["classes"]))
+    """Return some lines on the contents of an index, its table of classes among them."""
+    content = read_content(folder)
+    assert content is not None  # it was just made
+    images = ", ".join(f"{count:,} {split} images" for split, count in content.images.items())
+    bad = f"\n{content.bad_files} bad files were left out: {folder / 'bad_files.csv'}" if content.bad_files else ""
+    flags = np.concatenate([np.load(folder / f"{split}.npy", mmap_mode="r")["flags"] for split in content.images])
+    changed = pixels.describe_flags(flags, exif=not imagenet.are_imagenet(content.classes))
     changed = f"\n{changed}" if changed else ""
-    return f"index: {folder} ({images}, {len(content['classes']):,} classes){changed}{bad}"
+    labels = np.load(folder / "train.npy", mmap_mode="r")["label"]
+    table = class_table(content.classes, content.class_names, np.bincount(labels, minlength=len(content.classes)).tolist())
+    return f"index: {printable(str(folder))} ({images}, {len(content.classes):,} classes){changed}{printable(bad)}\n{table}"
+
+
+def _path(word: str) -> Path:
+    """Return the path that a word of the command line names. "" names none, while Path("") is the current folder."""
+    if not word:
+        raise argparse.ArgumentTypeError("the path is empty, as of a shell variable that is not set: write . for this folder")
+    return Path(word)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -228,16 +302,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "example:\n  fastdit prepare ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz"
     )
     parser.add_argument(
-        "sources", nargs="+", type=Path, metavar="SOURCE",
-        help="Training images: ImageNet's train archive, a folder of class folders, tars of images, or a folder of such tars. The "
-        "class of an image in a tar is its folder, or stands in a .cls or .json file beside it.",
+        "sources", nargs="+", type=_path, metavar="SOURCE",
+        help="Training images: ImageNet's train archive, a folder of class folders, tars of images, a folder of such tars, a "
+        "folder that holds train/ and val/, or a folder of pictures of one class. The class of an image in a tar is its folder, or "
+        "stands in a .cls or .json file beside it.",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="INDEX", help="Folder of the index (default: SOURCE.index, beside SOURCE).")
+    parser.add_argument("--out", type=_path, metavar="INDEX", help="Folder of the index (default: SOURCE.index, beside SOURCE).")
     parser.add_argument(
-        "--val", type=Path, metavar="SOURCE", help="Validation images: ImageNet's archive (which needs --devkit), or as SOURCE."
-    )
+        "--val", type=_path, metavar="SOURCE",
+        help="Validation images: ImageNet's archive (which needs --devkit), or as SOURCE (default: SOURCE's own val/).",
+    )  # fmt: skip
     parser.add_argument(
-        "--devkit", type=Path, metavar="TAR.GZ",
+        "--devkit", type=_path, metavar="TAR.GZ",
         help="ILSVRC2012_devkit_t12.tar.gz, for the classes of ImageNet's validation images and the names of all classes.",
     )  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="Compare the archives with ImageNet's published MD5 sums first.")

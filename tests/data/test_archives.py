@@ -4,8 +4,10 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
+import pictures
 from benchmarks import photographs
 from commands import complains
 from fastdit.data import archives as archives_module
@@ -48,6 +50,55 @@ def test_long_names(tmp_path):
     found = open_index(prepare.prepare([tmp_path / "long.tar"]))
     assert found.classes == ["n" * 120, "short"] and found.rows("train")["name"][0].decode() == name
     assert all(found.read(row) == data for row in found.rows("train"))
+
+
+def test_hidden_files_in_tars_are_neither_images_nor_labels(tmp_path, capsys, monkeypatch):
+    """As macOS packs a folder: an AppleDouble file before each file, also between an image and its label."""
+    files = {}
+    for i in range(5):
+        files |= {f"./._{i}.jpg": b"x", f"./{i}.jpg": pictures.encoded(i), f"./._{i}.cls": b"x", f"./{i}.cls": b"7"}
+        files |= {f"__MACOSX/._{i}.jpg": b"x", f"./.cache/{i}.jpg": pictures.encoded(i), f"./{i}.gif": b"x", f"./{i}.txt": b"a cat"}
+    (tmp_path / "mac.tar").write_bytes(photographs.tar_of(files))
+    for chunk in (4096, 2, 1):
+        monkeypatch.setattr(archives_module, "CHUNK", chunk)
+        found = open_index(prepare.prepare([tmp_path / "mac.tar"], tmp_path / f"{chunk}.index"))
+        assert found.classes == ["7"] and [row["name"] for row in found.rows("train")] == [f"./{i}.jpg".encode() for i in range(5)]
+        assert json.loads((found.folder / FILE).read_text())["bad_files"] == 0
+        said = capsys.readouterr().err
+        assert "left out in the archives: 5 .gif, 5 .txt, 5 images in hidden folders; only .bmp" in said, said
+
+
+def test_hidden_files_before_inner_tars(tmp_path):
+    inner = {name: photographs.tar_of({"0.jpg": pictures.encoded()}) for name in ("cat", "dog")}
+    files = {"./._cat.tar": b"x", "./cat.tar": inner["cat"], "./._dog.tar": b"x", "dog.tar": inner["dog"], "__MACOSX/z.tar": b"x"}
+    (tmp_path / "outer.tar").write_bytes(photographs.tar_of(files))
+    assert open_index(prepare.prepare([tmp_path / "outer.tar"])).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "name"),
+    [
+        ({"x.cls": b" 7\n"}, "7"),
+        ({"x.json": b'{"label": null, "cls": 3}'}, "3"),
+        ({"x.json": b'{"label": 0}'}, "0"),
+        ({"x.json": b'{"label": null}'}, "folder"),
+        ({"x.json": b"[1]"}, "folder"),
+        ({"x.cls": "٣".encode()}, "٣"),
+        ({"x.cls": b"9" * 5000}, "9" * 5000),
+        ({"x.cls": b"\xff"}, None),
+        ({"x.json": b"{"}, None),
+        ({"x.json": b'{"label": [1, 2]}'}, None),
+        ({"x.json": b'{"label": "\\ud800"}'}, None),
+    ],
+)
+def test_labels_beside_an_image(tmp_path, beside, name):
+    """A label that is no name or number makes its image a bad file; one that is missing leaves the folder's name."""
+    other = {"folder/y.jpg": pictures.encoded(), "folder/y.cls": b"other"}
+    files = {"folder/x.jpg": pictures.encoded(1), **{f"folder/{key}": data for key, data in beside.items()}, **other}
+    (tmp_path / "x.tar").write_bytes(photographs.tar_of(files))
+    found = open_index(prepare.prepare([tmp_path / "x.tar"]))
+    assert set(found.classes) == {"other"} | ({name} if name else set())
+    assert json.loads((found.folder / FILE).read_text())["bad_files"] == (name is None)
 
 
 def test_bad_archives_are_one_sentence(archives, tmp_path, capsys):

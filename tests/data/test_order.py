@@ -89,3 +89,16 @@ def test_center_crops_are_torchvisions_integers():
         start, end = center_crops(np.array([h]), np.array([w]), size)
         np.testing.assert_allclose(start[0], [top * h / oh, left * w / ow], rtol=1e-6)
         np.testing.assert_allclose(end[0], [(top + size) * h / oh, (left + size) * w / ow], rtol=1e-6)
+
+
+def test_classes_of_the_model_without_images_are_said(capsys):
+    config = from_dict({"model": {"num_classes": 10}, "data": {"source": "d"}})
+    check_classes(3, config, World(0, 2, torch.device("cpu"), None))
+    said = capsys.readouterr().err
+    assert "d has 3 classes, and model.num_classes=10: the model's classes from 3 on are never trained" in said
+    check_classes(3, config, World(1, 2, torch.device("cpu"), None))  # the first rank has said it
+    check_classes(3, config)  # validation images may have fewer
+    check_classes(10, config, World(0, 2, torch.device("cpu"), None))
+    assert capsys.readouterr().err == ""
+    with pytest.raises(InputError, match=r"model.num_classes=10, but d has class ids up to 10: set model.num_classes=11"):
+        check_classes(11, config)

@@ -17,11 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import pictures
+from benchmarks import photographs
 from commands import complains
-from fastdit import cli
+from fastdit import cli, files
 from fastdit.config import InputError
 from fastdit.data import archives as archives_module
 from fastdit.data import imagenet, prepare
+from fastdit.data.folders import DANGLING
 from fastdit.data.index import FILE, open_index
 
 
@@ -152,6 +155,169 @@ def test_md5_sums(archives, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "index").exists()
     monkeypatch.setattr(imagenet, "MD5", sums)
     assert cli.main([str(word) for word in words]) == 0
+
+
+def table(index: Path) -> dict[str, int]:
+    """The images of each class, in the order of the ids."""
+    found = open_index(index)
+    counts = np.bincount(found.rows("train")["label"], minlength=len(found.classes)).tolist()
+    return dict(zip(found.classes, counts, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "note"),
+    [
+        (["1", "10", "2"], ["1", "2", "10"], "the class numbers are not 0 to 2: ids count the classes that exist, '1' has id 0"),
+        (["0", "1", "2"], ["0", "1", "2"], None),
+        (["1007", "2044"], ["1007", "2044"], "'1007' has id 0"),
+        (["01", "02", "1"], ["01", "1", "02"], "'01' has id 0"),
+        (["1000000000", "0"], ["0", "1000000000"], "'1000000000' has id 1"),
+        (["٣", "1"], ["1", "٣"], None),  # a digit of another script is a name
+        (["²", "10", "9"], ["10", "9", "²"], None),
+        (["b", "B", "a10", "a2"], ["B", "a10", "a2", "b"], None),
+        (["9" * 200, "10"], ["10", "9" * 200], "has id 0"),
+    ],
+)
+def test_ids_go_to_the_classes_that_exist(tmp_path, capsys, names, classes, note):
+    out = prepare.prepare([pictures.write(tmp_path / "d", *(f"{name}/0.jpg" for name in names))])
+    assert table(out) == dict.fromkeys(classes, 1)
+    said = capsys.readouterr().err
+    assert note in said if note else "class numbers" not in said
+
+
+def test_labels_of_webdataset_with_gaps_are_said(tmp_path, capsys):
+    files = {f"{i}.{end}": data for i in (0, 1, 5) for end, data in (("jpg", pictures.encoded(i)), ("cls", str(i).encode()))}
+    (tmp_path / "x.tar").write_bytes(photographs.tar_of(files))
+    assert table(prepare.prepare([tmp_path / "x.tar"])) == {"0": 1, "1": 1, "5": 1}
+    assert "the class numbers are not 0 to 2: ids count the classes that exist, '5' has id 2" in capsys.readouterr().err
+
+
+def test_the_table_of_classes_is_printed(tmp_path, capsys):
+    source = pictures.write(tmp_path / "d", "1/0.jpg", "1/1.jpg", "10/0.jpg", "2/0.jpg", "2/x.txt")
+    assert cli.main(["prepare", str(source)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        f"index: {source}.index (4 train images, 3 classes)", "id  class  images", " 0  1           2", " 1  2           1",
+        " 2  10          1",
+    ]  # fmt: skip
+
+
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    """Of classes, images, bad files and of the folder itself: in the journal, the index, bad_files.csv and on the terminal."""
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xff"))
+    pictures.write(root, b"caf\xe9/\xe9.jpg", "é/0.jpg", b"caf\xe9/new\nline.jpg")
+    Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9/bad\xe9.jpg")).write_bytes(b"x")
+    Path(os.fsdecode(os.fsencode(root) + b"/gone\xe9")).symlink_to("nowhere")
+    assert cli.main(["prepare", str(root)]) == 0
+    out = prepare.default_index(root)
+    assert [os.fsencode(name) for name in table(out)] == [b"caf\xe9", "é".encode()]
+    found = open_index(out)
+    assert [found.read(row) for row in found.rows("train")] == [pictures.encoded(i) for i in (2, 0, 1)]
+    bad = list(csv.DictReader((out / "bad_files.csv").open(encoding="utf-8")))
+    assert [(row["file"], row["reason"]) for row in bad] == [("gone\\xe9", DANGLING), ("bad\\xe9.jpg", "it is no image")]
+    assert "caf\\xe9" in capsys.readouterr().out
+    digest = found.digest("train")
+    for name in list(out.iterdir()):  # made again from its journal, which a kill has left
+        assert name.name != ".parts"
+    (out / FILE).unlink()
+    assert prepare.prepare([root]) == out and open_index(out).digest("train") == digest
+
+
+def test_dangling_links_are_bad_files(tmp_path):
+    source = pictures.write(tmp_path / "d", "a/0.jpg", "b/0.jpg")
+    (source / "a" / "1.jpg").symlink_to("nowhere.jpg")
+    (source / "c").symlink_to("nowhere")
+    (source / "b" / "2.jpg").write_bytes(pictures.encoded())
+    (source / "b" / "2.jpg").chmod(0)
+    out = prepare.prepare([source])
+    bad = [(row["file"], row["reason"]) for row in csv.DictReader((out / "bad_files.csv").open())]
+    denied = [] if os.access(source / "b" / "2.jpg", os.R_OK) else [("2.jpg", "Permission denied")]  # root may read it
+    assert bad == [("c", DANGLING), ("1.jpg", DANGLING), *denied]
+
+
+def test_a_root_of_splits_gives_both_splits(tmp_path, capsys):
+    names = ["train/a/0.jpg", "train/a/1.jpg", "train/b/0.jpg", "val/a/0.jpg", "test/a/0.jpg"]
+    out = prepare.prepare([pictures.write(tmp_path / "d", *names)])
+    assert table(out) == {"a": 2, "b": 1} and len(open_index(out).rows("val")) == 1
+    assert f"{tmp_path}/d holds splits: train to train on, val as validation images; left out: test" in capsys.readouterr().err
+    pictures.write(tmp_path / "d", "val/zebra/0.jpg")
+    with pytest.raises(InputError, match=r"have a class 'zebra' that the training images do not have: give a --val of the same"):
+        prepare.prepare([tmp_path / "d"])
+
+
+def test_an_index_inside_of_the_data_is_no_class(tmp_path):
+    source = pictures.write(tmp_path / "d", "a/0.jpg", "b/0.jpg")
+    out = prepare.prepare([source], source / "x.index")
+    assert prepare.prepare([source / "a"]) == source / "a.index"
+    first = contents(out)
+    assert prepare.prepare([source], source / "x.index") == out and contents(out) == first
+    assert table(out) == {"a": 1, "b": 1}
+    (out / FILE).unlink()  # as a killed command leaves it: unfinished
+    (out / ".parts").mkdir()
+    assert table(prepare.prepare([source], out)) == {"a": 1, "b": 1}
+    open_index(out)
+
+
+@pytest.mark.parametrize("words", [[""], ["d", "--val", ""], ["d", "--out", ""], ["d", "--devkit", ""]])
+def test_empty_paths_are_refused(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(pictures.write(tmp_path, "d/a/0.jpg", "d/b/0.jpg"))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["prepare", *words])
+    assert stopped.value.code == 2 and "the path is empty" in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.parent.iterdir() if path.name.endswith(".index")) == []
+    monkeypatch.chdir(tmp_path / "d")
+    assert cli.main(["prepare", "."]) == 0 and table(tmp_path / "d.index") == {"a": 1, "b": 1}
+
+
+def test_two_commands_for_one_index(tmp_path, capsys):
+    source = pictures.write(tmp_path / "d", "a/0.jpg", "b/0.jpg")
+    out = prepare.prepare([source])
+    pictures.write(source, "c/0.jpg")
+    with files.lock(out / ".lock", ""):
+        complains(capsys, ["prepare", source], f"another `fastdit prepare` makes {out}", "wait for it")
+    assert cli.main(["prepare", str(source)]) == 0
+
+
+def test_a_finished_index_is_used_where_nothing_can_be_written(tmp_path, monkeypatch):
+    out = prepare.prepare([pictures.write(tmp_path / "d", "a/0.jpg", "b/0.jpg")])
+    monkeypatch.setattr(files, "lock", lambda *_: pytest.fail("locked"))
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: pytest.fail("written"))
+    assert prepare.prepare([tmp_path / "d"]) == out
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff", b"{", b'[[["x"]], [], null]'])
+def test_a_journal_of_another_form_is_one_sentence(archives, tmp_path, capsys, monkeypatch, content):
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "_write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare([archives[0]], tmp_path / "index")
+    parts = sorted((tmp_path / "index" / ".parts").glob("train-*"))
+    assert len(parts) == 5
+    parts[1].write_bytes(content)
+    complains(capsys, ["prepare", archives[0], "--out", tmp_path / "index"], parts[1].name, "was not written by", "delete")
+    parts[1].unlink()
+    (tmp_path / "index" / ".parts" / "request.json").write_bytes(content)
+    if content != b"{}":  # of another request: it is begun again
+        complains(capsys, ["prepare", archives[0], "--out", tmp_path / "index"], "request.json was not written by", "delete")
+
+
+def test_an_interrupt_leaves_the_journal_whole(archives, full_index, tmp_path, monkeypatch):
+    train, val, devkit = archives
+    scan, scanned = archives_module.scan, []
+
+    def interrupted(*arguments):
+        if len(scanned) == 3:
+            raise KeyboardInterrupt
+        scanned.append(arguments)
+        return scan(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(archives_module, "scan", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare([train], tmp_path / "index", val, devkit)
+    parts = {f"train-{i:06d}-{container.start}.json" for i, (_, container, _) in enumerate(scanned)}
+    assert {path.name for path in (tmp_path / "index" / ".parts").iterdir()} == {"request.json", *parts} and len(parts) == 3
+    assert contents(prepare.prepare([train], tmp_path / "index", val, devkit)) == contents(full_index.folder)
 
 
 def test_other_counts_than_imagenets_are_said(archives, tmp_path, capsys, monkeypatch):
