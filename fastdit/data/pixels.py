@@ -62,7 +62,7 @@ def is_hidden(name: str) -> bool:
 
 
 @contextmanager
-def _bad_image() -> Iterator[None]:
+def reading() -> Iterator[None]:
     """Raise BadImage for what Pillow raises."""
     try:
         yield
@@ -161,7 +161,7 @@ def load(data: bytes, exif: bool) -> Image.Image:
 
 def decode(data: bytes) -> tuple[Image.Image, int]:
     """Return the pixels of `load` as they are stored, whatever the orientation, and the image's flags. Raises BadImage."""
-    with _bad_image(), Image.open(io.BytesIO(data)) as image:
+    with reading(), Image.open(io.BytesIO(data)) as image:
         if image.format not in IMAGE_FORMATS:
             raise BadImage(f"{image.format} images cannot be read")
         turned = _orientation(image) if image.format == "TIFF" else 0  # Pillow turns these by itself

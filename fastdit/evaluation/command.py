@@ -200,7 +200,7 @@ def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference
     result: dict = {"reference": reference.about}
     if source is not None:
         world.together(lambda: network.probe(source.shape))
-        warnings += too_few(source.count, network.widths[0], "samples")
+        warnings += too_few(source.count, network.widths[0], "samples") + source.warnings
         samples = summarize(source, network, world, "evaluate")
         if world.rank == 0:
             result = {"metrics": metrics.compare(samples, reference, world.device), "samples": samples.about, **result}
