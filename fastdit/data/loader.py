@@ -128,7 +128,7 @@ class Decoder:
             else:
                 self.position += 1
                 images, chosen = to_torch(images, self.device), self._images.popleft()
-                for i in np.flatnonzero(self.turns[chosen, 0]).tolist():
+                for i in np.flatnonzero(self.turns[chosen, 0]):
                     images[i] = images[i].mT.clone()
                 return images, chosen
 
