@@ -60,7 +60,7 @@ def dali(folder: Path, crop: int) -> Callable[[], Tensor]:
     ends = ((first * pixels / resized).astype(np.float32), ((first + crop) * pixels / resized).astype(np.float32))
     choose = lambda position: ((np.arange(BATCH) + BATCH * position) % len(rows), 0)
     cut = lambda chosen, _: (ends[0][chosen], ends[1][chosen], np.zeros(len(chosen), np.int32))
-    decoder = Decoder(index, rows, choose, cut, BATCH, crop, DEVICE, THREADS, 0)
+    decoder = Decoder(index, rows, choose, cut, BATCH, crop, DEVICE, THREADS, 0, exif=False)
     decoder.seek(0)
     return lambda: decoder.next()[0]
 

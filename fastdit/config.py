@@ -145,6 +145,7 @@ class DataConfig:
     flip: bool = False  # mirror each image with probability 1/2 (never for digits)
     crop: str = "center"  # center: resize the short side, cut out the middle | random: torchvision's RandomResizedCrop
     grey: bool = False  # read the images of an index as grey, one channel
+    exif: str = "auto"  # EXIF orientation of images: auto, applied, but not to ImageNet's own | ignore
     threads: int | None = None  # DALI threads per rank; none: the node's cores divided by its ranks
     max_bad_files: int = 10  # undecodable files that each rank replaces; one more ends the run
     resident: str = "auto"  # latents in device memory: true | false | auto, if they take less than a tenth of what is free
@@ -157,6 +158,7 @@ class DataConfig:
             _at_least("data", self, "threads", 1)
             _at_most("data", self, "threads", 1_024)
         _one_of("data", self, "crop", ("center", "random"))
+        _one_of("data", self, "exif", ("auto", "ignore"))
         _one_of("data", self, "resident", ("auto", "true", "false"))
 
 

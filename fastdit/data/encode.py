@@ -22,7 +22,7 @@ from fastdit.config import InputError
 from fastdit.data.imagenet import COUNTS
 from fastdit.data.index import Index, open_index, save_array
 from fastdit.data.latents import MANIFEST, SETTINGS, read_json, read_manifest
-from fastdit.data.loader import center_crop_decoder
+from fastdit.data.loader import applies_exif, center_crop_decoder
 from fastdit.device import DTYPES, precision, versions
 from fastdit.distributed import World
 from fastdit.files import begin_or_match, resumable, sha256, write_atomically
@@ -98,6 +98,7 @@ def encode(
         "index": str(source.resolve()), "index_sha256": index.digest(split), "split": split, "images": len(rows),
         "image_size": image_size, "dtype": dtype,
         "autoencoder": absolute(autoencoder_id), **codec.about(), "batch_size": batch_size,
+        "exif": "applied" if applies_exif("auto", index) else "ignored",
         "decoder": "nvJPEG" if world.device.type == "cuda" else "libjpeg-turbo",
         "dali": versions()["nvidia-dali-cuda130"], "torch": versions()["torch"],
     }  # fmt: skip

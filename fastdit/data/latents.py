@@ -140,6 +140,11 @@ class LatentLoader:
                 f"data.image_size={config.data.image_size}, but the latents of {folder} are of {self.manifest['image_size']}-pixel "
                 f"images: set data.image_size={self.manifest['image_size']}"
             )
+        if config.data.exif == "ignore" and self.manifest.get("exif") == "applied":
+            raise InputError(
+                f"data.exif=ignore, but the latents of {folder} are of images with EXIF orientation applied: leave it out, or "
+                f"train on the index {self.manifest['index']}"
+            )
         classes = self.manifest["classes"]
         check_classes(len(classes), config, world)
         self.class_names = self.manifest["class_names"] or classes

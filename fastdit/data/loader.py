@@ -1,8 +1,10 @@
 """Images online: read from the archives of an index, decoded, cropped and resized by DALI. B batch size, S image size in pixels.
 
 The DALI graph: encoded bytes -> decode (nvJPEG on CUDA, libjpeg-turbo on a CPU) -> one antialiased cubic resize of the crop ->
-mirror, scale to [-1,1]. Order, crops and flips are the same everywhere; pixels are bitwise equal on all CPUs, while nvJPEG rounds
-in its own way.
+mirror, scale to [-1,1]. What DALI would not decode as pixels.load does, the reading threads decode by it. EXIF orientation is
+part of the crop: it is given in stored pixels, from its end to its start along an axis that is mirrored, and a transposed image is
+transposed at the end. Order, crops and flips are the same everywhere; pixels are bitwise equal on all CPUs, while nvJPEG rounds in
+its own way.
 """
 
 import os
@@ -18,9 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdit.config import Config, InputError
+from fastdit.data import pixels
+from fastdit.data.imagenet import are_imagenet
 from fastdit.data.index import Index
 from fastdit.data.order import Order, center_crops, check_classes
-from fastdit.data.pixels import BadImage, decode
+from fastdit.data.pixels import BadImage
 from fastdit.distributed import World
 
 if TYPE_CHECKING:
@@ -34,6 +38,14 @@ def _threads(wanted: int | None) -> int:
     """Return the number of DALI threads of this rank: `wanted`, or the cores shared by the node's ranks."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     return wanted or max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def applies_exif(setting: str, index: Index) -> bool:
+    """Return whether EXIF orientations are applied to the images of an index under data.exif="auto" | "ignore".
+
+    ImageNet's stay as everybody trains on them.
+    """
+    return setting == "auto" and not are_imagenet(index.classes)
 
 
 def to_torch(images, device: torch.device) -> Tensor:
@@ -66,12 +78,14 @@ class Decoder:
         device: torch.device,
         threads: int | None,
         max_bad_files: int,
+        exif: bool,
     ) -> None:
         """index, rows: an index and a split of it.
 
         images_of: position -> (images int64 [B], elements of rows; epoch). crops_of: (images, epoch) -> (start, end, fp32 [B,2],
-        (row, column) in pixels of the source; mirror int32 [B]). Both are called in threads, and again after a bad file.
-        batch_size: B; size: S; threads: of DALI, None: the rank's share of the cores; max_bad_files: one more ends the run.
+        (row, column) in pixels of pixels.upright_sizes; mirror int32 [B]). Both are called in threads, and again after a bad file.
+        batch_size: B; size: S; threads: of DALI, None: the rank's share of the cores; max_bad_files: one more ends the run; exif:
+        whether EXIF orientations are applied.
         Raises InputError if DALI is missing.
         """
         try:
@@ -87,6 +101,9 @@ class Decoder:
         self.device = device
         self.threads = _threads(threads)
         self.max_bad_files = max_bad_files
+        self.by_pillow = (rows["flags"] & pixels.PILLOW) > 0
+        self.turns = pixels.TURNS[rows["flags"] & pixels.ORIENTATION] & exif
+        self.upright = np.stack(pixels.upright_sizes(rows, exif), 1).astype(np.float32)
         self.bad: set[int] = set()
         self.position = -1
         self._pool = ThreadPoolExecutor(AHEAD)
@@ -110,7 +127,10 @@ class Decoder:
                 self._build()  # DALI calls a pipeline that failed invalid
             else:
                 self.position += 1
-                return to_torch(images, self.device), self._images.popleft()
+                images, chosen = to_torch(images, self.device), self._images.popleft()
+                for i in np.flatnonzero(self.turns[chosen, 0]):
+                    images[i] = images[i].mT.clone()
+                return images, chosen
 
     def _pipe(self, batch_size: int) -> "Pipeline":
         from nvidia.dali import Pipeline
@@ -158,7 +178,18 @@ class Decoder:
         """Read a batch: its images after replacement of bad ones, their bytes, and the crops."""
         images, epoch = self.images_of(position)
         images = np.array([self._replacement(int(image)) for image in images])
-        return images, [self._bytes(image) for image in images], *self.crops_of(images, epoch)
+        return images, [self._bytes(image) for image in images], *self._stored(images, *self.crops_of(images, epoch))
+
+    def _stored(self, images: np.ndarray, start: np.ndarray, end: np.ndarray, mirror: np.ndarray) -> tuple:
+        """Return crops of upright images as DALI's (start, end, mirror) of the stored pixels: an axis runs backwards from start to
+        end where it is mirrored."""
+        transposed, mirrored, flipped = self.turns[images].T[..., None]
+        mirror_first = np.concatenate((np.zeros_like(transposed), transposed & (mirror[:, None] > 0)), 1)  # columns become rows
+        start, end = np.where(mirror_first, end, start), np.where(mirror_first, start, end)
+        backwards = np.concatenate((flipped, mirrored), 1)
+        start, end = (np.where(backwards, self.upright[images] - point, point) for point in (start, end))
+        start, end = (np.where(transposed, point[:, ::-1], point) for point in (start, end))
+        return start, end, mirror * ~transposed[:, 0]
 
     def _feed(self) -> tuple:
         """Return DALI's inputs of the next batch."""
@@ -173,9 +204,17 @@ class Decoder:
             image = (image + 1) % len(self.rows)
         return image
 
+    def _encoded(self, image: int) -> bytes:
+        """Return the bytes that DALI decodes, of an image that it cannot as a portable pixmap. Raises BadImage."""
+        data = self.index.read(self.rows[image])
+        if not self.by_pillow[image]:
+            return data or b"\0"
+        picture = pixels.load(data, exif=False)
+        return b"%s %d %d 255\n" % (b"P5" if picture.mode == "L" else b"P6", *picture.size) + picture.tobytes()
+
     def _bytes(self, image: int) -> np.ndarray:
         try:
-            return np.frombuffer(self.index.read(self.rows[image]) or b"\0", np.uint8)
+            return np.frombuffer(self._encoded(image), np.uint8)
         except BadImage:
             return np.zeros(1, np.uint8)  # not an image: DALI fails, and `_note_bad_files` names the file
 
@@ -205,12 +244,12 @@ class Decoder:
         from nvidia.dali import fn, types
 
         try:
-            data = self.index.read(self.rows[image])
+            data = self._encoded(image)
         except BadImage as error:
             return str(error)
         pipe = self._pipe(1)
         with pipe:
-            encoded = fn.external_source(lambda: [np.frombuffer(data or b"\0", np.uint8)], dtype=types.DALIDataType.UINT8, ndim=1)
+            encoded = fn.external_source(lambda: [np.frombuffer(data, np.uint8)], dtype=types.DALIDataType.UINT8, ndim=1)
             pipe.set_outputs(self._decoded(encoded))
         try:
             pipe.build()
@@ -218,29 +257,32 @@ class Decoder:
             return None
         except RuntimeError as error:
             try:
-                decode(data)
+                pixels.decode(data)
             except BadImage as reason:
                 return str(reason)
             return str(error).strip().split("\n")[0]
 
 
 def center_crop_decoder(
-    index: Index, rows: np.ndarray, batches: list[np.ndarray], batch_size: int, size: int, device: torch.device, max_bad_files: int
-) -> Decoder:
+    index: Index, rows: np.ndarray, batches: list[np.ndarray], batch_size: int, size: int, device: torch.device, max_bad_files: int,
+    exif: str = "auto",
+) -> Decoder:  # fmt: skip
     """Return a Decoder of given batches, center-cropped to `size` pixels and not mirrored, at the first of them.
 
-    batches: elements of rows, int64 [b] with 1 <= b <= batch_size: a shorter batch is padded with its last image. Raises InputError
-    if DALI is missing.
+    batches: elements of rows, int64 [b] with 1 <= b <= batch_size: a shorter batch is padded with its last image; exif: data.exif.
+    Raises InputError if DALI is missing.
     """
+    upright = applies_exif(exif, index)
+    heights, widths = pixels.upright_sizes(rows, upright)
 
     def images_of(position: int) -> tuple[np.ndarray, int]:
         images = batches[min(position, len(batches) - 1)]  # it is asked for batches behind the last too, to read ahead
         return np.concatenate((images, np.full(batch_size - len(images), images[-1]))), 0
 
     def crops_of(images: np.ndarray, _: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return *center_crops(rows["height"][images], rows["width"][images], size), np.zeros(len(images), np.int32)
+        return *center_crops(heights[images], widths[images], size), np.zeros(len(images), np.int32)
 
-    decoder = Decoder(index, rows, images_of, crops_of, batch_size, size, device, None, max_bad_files)
+    decoder = Decoder(index, rows, images_of, crops_of, batch_size, size, device, None, max_bad_files, upright)
     decoder.seek(0)
     return decoder
 
@@ -270,11 +312,11 @@ class ImageLoader:
         self.labels = np.array(rows["label"])
         self.class_counts = np.bincount(self.labels, minlength=len(index.classes)).tolist()
         self.digest = index.digest("train")
-        self.heights = np.array(rows["height"])
-        self.widths = np.array(rows["width"])
+        exif = applies_exif(data.exif, index)
+        self.heights, self.widths = pixels.upright_sizes(rows, exif)
         self.decoder = Decoder(
             index, rows, self._images_of, self._crops_of, config.train.batch_size, data.image_size, world.device, data.threads,
-            data.max_bad_files,
+            data.max_bad_files, exif,
         )  # fmt: skip
 
     def _images_of(self, position: int) -> tuple[np.ndarray, int]:

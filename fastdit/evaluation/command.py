@@ -266,7 +266,7 @@ def _measure(request: EvaluationRequest, world: World, save_reference: Path | No
     result: dict = {"reference": reference.about}
     if source is not None:
         world.together(lambda: network.probe(source.shape))
-        warnings += too_few(source.count, network.widths[0], "samples")
+        warnings += too_few(source.count, network.widths[0], "samples") + source.warnings
         samples = summarize(source, network, world, "evaluate")
         if world.rank == 0:
             result = {"metrics": metrics.compare(samples, reference, world.device), "samples": samples.about, **result}

@@ -4,9 +4,11 @@ n images, b batch size, S height and width, C channels.
 """
 
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from fastdit import files, kernels
 from fastdit.config import InputError, SampleConfig
+from fastdit.data import folders, pixels
 from fastdit.data.builtin import mnist5k
 from fastdit.data.index import is_index, open_index
 from fastdit.distributed import World
@@ -23,7 +26,6 @@ from fastdit.flow import Stream
 from fastdit.sampling.sampler import Sampler, shares
 
 BATCH = 100  # images read at a time
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class ImageSet:
         count−1 comes once on one of the ranks.
     about: where the images are from, as JSON types; measured results contain it.
     labels: classes of the images, int64 [n], or None.
+    warnings: what should be known before metrics of these samples are compared.
     """
 
     count: int
@@ -43,6 +46,7 @@ class ImageSet:
     batches: Callable[[World], Iterator[tuple[np.ndarray, np.ndarray]]]
     about: dict
     labels: np.ndarray | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 def of_array(images: np.ndarray, labels: np.ndarray | None, about: dict) -> ImageSet:
@@ -114,10 +118,13 @@ def of_checkpoint(sampler: Sampler, count: int, balance: str, overrides: dict, s
     return of_sampler(sampler, settings, labels, seed, about)
 
 
-def _header(file) -> tuple[tuple[int, ...], np.dtype]:
+def _npy_header(file) -> tuple[tuple[int, ...], np.dtype]:
     """Return shape and dtype of an open .npy. Raises ValueError for Fortran order."""
-    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-    shape, fortran, dtype = read[np.lib.format.read_magic(file)[0]](file)
+    readers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    read = readers.get(np.lib.format.read_magic(file)[0])
+    if read is None:
+        raise ValueError("arr_0 has named fields")  # version 3 of the format is for their names
+    shape, fortran, dtype = read(file)
     if fortran:
         raise ValueError("its arrays are in Fortran order")
     return shape, dtype
@@ -137,13 +144,13 @@ def of_npz(path: Path) -> ImageSet:
     corrupt = lambda error: InputError(f"{path} cannot be read as an .npz of images: {error}: fetch or make it again")
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            shape, dtype = _header(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3):
+            shape, dtype = _npy_header(file)
+        if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3) or 0 in shape:
             raise ValueError(f"arr_0 is {dtype} {list(shape)}, not uint8 [n,S,S,1 or 3]")
         with np.load(path) as arrays:
-            labels = arrays["arr_1"].astype(np.int64) if "arr_1" in arrays else None
-        if labels is not None and labels.shape != shape[:1]:
-            raise ValueError(f"arr_1 holds {list(labels.shape)} labels for {shape[0]} images")
+            labels = arrays.get("arr_1")
+        if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"):
+            raise ValueError(f"arr_1 is {labels.dtype} {list(labels.shape)}, not whole numbers [{shape[0]}], a class per image")
     except BAD_NPZ as error:
         raise corrupt(error) from error
 
@@ -151,7 +158,7 @@ def of_npz(path: Path) -> ImageSet:
         size = int(np.prod(shape[1:]))
         try:
             with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-                _header(file)
+                _npy_header(file)
                 start = file.tell()
                 for ids in _shares(shape[0], world):
                     file.seek(start + int(ids[0]) * size)
@@ -160,50 +167,126 @@ def of_npz(path: Path) -> ImageSet:
             raise corrupt(error) from error
 
     about = {"kind": "npz", "path": str(path), "sha256": files.sha256(path), "images": shape[0]}
-    return ImageSet(shape[0], shape[1:], batches, about, labels)
+    return ImageSet(shape[0], shape[1:], batches, about, None if labels is None else labels.astype(np.int64))
 
 
-def _pixels(path: Path, mode: str) -> np.ndarray:
+class _Header(NamedTuple):
+    """What evaluation must know of an image file before it reads the pixels."""
+
+    size: tuple[int, int]  # width and height in pixels
+    form: str  # Pillow's name of the format
+    lossy: bool  # whether the format's compression changes pixels
+    grey: bool
+
+
+def _is_lossy_webp(data: bytes) -> bool:
+    """Whether the first frame of a WebP is coded with loss (RFC 9649, section 2): its chunk is "VP8 ", not "VP8L"."""
+    at = 12
+    while at + 8 <= len(data):
+        name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if name in (b"VP8 ", b"VP8L"):
+            return name == b"VP8 "
+        at += 24 if name == b"ANMF" else 8 + size + size % 2  # a frame's own chunks follow on its 16 bytes
+    return False
+
+
+def _header(path: Path) -> _Header:
+    """Read the header of an image file. Raises InputError."""
+    try:
+        with pixels.reading(), Image.open(path) as image:
+            form = image.format or ""
+            lossy = form in ("JPEG", "MPO") or image.info.get("compression") in ("jpeg", "webp")  # the last of a TIFF
+            if form == "WEBP":
+                lossy = _is_lossy_webp(path.read_bytes())
+            grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+            return _Header(image.size, "JPEG" if form == "MPO" else form, lossy, grey)
+    except pixels.BadImage as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, reason: object) -> InputError:
+    return InputError(f"{path} cannot be read: {reason}: remove it, or write it again")
+
+
+def _read(path: Path, mode: str) -> np.ndarray:
     """Return an image file as uint8 [S,S,C] in a mode, "L" or "RGB". Raises InputError if it cannot be decoded."""
     try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert(mode))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path} cannot be decoded: {error}: remove it, or write it again") from error
-    return pixels[..., None] if mode == "L" else pixels
+        image = pixels.load(path.read_bytes(), exif=True)
+    except (OSError, pixels.BadImage) as error:
+        raise _unreadable(path, getattr(error, "strerror", None) or error) from error
+    values = np.asarray(image.convert(mode))
+    return values[..., None] if mode == "L" else values
+
+
+def _counted(values: Iterable[object]) -> str:
+    """Return how often each value occurs, the most frequent first: "38 PNG, 2 JPEG"."""
+    return ", ".join(f"{count:,} {value}" for value, count in Counter(values).most_common())
+
+
+def _folder_warnings(headers: list[_Header], others: Counter[str]) -> list[str]:
+    """Return what should be known of a folder's images before their metrics are compared. others: other files by suffix."""
+    warnings, lossy = [], [header.form for header in headers if header.lossy]
+    if lossy:
+        warnings.append(
+            f"{_counted(lossy)} of {len(headers):,} images with lossy compression, which changes the metrics: write samples as PNG"
+        )
+    if len({header.form for header in headers}) > 1:
+        warnings.append(
+            f"images of several formats ({_counted(header.form for header in headers)}): they may be of several origins"
+        )
+    grey = sum(header.grey for header in headers)
+    if 0 < grey < len(headers):
+        warnings.append(f"{grey:,} of {len(headers):,} images are grey, the others not: all are evaluated in color")
+    if others:
+        warnings.append(f"files that are left out, since they are no images of a known format: {folders.counted(others)}")
+    return warnings
 
 
 def of_folder(folder: Path) -> ImageSet:
-    """Return the image files below a folder, all of one size; grey if the first is. Raises InputError if there are none."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
-    if not paths:
-        raise InputError(f"{folder} holds no checkpoint and no images ({', '.join(IMAGES)}): give a folder that does")
-    with Image.open(paths[0]) as first:
-        mode = "L" if first.mode in ("1", "L") else "RGB"
-    shape = _pixels(paths[0], mode).shape
-    if shape[0] != shape[1]:
-        raise InputError(f"{paths[0]} is {shape[1]}x{shape[0]}: images must be square, crop them first")
+    """Return the image files below a folder, all square and of one size, by pixels.load; grey if all are. Raises InputError.
+
+    Hidden files and folders are left out.
+    """
+    try:
+        listing = folders.walk(str(folder), with_state=False)
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+    if listing.bad:
+        name, reason = listing.bad[0]
+        raise _unreadable(folder / name, reason)
+    if not listing.images:
+        suffixes = ", ".join(sorted(pixels.IMAGE_SUFFIXES))
+        raise InputError(f"{folder} holds no checkpoint and no images ({suffixes}): give a folder that does")
+    paths = [folder / name for name in listing.images]
+    headers = [_header(path) for path in paths]
+    width, height = headers[0].size
+    if other := next((i for i, header in enumerate(headers) if header.size != (width, height)), None):
+        wide, high = headers[other].size
+        raise InputError(f"{paths[other]} is {wide}x{high}, {paths[0]} is {width}x{height}: images must be of one size")
+    if width != height:
+        raise InputError(f"{paths[0]} is {width}x{height}: images must be square, crop them first")
+    mode = "L" if all(header.grey for header in headers) else "RGB"
 
     def batches(world: World) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for ids in _shares(len(paths), world):
-            images = [_pixels(paths[i], mode) for i in ids]
-            for i, image in zip(ids, images, strict=True):
-                if image.shape != shape:
-                    raise InputError(
-                        f"{paths[i]} is {image.shape[1]}x{image.shape[0]}, {paths[0]} is {shape[1]}x{shape[0]}: images must be "
-                        "of one size"
-                    )
-            yield ids, np.stack(images)
+            yield ids, np.stack([_read(paths[i], mode) for i in ids])
 
-    return ImageSet(len(paths), shape, batches, {"kind": "folder", "path": str(folder), "images": len(paths)})
+    about = {
+        "kind": "folder", "path": str(folder), "images": len(paths), "exif": "applied",
+        "formats": dict(Counter(header.form for header in headers)), "lossy": sum(header.lossy for header in headers),
+        "left_out": dict(listing.others),
+    }  # fmt: skip
+    shape = (height, width, 1 if mode == "L" else 3)
+    warnings = [f"{folder}: {warning}" for warning in _folder_warnings(headers, listing.others)]
+    return ImageSet(len(paths), shape, batches, about, warnings=warnings)
 
 
-def of_index(folder: Path, size: int, split: str, device: torch.device, at_most: int | None = None) -> ImageSet:
+def of_index(folder: Path, size: int, split: str, device: torch.device, at_most: int | None = None, exif: str = "auto") -> ImageSet:
     """Return a split of an index, or at most `at_most` evenly spread images of it.
 
-    They are resized (antialiased, cubic) and cut to size x size pixels as for training. Raises InputError.
+    They are resized (antialiased, cubic) and cut to size x size pixels as for training; exif: data.exif. Raises InputError.
     """
-    from fastdit.data.loader import center_crop_decoder
+    from fastdit.data.loader import applies_exif, center_crop_decoder
 
     index = open_index(folder)
     rows = index.rows(split)
@@ -213,12 +296,13 @@ def of_index(folder: Path, size: int, split: str, device: torch.device, at_most:
     def batches(world: World) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         shares = list(_shares(len(rows), world))
         if shares:
-            decoder = center_crop_decoder(index, rows, shares, BATCH, size, device, max_bad_files=10)
+            decoder = center_crop_decoder(index, rows, shares, BATCH, size, device, max_bad_files=10, exif=exif)
         for ids in shares:
             images = ((decoder.next()[0][: len(ids)] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             yield ids, images.permute(0, 2, 3, 1).cpu().numpy()
 
     about = {"kind": "index", "path": str(folder), "split": split, "image_size": size, "images": len(rows)}
+    about["exif"] = "applied" if applies_exif(exif, index) else "ignored"
     return ImageSet(len(rows), (size, size, 3), batches, about, np.asarray(rows["label"], np.int64))
 
 

@@ -54,7 +54,9 @@ def _images(config: Config, index: Path | None, world: World) -> tuple[np.ndarra
         rows = image_sets.evenly_spread(len(images), config.validate.images)
         image_set = image_sets.of_array(images[rows], labels[rows], {})
     else:
-        image_set = image_sets.of_index(index, config.data.image_size, "val", world.device, config.validate.images)
+        image_set = image_sets.of_index(
+            index, config.data.image_size, "val", world.device, config.validate.images, config.data.exif
+        )
     parts = [(np.empty(0, np.int64), np.empty((0, *image_set.shape), np.uint8)), *image_set.batches(world)]
     ids, images = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     assert image_set.labels is not None  # the digits and an index have them

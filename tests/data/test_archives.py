@@ -13,7 +13,6 @@ from commands import complains
 from fastdit.data import archives as archives_module
 from fastdit.data import prepare
 from fastdit.data.index import FILE, open_index
-from fastdit.data.pixels import jpeg_size
 
 
 def test_folders_and_tars_give_the_same_images(full_index, tmp_path):
@@ -144,11 +143,3 @@ def test_another_kind_of_archive_is_one_entry(tmp_path, monkeypatch):
     index = open_index(prepare.prepare([tmp_path / "in"]))
     assert index.sources[0].kind == "bag" and index.classes == ["only"]
     assert [index.read(row) for row in index.rows("train")] == images
-
-
-@pytest.mark.parametrize("quality", [50, 95])
-def test_sizes_from_headers_are_pillows(quality):
-    for image in photographs.crops(8):
-        data = photographs.encoded(image, quality=quality, exif=b"Exif\0\0" + bytes(300))
-        assert jpeg_size(data) == (image.height, image.width)
-    assert jpeg_size(b"\xff\xd8\xff") is None and jpeg_size(b"\x89PNG") is None

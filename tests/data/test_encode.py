@@ -50,6 +50,7 @@ def test_manifest_says_what_it_was_made_of(index, vae, latents):
     manifest = read_manifest(latents)
     assert manifest["autoencoder_sha256"] == autoencoder.KL(vae, SIZE, CPU).sha256() and manifest["scaling_factor"] == 0.5
     assert manifest["images"] == 35 and manifest["classes"] == index.classes and manifest["dtype"] == "fp32"
+    assert manifest["exif"] == "applied"
     assert manifest["files"]["moments_00004.npy"]["sha256"] == files.sha256(latents / "moments_00004.npy")
     assert len(manifest["files"]) == 10
 

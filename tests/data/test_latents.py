@@ -78,6 +78,8 @@ def test_wrong_latents_are_one_sentence(latents, vae, tmp_path, capsys):
     base += [f"data.source={latents}", f"train.out={tmp_path / 'out'}"]
     size = f"data.image_size={SIZE}"
     complains(capsys, [*base, size, f"data.autoencoder={other}"], str(other), "not the one that the latents were made with", vae)
+    ignoring = [*base, size, f"data.autoencoder={vae}", "data.exif=ignore"]
+    complains(capsys, ignoring, "data.exif=ignore", "orientation applied", "leave it out")
     complains(capsys, [*base, size], "holds latents", f"set data.autoencoder={vae}")
     complains(capsys, [*base, "data.image_size=64", f"data.autoencoder={vae}"], "data.image_size=64", "set data.image_size=32")
     copy = tmp_path / "copy"

@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+import special_images
 from benchmarks import photographs
 from fastdit.config import InputError, from_dict
-from fastdit.data import prepare
+from fastdit.data import loader as loader_module
+from fastdit.data import pixels, prepare
 from fastdit.data.index import open_index
-from fastdit.data.loader import ImageLoader, grey
+from fastdit.data.loader import ImageLoader, center_crop_decoder, grey
 from fastdit.distributed import World
 
 
@@ -99,6 +101,101 @@ def test_a_batch_stays_what_it_was_while_dali_runs_ahead(index):
     for step in range(1, 8):
         batches.batch(step, 0)
     assert torch.equal(held, copy)
+
+
+def index_of(folder, files):
+    """Return the index of encoded images by name, in one class."""
+    (folder / "class").mkdir(parents=True)
+    for name, data in files.items():
+        (folder / "class" / name).write_bytes(data)
+    return open_index(prepare.prepare([folder]))
+
+
+def center_crops(index, size, **options):
+    """Return the center-cropped images of an index by name, in levels, fp32 [H,W,3]."""
+    rows = index.rows("train")
+    decoder = center_crop_decoder(index, rows, [np.arange(len(rows))], len(rows), size, torch.device("cpu"), 0, **options)
+    images = ((decoder.next()[0] + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+    return {row["name"].decode(): image for row, image in zip(rows, images, strict=True)}
+
+
+def test_pixels_are_those_of_the_contract(tmp_path):
+    """In full size, for each format, depth and kind of transparency: nothing is cropped or resized."""
+    made = {**special_images.opaque(), **special_images.transparent()}
+    files = {f"{i:02d}_{name}": data for i, (name, (data, _)) in enumerate(made.items())}
+    jpegs = (photographs.encoded(special_images.photograph(48, 48), **options) for options in ({}, {"progressive": True}))
+    files |= {f"{i}.jpg": data for i, data in enumerate(jpegs)}
+    assert len(files) > 36
+    for name, image in center_crops(index_of(tmp_path / "d", files), 48).items():
+        wanted = np.asarray(pixels.load(files[name], exif=True).convert("RGB"))
+        assert np.abs(image - wanted).max() < 1e-3, name  # fp32's rounding of levels in [-1,1]
+
+
+@pytest.fixture(scope="module")
+def turned(tmp_path_factory):
+    """Two indexes: of photographs in each orientation and format, odd sizes, and of the same upright, without EXIF."""
+    folder, by_kind = tmp_path_factory.mktemp("turned"), {"turned": {}, "upright": {}}
+    for orientation in range(1, 9):
+        for i, form in enumerate(("png", "tiff", "webp", "jpeg")):
+            upright = np.asarray(special_images.photograph(97 + orientation, 70 - 11 * i, i))
+            as_stored = special_images.stored(upright, orientation)
+            tag = Image.Exif()
+            tag[0x112] = orientation
+            lossless = {"lossless": True} if form == "webp" else {}
+            name, data = f"{orientation}{i}.", special_images.encode(as_stored, form, exif=tag, **lossless)
+            by_kind["turned"][name + form] = data
+            by_kind["upright"][name + "png"] = special_images.encode(pixels.load(data, exif=True), "PNG")
+    return [index_of(folder / kind, files) for kind, files in by_kind.items()]
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"crop": "random"}, {"crop": "random", "flip": True}])
+def test_turned_images_are_served_as_upright_ones(turned, options):
+    turned, upright = (loader(index, batch_size=8, size=32, **options) for index in turned)
+    seen = []
+    for step in range(12):  # three epochs
+        (images, _), (wanted, _) = turned.batch(step, 0), upright.batch(step, 0)
+        difference = (images - wanted).abs() * 127.5
+        assert difference.max() < 1.1 and difference.mean() < 0.01  # DALI sums in another order: a level is rounded differently
+        seen.append(images)
+    assert len(torch.cat(seen).flatten(1).unique(dim=0)) > (32 if options else 31)
+
+
+def test_turned_images_are_those_of_pillow(turned):
+    index, _ = turned
+    crops, rows = center_crops(index, 32), index.rows("train")
+    for row in rows:
+        upright = special_images.encode(pixels.load(index.read(row), exif=True), "PNG")
+        assert np.abs(crops[row["name"].decode()] - torchvision(upright, 32)).mean() <= 1
+
+
+def test_orientations_are_ignored_if_asked_and_in_imagenet(turned, monkeypatch):
+    turned, _ = turned
+    stored = center_crops(turned, 32, exif="ignore")
+    for row in turned.rows("train"):
+        data = pixels.load(turned.read(row), exif=False)
+        wanted = torchvision(special_images.encode(data, "PNG"), 32)
+        assert np.abs(stored[row["name"].decode()] - wanted).mean() <= 1
+    ignoring = loader(turned, batch_size=8, size=32, exif="ignore")
+    shown = center_crops(turned, 32)
+    monkeypatch.setattr(loader_module, "are_imagenet", lambda classes: classes == ["class"])
+    of_imagenet = loader(turned, batch_size=8, size=32)
+    assert torch.equal(ignoring.batch(0, 0)[0], of_imagenet.batch(0, 0)[0])
+    again = center_crops(turned, 32)
+    assert all(np.array_equal(again[name], stored[name]) for name in again)
+    assert sum(not np.array_equal(again[name], shown[name]) for name in again) == 28  # all but orientation 1
+
+
+def test_a_bad_file_that_pillow_decodes_is_named(tmp_path, capsys):
+    files = {f"{i}.png": special_images.transparent()["rgba.png"][0] for i in range(4)}
+    index = index_of(tmp_path / "d", files)
+    path = tmp_path / "d" / "class" / "2.png"
+    status = path.stat()
+    path.write_bytes(path.read_bytes()[:100] + bytes(status.st_size - 100))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    batches = loader(index, batch_size=4, size=32)
+    images, _ = batches.batch(0, 0)
+    assert (images[0] == images).all()
+    assert f"bad file {path}: " in capsys.readouterr().err
 
 
 @pytest.fixture
