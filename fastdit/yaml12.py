@@ -5,6 +5,7 @@ a plain scalar by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-
 """
 
 import re
+from typing import Any
 
 import yaml
 
@@ -33,7 +34,7 @@ def scalar(text: str) -> bool | int | float | str:
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, for which no plain scalar but << means more than its text."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Return the node of a mapping. Raises yaml.YAMLError if a key is given twice."""
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
