@@ -1,7 +1,7 @@
 """YAML as people write it in settings: plain scalars stay text until the type of their key is known, and no key is given twice.
 
 YAML 1.1, which PyYAML implements, reads 010 as 8, 1:30 as 90 and no as false, and keeps the last of two equal keys. `scalar` reads
-a plain scalar by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema).
+a plain scalar by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), and 400_000 as YAML 1.1 and Python do.
 """
 
 import re
@@ -11,7 +11,7 @@ import yaml
 
 NULLS = ("", "~", "null", "Null", "NULL")
 _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _LONGEST = 400  # characters of a number; Python refuses to read integers of more than 4300
 
