@@ -132,16 +132,20 @@ def save_weights(folder: Path, weights: dict[str, Tensor], config: Config, step:
     temporary = folder / f".tmp-{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(
-        {f"ema/{name}@0": tensor.flatten().float().contiguous() for name, tensor in weights.items()}, temporary / shard_file(0)
-    )
-    (temporary / "config.json").write_text(config.to_json())
-    (temporary / "state.json").write_text(json.dumps(RunState(step, origin=origin).to_dict(), indent=1))
-    hashes = {}
-    for file in temporary.iterdir():
-        flush(file)
-        hashes[file.name] = sha256(file)
-    commit(temporary, final, hashes)
+    try:
+        save_file(
+            {f"ema/{name}@0": tensor.flatten().float().contiguous() for name, tensor in weights.items()}, temporary / shard_file(0)
+        )
+        (temporary / "config.json").write_text(config.to_json())
+        (temporary / "state.json").write_text(json.dumps(RunState(step, origin=origin).to_dict(), indent=1))
+        hashes = {}
+        for file in temporary.iterdir():
+            flush(file)
+            hashes[file.name] = sha256(file)
+        commit(temporary, final, hashes)
+    except BaseException:  # a full disk, Ctrl-C
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 

@@ -1,16 +1,17 @@
 """YAML as people write it in settings: plain scalars stay text until the type of their key is known, and no key is given twice.
 
 YAML 1.1, which PyYAML implements, reads 010 as 8, 1:30 as 90 and no as false, and keeps the last of two equal keys. `scalar` reads
-a plain scalar by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema).
+a plain scalar by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), and 400_000 as YAML 1.1 and Python do.
 """
 
 import re
+from typing import Any
 
 import yaml
 
 NULLS = ("", "~", "null", "Null", "NULL")
 _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _LONGEST = 400  # characters of a number; Python refuses to read integers of more than 4300
 
@@ -33,7 +34,7 @@ def scalar(text: str) -> bool | int | float | str:
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, for which no plain scalar but << means more than its text."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Return the node of a mapping. Raises yaml.YAMLError if a key is given twice."""
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}

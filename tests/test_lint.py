@@ -33,6 +33,7 @@ ALLOWED = {
     ("loop.py", "_slowest_phases"): {"tolist", "torch.tensor"},  # once per log_steps
     ("loop.py", "_save"): {"item"},  # once per save_steps
     ("loop.py", "_train"): {"print"},  # a finished run says so and ends
+    ("command.py", "run"): {"print"},  # what a resumed run keeps, before it begins
     ("optimizer.py", "__init__"): {"numpy"},  # the host's view of what a step copies to the host
     ("optimizer.py", "finish_step"): {"item", "synchronize"},  # that view, once the event of the last step has passed
     ("adamw.py", "_upload_addresses"): {"torch.tensor"},  # once, before the first step
