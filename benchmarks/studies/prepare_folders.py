@@ -46,7 +46,8 @@ def cpu_seconds(executable: str, source: Path, out: Path) -> float:
     """Return the CPU seconds of `fastdit prepare` in a process of its own."""
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     before = used()
-    subprocess.run([executable, "prepare", source, "--out", out], check=True, capture_output=True)
+    # not from this checkout, from which `python -m` would import
+    subprocess.run([executable, "prepare", source, "--out", out], check=True, capture_output=True, cwd=out.parent)
     return used() - before
 
 
