@@ -54,7 +54,7 @@ class _Names:
         for count in range(min(self.parts, len(parts)), 0, -1):
             text = _key(",".join(parts[:count]))
             whole, each = self.classes(text), [self.classes(part) for part in parts[:count]]
-            if whole and count > 1 and all(each) and set.union(*each) != whole:
+            if whole and count > 1 and all(len(ids) == 1 for ids in each) and set.union(*each) != whole:
                 raise InputError(f"--class {text!r} may be one class or {count} classes of this model: give ids")
             if whole:
                 return count
