@@ -420,7 +420,7 @@ def _convert(key: str, value: object, hint: object) -> object:
 
 
 def checked(values: dict) -> dict[str, dict]:
-    """Return nested dicts of settings with every section and key known and every value of its type. Raises InputError."""
+    """Return nested dicts of settings whose sections, keys and values are known, of their types and usable. Raises InputError."""
     sections = typing.get_type_hints(Config)
     given: dict[str, dict] = {}
     for section, entries in values.items():
@@ -436,7 +436,9 @@ def checked(values: dict) -> dict[str, dict]:
             if key not in hints:
                 names = [f"{section}.{name}" for name in hints]
                 raise InputError(f"config key {section}.{key} is unknown: {nearest(f'{section}.{key}', names)}")
-            given.setdefault(section, {})[str(key)] = _convert(f"{section}.{key}", value, hints[key])
+            converted = _convert(f"{section}.{key}", value, hints[key])
+            _usable(f"{section}.{key}", converted)
+            given.setdefault(section, {})[str(key)] = converted
     preset = given.get("model", {}).get("preset", ModelConfig.preset)
     if preset not in PRESETS:
         raise InputError(f"model.preset={preset} is unknown: {nearest(preset, list(PRESETS))}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fastdit import kernels
-from fastdit.config import InputError
+from fastdit.config import InputError, ModelConfig
 from fastdit.kernels import tuning
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of parameters, by the names that train.precision and --dtype use
@@ -33,6 +33,21 @@ def precision(wanted: str, device: torch.device) -> str:
     if wanted == "auto":
         return "bf16" if native_bf16(device) else "fp32"
     return wanted
+
+
+def check_memory(model: ModelConfig) -> None:
+    """Raise InputError if the fp32 weights of a model, which each rank makes first, are larger than the memory of this machine."""
+    per_block = model.width * (4 * model.width + 2 * model.hidden)  # attention and the MLP; the rest is left out
+    parameters = model.depth * per_block + model.num_classes * (model.class_width or model.width)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    memory = memory if limit == resource.RLIM_INFINITY else min(memory, limit)
+    if 4 * parameters > memory:
+        raise InputError(
+            f"model.depth={model.depth}, width={model.width}, hidden={model.hidden} and num_classes={model.num_classes} make at "
+            f"least {parameters / 1e9:.1f} billion parameters, {4 * parameters / 1e9:.0f} GB in fp32, but this process may use "
+            f"{memory / 1e9:.0f} GB: lower them"
+        )
 
 
 def choose_device(name: str) -> torch.device:

@@ -70,7 +70,7 @@ from fastdit.sampling import solvers
                 "train.wandb_project",
             )
         ),
-        ("train.name=", ["train.name=''", "folder name"]),
+        ("train.name=", ["train.name=''", "is empty"]),
         ("data.source= ", ["data.source=' '", "is empty"]),
         ("train.name=a\0b", ["train.name='a\\x00b'", "control character"]),
         ("data.source=a\nb", ["data.source='a\\nb'", "control character"]),

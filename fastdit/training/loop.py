@@ -9,6 +9,7 @@ import faulthandler
 import math
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,9 @@ import torch.distributed as dist
 from fastdit import autoencoder, checkpoint, data, device, distributed, files, flow, kernels
 from fastdit.autoencoder import Codec
 from fastdit.checkpoint import Checkpoint, RunState
-from fastdit.config import Config, InputError, Stopped, TrainConfig
+from fastdit.config import Config, InputError, Interrupted, Stopped, TrainConfig
 from fastdit.data import Loader
+from fastdit.data.classes import class_table
 from fastdit.data.order import Since
 from fastdit.device import DTYPES, native_bf16
 from fastdit.graphs import release_recorded
@@ -94,7 +96,7 @@ def train(config: Config) -> Path:
     """Train to config.train.total_steps, resuming an earlier run of the same name. Returns the folder of the run.
 
     Raises InputError for bad input, on all ranks and before anything is written; FloatingPointError if the loss or the weights are
-    no longer finite; Stopped after SIGTERM, when a checkpoint is written.
+    no longer finite; Stopped after SIGTERM or Ctrl-C, when a checkpoint is written. A second Ctrl-C is a KeyboardInterrupt.
     """
     with engine.deterministic(config.train.deterministic):
         return _train(config)
@@ -105,21 +107,25 @@ def _train(config: Config) -> Path:
     world = distributed.start(config.train.device, config.train.timeout_s)
     config = engine.resolve_precision(config, world.device)
     device.check_backend(world.device)
+    world.together(lambda: device.check_memory(config.model))
     engine.import_deepspeed(world.device)  # an unsuitable version is refused before anything is written
     resume_from, state = world.together(lambda: _checkpoint_to_resume(config, world), everywhere=False)
     if resume_from and state.step >= config.train.total_steps:
         if world.rank == 0:
             print(f"already trained to step {state.step} in {resume_from.path}: nothing to do (raise train.total_steps to resume)")
         return resume_from.path.parent.parent
-    world.together(lambda: telemetry.check_wandb(config))
+    world.together(lambda: telemetry.check_packages(config))
     data_path, loader, codec = open_data(config, world)
+    if resume_from:
+        saver.check_data(resume_from, config, loader)
     run = Path(config.train.out) / config.train.name
     learned = with_images(config.model.num_classes, loader.class_counts, loader.class_names)
     validation = Validation(config, data_path, codec, run, world, learned) if config.validate.steps else None
     lock = world.together(lambda: _lock_run_folder(run) if world.rank == 0 else None)
     Trainer(config, world, loader, codec, run, resume_from, state, validation).loop()
     if world.rank == 0:
-        telemetry.plot(run)
+        with telemetry.optional(lambda text: print(f"fastdit: {text}", file=sys.stderr)):
+            telemetry.plot(run)
     if lock:
         lock.close()
     return run
@@ -185,8 +191,9 @@ class Trainer:
     summed_steps: int  # number of these steps
     unfinished_step: int | None  # the last step, until it is known whether it was applied
     skipped: SkippedSteps
-    stop_requested: bool  # this rank received SIGTERM
-    stopping: bool  # a rank received SIGTERM, as all ranks agreed at a log line: this step is the last one
+    stop_signal: int  # SIGTERM or SIGINT, which this rank received; 0: none
+    stop_time: float  # when, by time.monotonic
+    stopping: int  # the signal that a rank received, as all ranks agreed at a log line: this step is the last one; 0: none
 
     def __init__(
         self, config: Config, world: distributed.World, loader: Loader, codec: Codec, run: Path,
@@ -207,8 +214,9 @@ class Trainer:
         self.sums = torch.zeros(telemetry.sums_length(), device=world.device)
         self.summed_steps = state.summed_steps
         self.unfinished_step = None
-        self.stop_requested = False
-        self.stopping = False
+        self.stop_signal = 0
+        self.stop_time = 0.0
+        self.stopping = 0
         torch.manual_seed(config.train.seed)  # the same initial weights on every rank
         model = DiT(config.model)
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -225,11 +233,21 @@ class Trainer:
             saver.load(resume_from, self.engine, self.ema, self.sums, config, world)
         self.log = world.together(lambda: telemetry.Log(run, config, world, self.start, state.wandb_id))
         self.skipped = SkippedSteps(loader, config.train.accumulation, world, self.log)
-        if world.rank == 0:
-            files.write_atomically(run / "config.json", config.to_json())
+        world.together(lambda: self._write_settings() if world.rank == 0 else None)
         self._print_header(model)
         if resume_from and state.global_batch != loader.order.global_batch:
             self._note_batch_change(state)
+        if resume_from:
+            self._note_changes(resume_from)
+
+    def _write_settings(self) -> None:
+        path = self.run / "config.json"
+        try:
+            files.write_atomically(path, self.config.to_json())
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be written: {error.strerror}: free some space, or set train.out to another folder"
+            ) from error
 
     def _print_header(self, model: DiT) -> None:
         train = self.config.train
@@ -237,6 +255,8 @@ class Trainer:
         compiled = engine.COMPILED[engine.compiles(self.config, self.world)]
         backend = kernels.backend_in_use(self.world.device)
         sharding = f"ZeRO-{self.config.zero.stage}" if engine.shards(self.config, self.world.size) else "nothing to shard"
+        counts = self.loader.class_counts
+        self.log.print(class_table(self.loader.class_names or [str(i) for i in range(len(counts))], None, counts))
         self.log.print(
             f"fastdit {versions['fastdit']}: {model.num_parameters / 1e6:.2f} M parameters ({self.config.model.preset}), "
             f"{self.config.data.source}, {train.batch_size} images x {train.accumulation} micro-steps x {self.world.size} ranks\n"
@@ -257,15 +277,45 @@ class Trainer:
             f"from step {self.start + 1} on: {batches[1]} images per step, {batches[0]} before; the same train.lr schedule"
         )
 
+    def _note_changes(self, saved: Checkpoint) -> None:
+        """Print and log the settings that differ from those of the checkpoint, and what they make of the learning rate."""
+        changed = saver.changes(saved.config, self.config)
+        before, now, other = saver.learning_rate_change(saved.config, self.config, saved.state.optimizer_steps)
+        rate_changed = before != now or other
+        if not rate_changed:
+            changed.pop("train.total_steps", None)  # the header says where the run ends
+        for key, (old, new) in changed.items():
+            self.log.print(f"{key} {old} -> {new} (given now)")
+        if rate_changed:
+            schedule = "; this is another schedule: by it, the steps before would have had other rates" if other else ""
+            self.log.print(f"learning rate of step {self.start + 1}: {before:.4g} -> {now:.4g}{schedule}")
+        if changed:
+            self.log.event({"step": self.start + 1, "changed": changed, "lr_before": before, "lr": now})
+
+    def _stop(self, number: int, frame: object) -> None:
+        """Handle SIGTERM and Ctrl-C: save at the next log line and end. A second Ctrl-C ends at once.
+
+        A launcher that is interrupted passes Ctrl-C on to ranks that had it from the terminal: within a second it is the same one.
+        """
+        now = time.monotonic()
+        if number == signal.SIGINT and self.stop_signal and now - self.stop_time > 1:
+            raise KeyboardInterrupt
+        if not self.stop_signal:
+            self.stop_signal = number
+            self.stop_time = now
+            self.log.describe("saves at the next log line and ends")
+
     def loop(self) -> None:
-        """Train to the last step, or to the first log line after SIGTERM (a preempted job), where the run is saved and ends."""
-        handler_before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
+        """Train to the last step, or to the first log line after SIGTERM (a preempted job) or Ctrl-C, where the run is saved and
+        ends."""
+        handlers_before = [(number, signal.signal(number, self._stop)) for number in (signal.SIGTERM, signal.SIGINT)]
         try:
             with telemetry.profiler(self.config, self.run, self.start, self.world.rank) or nullcontext() as profiler:
                 self._loop(self.config.train, profiler)
         finally:
             faulthandler.cancel_dump_traceback_later()
-            signal.signal(signal.SIGTERM, handler_before)
+            for number, handler in handlers_before:
+                signal.signal(number, handler)
             self.log.close()
 
     def _loop(self, settings: TrainConfig, profiler: torch.profiler.profile | None) -> None:
@@ -289,6 +339,8 @@ class Trainer:
                 if done % settings.save_steps == 0 or last or self.stopping:
                     self._save(done)
             if self.stopping and not last:
+                if self.stopping == signal.SIGINT:
+                    raise Interrupted(f"interrupted: saved step {done}, the same command continues")
                 raise Stopped(f"told to stop by SIGTERM: saved step {done}, the same command continues")
 
     def step(self, step: int) -> None:
@@ -370,10 +422,11 @@ class Trainer:
 
     def _reduce_sums(self) -> tuple[float, list[float], list[float], dict[str, float]]:
         """Return sums over all ranks: of losses, of losses and samples by bins of t, and of parts by name. Sets `stopping`."""
-        sums = torch.cat([self.sums, torch.full_like(self.sums[:1], self.stop_requested)])  # one all-reduce for both
+        stops = [torch.full_like(self.sums[:1], self.stop_signal == number) for number in (signal.SIGTERM, signal.SIGINT)]
+        sums = torch.cat([self.sums, *stops])  # one all-reduce for both
         dist.all_reduce(sums)
-        total, *rest, stop_requests = sums.tolist()
-        self.stopping = stop_requests > 0
+        total, *rest, terminated, interrupted = sums.tolist()
+        self.stopping = signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
         bins = telemetry.TIME_BINS
         return total, rest[:bins], rest[bins : 2 * bins], dict(zip(flow.logged_parts(), rest[2 * bins :], strict=True))
 
@@ -442,5 +495,6 @@ class Trainer:
         if self.world.rank == 0:
             assert images is not None  # `draw` returns them on rank 0
             path = self.run / "samples" / f"{checkpoint.folder_name(done)}.png"
-            pictures.save_picture(pictures.grid(images, GRID_COLUMNS), path)
-            self.log.picture(done, path)
+            with telemetry.optional(self.log.print):
+                pictures.save_picture(pictures.grid(images, GRID_COLUMNS), path)
+                self.log.picture(done, path)

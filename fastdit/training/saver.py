@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdit.checkpoint import FORMAT, Checkpoint, RunState, commit, folder_name, is_complete, shard_file
-from fastdit.config import Config, InputError, ModelConfig
+from fastdit.config import OF_ONE_START, Config, InputError, ModelConfig
+from fastdit.data import Loader
 from fastdit.distributed import World, control_group
 from fastdit.files import flush, sha256, step_folders, step_of
 from fastdit.training.ema import ShardedEma
 from fastdit.training.engine import continue_from, optimizer_state, steps_applied
+from fastdit.training.optimizer import learning_rate, learning_rate_factor
 
 LOG_SUMS = "log/sums"  # key of the loss sums since the last log line
 
@@ -143,11 +145,14 @@ class Saver:
             raise error
 
 
-def _check_same_run(folder: Path, saved: Config, config: Config) -> None:
-    """Raise InputError if a setting differs that a run cannot change: the model, the data, and what determines random numbers."""
+def _check_same_run(folder: Path, saved: Config, config: Config, same_source: bool) -> None:
+    """Raise InputError if a setting differs that a run cannot change: the model, the data, and what determines random numbers.
+
+    same_source: whether data.source must be the same text, as nothing else tells whether it is the same data.
+    """
     fixed = {
         "model": [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("preset", "attention")],
-        "data": ["source", "image_size", "autoencoder", "flip", "crop"],
+        "data": [*(["source"] if same_source else []), "image_size", "autoencoder", "flip", "crop"],
         "train": ["seed", "precision"],
     }
     for section, keys in fixed.items():
@@ -175,7 +180,46 @@ def check(saved: Checkpoint, config: Config, world: World) -> None:
             f"checkpoint {folder} was trained with {state.global_batch} images per step, but this run has {batch}: "
             f"{keep}set train.allow_batch_change=true to continue with {batch}"
         )
-    _check_same_run(folder, saved.config, config)
+    _check_same_run(folder, saved.config, config, same_source=state.data_sha256 is None)
+
+
+def check_data(saved: Checkpoint, config: Config, loader: Loader) -> None:
+    """Raise InputError if the data are not those that a checkpoint was trained on, wherever they lie now, or the classes differ."""
+    fix = "restore them as they were, or begin another run from these weights: another train.name with train.init"
+    before, now = saved.state.class_names, loader.class_names
+    if saved.state.data_sha256 and before != now:
+        ids = range(max(len(before or ()), len(now or ())))
+        name = lambda names, i: repr(names[i]) if names and i < len(names) else "none"
+        i = next(i for i in ids if name(before, i) != name(now, i))
+        raise InputError(
+            f"data.source={config.data.source} has other classes than checkpoint {saved.path} was trained on: class {i} was "
+            f"{name(before, i)} and is {name(now, i)}: {fix}"
+        )
+    if saved.state.data_sha256 and saved.state.data_sha256 != loader.digest:
+        raise InputError(
+            f"data.source={config.data.source} holds other images or labels than checkpoint {saved.path} was trained on, there "
+            f"data.source={saved.config.data.source} (SHA-256 {saved.state.data_sha256[:12]}…, now {loader.digest[:12]}…): {fix}"
+        )
+
+
+def changes(saved: Config, config: Config) -> dict[str, tuple]:
+    """Return the settings that differ from those of a checkpoint: (before, now) by section.key."""
+    before, now = saved.to_dict(), config.to_dict()
+    return {
+        f"{section}.{key}": (before[section][key], value)
+        for section, entries in now.items()
+        for key, value in entries.items()
+        if before[section][key] != value and not (section == "train" and key in OF_ONE_START) and key != "preset"
+    }
+
+
+def learning_rate_change(saved: Config, config: Config, steps: int) -> tuple[float, float, bool]:
+    """Return the learning rate after `steps` applied steps by a checkpoint's settings and by those of now, and whether by those of
+    now the steps before would have had another schedule."""
+    before, now = (learning_rate(each.train, steps) for each in (saved, config))
+    past = range(0, steps, max(1, steps // 1000))
+    other = any(learning_rate_factor(saved.train, step) != learning_rate_factor(config.train, step) for step in past)
+    return before, now, other
 
 
 def load(saved: Checkpoint, engine, ema: ShardedEma, sums: Tensor, config: Config, world: World) -> None:

@@ -1,20 +1,23 @@
-"""The logs of a run: progress bar, metrics.jsonl, wandb, the clock of a step's phases, profiles. Only rank 0 writes."""
+"""The logs of a run: progress bar, metrics.jsonl, wandb, TensorBoard, the clock of a step's phases, profiles. Rank 0 writes."""
 
+import inspect
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastdit.config import Config, InputError
 from fastdit.device import device_name
 from fastdit.distributed import World
-from fastdit.files import flush, replacing, write_atomically
+from fastdit.files import flush, replacing
 from fastdit.flops import walk
 from fastdit.flow import Losses, logged_parts
 from fastdit.planning import cards
@@ -99,28 +102,109 @@ def profiler(config: Config, run: Path, start_step: int, rank: int):
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True)
 
 
-def check_wandb(config: Config) -> None:
-    """Raise InputError if train.wandb needs a package or a key that is missing."""
+def check_packages(config: Config) -> None:
+    """Raise InputError if train.wandb or train.tensorboard need a package or a key that is missing. Nothing is sent."""
+    if config.train.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise InputError("train.tensorboard=true needs tensorboard: pip install tensorboard") from error
     if config.train.wandb == "disabled":
         return
     try:
         import wandb
     except ImportError as error:
         raise InputError(f"train.wandb={config.train.wandb} needs wandb: pip install wandb") from error
-    if config.train.wandb == "online" and not wandb.api.api_key:
-        raise InputError("train.wandb=online needs a key: run `wandb login`, set WANDB_API_KEY, or use train.wandb=offline")
+    if config.train.wandb == "online":
+        try:
+            silent = "prompt" in inspect.signature(wandb.login).parameters  # of later versions, which deprecate wandb.api
+            key = wandb.login(prompt=False, verify=False) if silent else wandb.api.api_key
+        except wandb.Error as error:
+            raise InputError(
+                f"train.wandb=online has no valid key: {error}: run `wandb login`, or use train.wandb=offline"
+            ) from error
+        if not key:
+            raise InputError("train.wandb=online needs a key: run `wandb login`, set WANDB_API_KEY, or use train.wandb=offline")
 
 
-def _lines_up_to(last_step: int, text: str) -> str:
-    """Return the lines of a metrics.jsonl up to a step. Incomplete lines are dropped: a killed run may leave one."""
-    lines = []
-    for line in text.splitlines(keepends=True):
+class Sink(Protocol):
+    """Where the scalars and pictures of a run go beside metrics.jsonl."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Take scalars by name."""
+
+    def picture(self, step: int, path: Path) -> None:
+        """Take a PNG of samples."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class Wandb:
+    """A run of Weights & Biases, by the package's own client."""
+
+    def __init__(self, run: Path, config: Config, wandb_id: str | None) -> None:
+        """run: folder of the run; wandb_id: of the wandb run to resume. Raises InputError if wandb does not start."""
+        import wandb
+
+        try:
+            self.run = wandb.init(
+                project=config.train.wandb_project, name=config.train.name, config=config.to_dict(), dir=run,
+                mode=cast(Literal["offline", "online"], config.train.wandb), id=wandb_id, resume="allow",
+            )  # fmt: skip
+        except wandb.Error as error:
+            raise InputError(f"train.wandb={config.train.wandb} failed: {error}: use train.wandb=offline") from error
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def picture(self, step: int, path: Path) -> None:
+        import wandb
+
+        self.run.log({"samples": wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoard:
+    """Event files in <run>/tensorboard/."""
+
+    def __init__(self, run: Path, start_step: int) -> None:
+        """start_step: completed steps; TensorBoard hides what an earlier process wrote of later ones."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(run / "tensorboard", purge_step=start_step + 1)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, path: Path) -> None:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self.writer.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _lines_up_to(last_step: int, data: bytes) -> tuple[bytes, bytes]:
+    """Return the lines of a metrics.jsonl up to a step, and those that are no log lines, such as what a crash of the machine left.
+
+    The last line counts as neither if it is incomplete: a killed run may leave it.
+    """
+    kept, unreadable = [], []
+    *whole, rest = data.split(b"\n")
+    for line in [*whole, rest]:
         try:
             if json.loads(line)["step"] <= last_step:
-                lines.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-    return "".join(lines)
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if line and not (line is rest and line.isascii()):
+                unreadable.append(line + b"\n")
+    return b"".join(kept), b"".join(unreadable)
 
 
 def plot(run: Path) -> Path:
@@ -142,21 +226,35 @@ def plot(run: Path) -> Path:
     return path
 
 
+@contextmanager
+def optional(say: Callable[[str], None]) -> Iterator[None]:
+    """Turn a failure to write a picture in the block, as on a full disk, into a warning. say: prints it."""
+    try:
+        yield
+    except OSError as error:
+        say(f"warning: a picture is left out: {error.filename or ''} {error.strerror or error}")
+
+
 class Log:
-    """The log of a run: <run>/metrics.jsonl, the progress bar and wandb. On other ranks than 0 it does nothing."""
+    """The log of a run: <run>/metrics.jsonl, the progress bar, wandb and TensorBoard. On other ranks than 0 it does nothing."""
 
     def __init__(self, run: Path, config: Config, world: World, start_step: int, wandb_id: str | None) -> None:
         """start_step: completed steps; lines of later steps, which a killed run may have left, are cut from metrics.jsonl.
-        wandb_id: of the wandb run to resume. Raises InputError if wandb does not start."""
+        wandb_id: of the wandb run to resume. Raises InputError if wandb does not start or the log cannot be written."""
         self.writes = world.rank == 0
-        self.wandb = None
+        self.sinks: list[Sink] = []
         self.wandb_id = wandb_id
         if not self.writes:
             return
         self.path = run / "metrics.jsonl"
-        write_atomically(self.path, _lines_up_to(start_step, self.path.read_text() if self.path.exists() else ""))
+        self.unwritten = b""  # lines that wait for space on the disk
+        unreadable = self._open(run / "metrics.unreadable", start_step)
         if config.train.wandb != "disabled":
-            self._start_wandb(run, config)
+            wandb_run = Wandb(run, config, wandb_id)
+            self.wandb_id = wandb_run.run.id
+            self.sinks.append(wandb_run)
+        if config.train.tensorboard:
+            self.sinks.append(TensorBoard(run, start_step))
         self.world_size = world.size
         self.batch = config.train.batch_size * config.train.accumulation * world.size  # images per step
         counted = walk(config.model, 1, torch.float32, "none")
@@ -164,22 +262,27 @@ class Log:
         card = cards.card_of(device_name(world.device))
         self.peak = card.peak(config.train.precision) if card else None  # FLOP/s of a device
         self.bar = progress_bar(config.train.total_steps, start_step)
+        if unreadable:
+            self.print(f"warning: lines of {self.path} that are no log lines were moved to {unreadable}")
         if card and self.peak:
             self.print(f"MFU is relative to {self.peak / 1e12:g} TFLOP/s: {card.name}, {config.train.precision}, {card.source}")
         self.line_time = time.perf_counter()  # when the last log line was written, plus the pauses since
         self.line_step = start_step  # its step
 
-    def _start_wandb(self, run: Path, config: Config) -> None:
-        import wandb
-
+    def _open(self, unreadable: Path, start_step: int) -> Path | None:
+        """Cut metrics.jsonl after a step, and add what is no log line to the file `unreadable`. Returns its path if used."""
         try:
-            self.wandb = wandb.init(
-                project=config.train.wandb_project, name=config.train.name, config=config.to_dict(), dir=run,
-                mode=cast(Literal["offline", "online"], config.train.wandb), id=self.wandb_id, resume="allow",
-            )  # fmt: skip
-        except wandb.Error as error:
-            raise InputError(f"train.wandb={config.train.wandb} failed: {error}: use train.wandb=offline") from error
-        self.wandb_id = self.wandb.id
+            kept, others = _lines_up_to(start_step, self.path.read_bytes() if self.path.exists() else b"")
+            if others:
+                with unreadable.open("ab") as file:
+                    file.write(others)
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(kept)
+        except OSError as error:
+            raise InputError(
+                f"the log {self.path} cannot be written: {error.strerror}: move it away, or free some space"
+            ) from error
+        return unreadable if others else None
 
     def advance(self) -> None:
         """Count a step, without waiting for the device."""
@@ -204,10 +307,9 @@ class Log:
             speed["mfu"] = round(flops / self.peak, 4)
         line = {"step": step, **values, **speed, "time": round(time.time(), 3)}
         self.event(line)
-        if self.wandb:
-            flat = {key: value for key, value in line.items() if key not in ("step", "loss_by_t")}
-            flat |= {f"loss_by_t/bin_{i}": value for i, value in enumerate(cast(list, values["loss_by_t"]))}
-            self.wandb.log(flat, step=step)
+        flat = {key: value for key, value in line.items() if key not in ("step", "loss_by_t")}
+        flat |= {f"loss_by_t/bin_{i}": value for i, value in enumerate(cast(list, values["loss_by_t"]))}
+        self._send(step, flat)
         loss = "none" if values["loss"] is None else f"{values['loss']:.4f}"
         share = f"MFU {speed['mfu']:.0%}" if self.peak else f"{speed['tflops']:.3g} TFLOP/s"
         self.bar.set_postfix_str(f"loss {loss}, {rate:.0f} images/s, {share}", refresh=False)  # a narrow terminal cuts the end
@@ -215,16 +317,42 @@ class Log:
     def write_validation(self, step: int, timesteps: Sequence[float], line: dict) -> None:
         """Write a validation line. line: val_loss, val_losses (one per timestep), and metrics by name."""
         self.event({"step": step, **line})
-        if self.wandb:
-            losses = {f"val_loss_t{t:.2f}": loss for t, loss in zip(timesteps, line["val_losses"], strict=True)}
-            values = {key: value for key, value in line.items() if key != "val_losses"} | losses
-            self.wandb.log({f"validation/{key}": value for key, value in values.items()}, step=step)
+        losses = {f"val_loss_t{t:.2f}": loss for t, loss in zip(timesteps, line["val_losses"], strict=True)}
+        values = {key: value for key, value in line.items() if key != "val_losses"} | losses
+        self._send(step, {f"validation/{key}": value for key, value in values.items()})
+
+    def _send(self, step: int, values: dict[str, float | None]) -> None:
+        """Send scalars to wandb and TensorBoard. None is left out: the loss of skipped steps, a bin of t without samples."""
+        self._to_sinks(lambda sink: sink.log(step, {key: value for key, value in values.items() if value is not None}))
+
+    def _to_sinks(self, work: Callable[[Sink], None]) -> None:
+        """Do some work for wandb and TensorBoard; the one that cannot write any more is given up with a warning."""
+        for sink in list(self.sinks):
+            try:
+                work(sink)
+            except OSError as error:
+                self.sinks.remove(sink)
+                self.print(f"warning: {type(sink).__name__}: {error.strerror or error}: nothing more is written there")
 
     def event(self, line: dict) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl. If the disk is full, the line waits in memory, and the next one tries again."""
         if self.writes:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            self.unwritten += (json.dumps(line) + "\n").encode()
+            if error := self._append():
+                self.print(f"warning: {self.path}: {error.strerror}: its new lines wait until there is space")
+
+    def _append(self) -> OSError | None:
+        """Append the unwritten lines to metrics.jsonl, or none of them: then the error is returned."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab") as file:
+                file.write(self.unwritten)
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, size)
+            return error
+        self.unwritten = b""
+        return None
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -235,22 +363,28 @@ class Log:
             self.line_time += time.perf_counter() - start
 
     def picture(self, step: int, path: Path) -> None:
-        """Send a PNG to wandb."""
-        if self.wandb:
-            import wandb
-
-            self.wandb.log({"samples": wandb.Image(str(path))}, step=step)
+        """Send a PNG to wandb and TensorBoard."""
+        self._to_sinks(lambda sink: sink.picture(step, path))
 
     def print(self, text: str) -> None:
         """Print a line above the progress bar, on stderr."""
         if self.writes:
             self.bar.write(text, file=sys.stderr)
 
+    def describe(self, text: str) -> None:
+        """Show a text in front of the progress bar."""
+        if self.writes:
+            self.bar.set_description_str(text)
+
     def close(self) -> None:
-        """Flush metrics.jsonl, close the bar and finish the wandb run."""
+        """Flush metrics.jsonl, close the bar, wandb and TensorBoard. Raises InputError if lines could not be written."""
         if not self.writes:
             return
-        flush(self.path)
+        error = self._append()
         self.bar.close()
-        if self.wandb:
-            self.wandb.finish()
+        self._to_sinks(lambda sink: sink.close())
+        if error:
+            raise InputError(
+                f"the last lines of {self.path} cannot be written: {error.strerror}: free some space; the checkpoints are whole"
+            ) from error
+        flush(self.path)

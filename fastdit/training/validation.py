@@ -26,7 +26,7 @@ from fastdit.evaluation import features, image_sets, metrics
 from fastdit.files import replacing
 from fastdit.model import DiT
 from fastdit.sampling.sampler import Sampler
-from fastdit.training.telemetry import Log
+from fastdit.training.telemetry import Log, optional
 
 TIMESTEPS = tuple((k + 0.5) / 8 for k in range(8))
 SEED = 0  # seed of the noise in every run
@@ -165,7 +165,8 @@ class Validation:
             line |= self._distances(model, self.network, self.reference)
         log.write_validation(done, TIMESTEPS, line)
         if self.world.rank == 0:
-            plot_validation(self.run)
+            with optional(log.print):
+                plot_validation(self.run)
 
 
 def plot_validation(run: Path) -> None:

@@ -64,8 +64,9 @@ def trained_run(out: Path, *overrides: str) -> Path:
 
 
 def lines_of(run: Path) -> dict[int, dict]:
-    """Return the last line of each step in a run's metrics.jsonl."""
-    return {line["step"]: line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    """Return the last line of each step in a run's metrics.jsonl, without the settings that a resumed run changed."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line for line in lines if "changed" not in line}
 
 
 def snapshot(folder: Path) -> dict[str, int]:

@@ -2,9 +2,13 @@
 
 import fcntl
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +17,7 @@ from PIL import Image
 
 import autoencoders
 import hot_loop
-from commands import TINY, complains, environment, lines_of, settings, snapshot, trained_run
+from commands import TINY, complains, environment, free_port, lines_of, settings, snapshot, trained_run
 from fastdit import checkpoint, cli, flow
 from fastdit.config import parse
 from fastdit.data.order import Order
@@ -232,7 +236,10 @@ def test_one_step_with_nan_is_skipped(tmp_path, monkeypatch, precision, compiled
     assert state.optimizer_steps == 5 and all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_sigterm_saves_and_ends_the_run(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGTERM, 75, "told to stop"), (signal.SIGINT, 130, "interrupted: saved step")]
+)
+def test_sigterm_and_ctrl_c_save_and_end_the_run(tmp_path, number, code, said):
     """The same command then resumes to the same losses."""
     words = ["train.total_steps=300", "train.log_steps=3", "train.save_steps=1000", "train.sample_steps=0"]
     uninterrupted = train(parse(None, settings(tmp_path, *words, "train.name=uninterrupted")))
@@ -244,14 +251,59 @@ def test_sigterm_saves_and_ends_the_run(tmp_path):
     log = tmp_path / "r/metrics.jsonl"
     while not log.exists() or not log.read_text():
         assert process.poll() is None, process.stderr.read()[-3000:]
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75 and "told to stop" in errors, errors[-3000:]
+    assert process.returncode == code and said in errors.splitlines()[-1] and "Traceback" not in errors, errors[-3000:]
     step = int(checkpoint.find(tmp_path / "r").path.name[-8:])
     assert 0 < step < 300 and step % 3 == 0
     run = train(parse(None, settings(tmp_path, *words)))
     resumed, wanted = ([(step, line["loss"]) for step, line in lines_of(folder).items()] for folder in (run, uninterrupted))
     assert resumed == wanted
+
+
+def started(tmp_path, launcher, *words):
+    """Start a run of many steps in a session of its own. Returns its process."""
+    few = ["train.total_steps=100000", "train.save_steps=100000", "train.sample_steps=0", *words]
+    command = [sys.executable, "-W", "ignore", "-m", *launcher, "train", *settings(tmp_path, *few)]
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_until(process, condition):
+    while not condition():
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        time.sleep(0.05)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    """Without waiting for a log line. Two within a second are one, which a launcher passed on."""
+    process = started(tmp_path, ["fastdit.cli"], "train.log_steps=100000")
+    caught = lambda: int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16)
+    wait_until(process, lambda: caught() >> (signal.SIGTERM - 1) & 1)  # the loop's handler is there, for Ctrl-C too
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    time.sleep(3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    last = errors.splitlines()[-1]
+    assert process.returncode == 130 and last.startswith("fastdit: interrupted; the same command continues"), errors
+    assert "Traceback" not in errors and not list((tmp_path / "r/checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_a_launcher_saves_once_and_is_one_line(tmp_path):
+    """The terminal sends it to all processes, and torchrun to its ranks again. The launcher's own traceback is not ours."""
+    launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "-m", "fastdit.cli"]
+    process = started(tmp_path, launcher, "train.log_steps=2")
+    log = tmp_path / "r/metrics.jsonl"
+    wait_until(process, lambda: log.exists() and log.read_text())
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert [line for line in errors.splitlines() if line.startswith("fastdit: ")] == [
+        f"fastdit: interrupted: saved step {checkpoint.find(tmp_path / 'r').state.step}, the same command continues"
+    ]
+    assert "fastdit/training" not in errors
 
 
 @pytest.mark.parametrize(

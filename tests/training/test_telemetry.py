@@ -1,15 +1,23 @@
 """Loss sums by timestep, the clock of a step's phases, and the lines of metrics.jsonl."""
 
+import errno
+import io
 import json
+import shutil
+import subprocess
+import sys
 import time
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
-from commands import settings
-from fastdit import flow
-from fastdit.config import FlowConfig, parse
+from commands import complains, environment, settings
+from fastdit import checkpoint, cli, files, flow
+from fastdit.config import FlowConfig, InputError, parse
 from fastdit.device import versions
 from fastdit.distributed import World
 from fastdit.flow import Losses
@@ -96,7 +104,7 @@ def test_log_lines_after_the_checkpoint_are_cut(tmp_path):
     log = tmp_path / "r/metrics.jsonl"
     log.write_text(log.read_text() + json.dumps({"step": 4, "loss": 9}) + "\n" + '{"step": 5, "lo')
     train(parse(None, settings(tmp_path, "train.total_steps=4")))
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [line for line in map(json.loads, log.read_text().splitlines()) if "changed" not in line]
     assert [line["step"] for line in lines] == [2, 3, 4] and lines[-1]["loss"] != 9
 
 
@@ -116,10 +124,150 @@ def test_the_mean_of_the_bins_is_the_loss(tmp_path):
 def test_a_validation_line_reaches_the_log_and_wandb(tmp_path):
     log = telemetry.Log(tmp_path, parse(None, ["train.precision=fp32"]), World(0, 1, torch.device("cpu"), None), 0, None)
     sent = []
-    log.wandb = SimpleNamespace(log=lambda values, step: sent.append((step, values)), finish=lambda: None)
+    log.sinks = [SimpleNamespace(log=lambda step, values: sent.append((step, values)), close=lambda: None)]
     line = {"val_loss": 2.0, "val_losses": [1.0, 3.0], "fid": 5.0}
     log.write_validation(4, (0.25, 0.75), line)
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 4, **line}
     losses = {"validation/val_loss_t0.25": 1.0, "validation/val_loss_t0.75": 3.0}
     assert sent == [(4, {"validation/val_loss": 2.0, "validation/fid": 5.0} | losses)]
+
+
+GARBAGE = [
+    b"\xff\xfe\x00garbage\n",
+    b"\xff",
+    b"[" * 100_000 + b"\n",
+    b"[1]\n",
+    b'"text"\n',
+    b'{"step": "x"}\n',
+    b"\n\n",
+    b'{"no": 1}\n',
+]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=range(len(GARBAGE)))
+def test_garbage_in_the_log_is_moved_aside(tmp_path, capsys, garbage):
+    """As a crash of the machine leaves it. Whole lines stay, and the garbage is kept in a file of its own."""
+    lines = [json.dumps({"step": step}).encode() + b"\n" for step in (1, 2, 3)]
+    data = [lines[0], garbage if garbage.endswith(b"\n") else garbage + b"\n", lines[1], lines[2], garbage]
+    path = tmp_path / "metrics.jsonl"
+    for _ in range(2):
+        path.write_bytes(b"".join(data))
+        log = telemetry.Log(tmp_path, parse(None, ["train.precision=fp32"]), World(0, 1, torch.device("cpu"), None), 2, None)
+        log.event({"step": 3, "new": 1})
+        log.close()
+        kept = [line for line in path.read_bytes().splitlines(keepends=True) if garbage.strip() not in line or not garbage.strip()]
+        assert kept == [lines[0], lines[1], b'{"step": 3, "new": 1}\n'] and path.read_bytes() == b"".join(kept)
+    moved = (tmp_path / "metrics.unreadable").read_bytes() if (tmp_path / "metrics.unreadable").exists() else b""
+    assert moved.count(garbage.strip() or b"x") == (4 if garbage.strip() else 0)
+    assert ("metrics.unreadable" in capsys.readouterr().err) == bool(garbage.strip())
+
+
+def test_a_last_line_without_its_end_is_kept_if_it_is_whole(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    log = telemetry.Log(tmp_path, parse(None, ["train.precision=fp32"]), World(0, 1, torch.device("cpu"), None), 2, None)
+    log.event({"step": 3})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def test_a_log_that_is_a_folder_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "r/metrics.jsonl").mkdir(parents=True)
+    complains(capsys, ["train", *settings(tmp_path, "train.total_steps=2")], "metrics.jsonl cannot be written: Is a directory")
+
+
+def test_lines_wait_for_space_on_the_disk(tmp_path, capsys, monkeypatch):
+    """A part of a line that was written is taken back; at the end, lines that are lost are an error."""
+    log = telemetry.Log(tmp_path, parse(None, ["train.precision=fp32"]), World(0, 1, torch.device("cpu"), None), 0, None)
+    log.event({"step": 1})
+    opened, full = Path.open, []
+
+    def open_(path, mode="r", *arguments, **options):
+        file = opened(path, mode, *arguments, **options)
+        if full and path == log.path and mode == "ab":
+            file.write(b"half a li")
+            file.close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return file
+
+    monkeypatch.setattr(Path, "open", open_)
+    full.append(1)
+    log.event({"step": 2})
+    assert log.path.read_text() == '{"step": 1}\n' and "No space left on device: its new lines wait" in capsys.readouterr().err
+    full.clear()
+    log.event({"step": 3})
+    assert log.path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    full.append(1)
+    log.event({"step": 4})
+    with pytest.raises(InputError, match=r"last lines of .* cannot be written: No space left"):
+        log.close()
+
+
+def test_a_full_disk_leaves_pictures_out(tmp_path, capsys, monkeypatch):
+    """Curves, grids and the validation's picture; the run ends well, and its checkpoints are whole."""
+
+    @contextmanager
+    def full(path):
+        yield path
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    for module in (telemetry, "fastdit.training.validation", "fastdit.sampling.pictures"):
+        replacing = full
+        if module is telemetry:
+            replacing = lambda path: full(path) if path.suffix == ".png" else files.replacing(path)
+        monkeypatch.setattr(f"{module}.replacing" if isinstance(module, str) else "fastdit.training.telemetry.replacing", replacing)
+    words = settings(tmp_path, "train.total_steps=2", "validate.steps=2", "validate.images=4")
+    assert cli.main(["train", *words]) == 0
+    said = capsys.readouterr().err
+    assert said.count("a picture is left out") == 3 and said.count("No space left on device") == 3, said
+    assert checkpoint.find(tmp_path / "r").state.step == 2
+
+
+def scalars(run):
+    """The scalars of a run in TensorBoard, as (step, value) by name, as its interface shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}, events
+
+
+def test_tensorboard_has_what_the_log_has_and_no_step_twice(tmp_path):
+    """Also after a run that was killed behind its newest checkpoint."""
+    words = ["train.tensorboard=true", "validate.steps=2", "validate.images=4", "train.sample_steps=2", "train.keep_checkpoints=9"]
+    run = train(parse(None, settings(tmp_path, "train.total_steps=6", *words)))
+    shutil.rmtree(run / "checkpoints/step_00000006")  # as if it had been killed before
+    time.sleep(1.1)  # the names of the event files hold the second
+    train(parse(None, settings(tmp_path, "train.total_steps=8", *words)))
+    logged, events = scalars(run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "lr", "grad_norm", "images_per_s", "epoch"):
+        assert [step for step, _ in logged[name]] == [2, 4, 6, 8], name
+        assert dict(logged[name]) == pytest.approx({line["step"]: line[name] for line in lines if name in line}, rel=1e-6), name
+    assert [step for step, _ in logged["loss"]] == [2, 4, 6, 8]
+    assert logged["validation/val_loss"] == pytest.approx(
+        [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
+    )
+    assert {f"loss_by_t/bin_{i}" for i in range(telemetry.TIME_BINS)} >= {tag for tag in logged if "bin" in tag} != set()
+    grids = events.Images("samples")
+    assert [grid.step for grid in grids] == [2, 4, 6, 8]
+    shown = Image.open(io.BytesIO(grids[-1].encoded_image_string)).convert("RGB")
+    assert shown.tobytes() == Image.open(run / "samples/step_00000008.png").convert("RGB").tobytes()
+
+
+def test_tensorboard_without_its_package_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    complains(capsys, ["train", *settings(tmp_path, "train.tensorboard=true")], "train.tensorboard=true", "pip install tensorboard")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(("key", "valid"), [("a" * 40, True), ("wandb_v1_" + "b" * 77, True), ("short", False), ("", False)])
+def test_wandb_keys_are_checked_without_the_network(tmp_path, key, valid):
+    code = (
+        "import socket, sys; socket.socket.connect = socket.getaddrinfo = None; from fastdit.training import telemetry\n"
+        "from fastdit.config import parse; telemetry.check_packages(parse(None, ['train.wandb=online']))"
+    )
+    variables = environment(WANDB_API_KEY=key, HOME=str(tmp_path), WANDB_SILENT="true")
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) is valid, done.stderr
+    if not valid:
+        assert done.stderr.strip().splitlines()[-1].startswith("fastdit.config.InputError: train.wandb=online")
