@@ -308,3 +308,29 @@ def test_the_old_name_of_recompute():
     saved["train"]["checkpoint"] = saved["train"].pop("recompute")
     saved["validate"]["reference"] = ""
     assert from_saved(saved).train.recompute == "light" and from_saved(saved).validate.reference is None
+
+
+def test_guidance_needs_label_dropout():
+    """Without it, and with one class, guidance is off unless it is given, and then it is refused; saved runs still open."""
+    for overrides in (["flow.label_dropout=0"], ["model.num_classes=1"], ["model.num_classes=1", "flow.label_dropout=0.1"]):
+        assert parse(None, overrides).sample.guidance == 0
+    assert parse(None, ["model.num_classes=1"]).flow.label_dropout == 0
+    guided = parse(None, ["model.num_classes=1", "flow.label_dropout=0.2", "sample.guidance=1"])
+    assert (guided.flow.label_dropout, guided.sample.guidance) == (0.2, 1)
+    assert parse(None, []).sample.guidance == 2
+    for off in ("flow.label_dropout=0", "model.num_classes=1"):
+        for asked in ("sample.guidance=2.0", "sample.guidance_low=0.3", "sample.guidance_high=0.7"):
+            with pytest.raises(InputError, match=f"{asked} needs the null class, which flow.label_dropout=0"):
+                parse(None, [off, asked])
+    saved = parse(None, []).to_dict()
+    saved["flow"]["label_dropout"] = 0.0
+    saved["sample"]["guidance_low"] = 0.3
+    assert config.from_saved(saved).sample.asks_for_guidance() is None
+    written = parse(None, ["model.num_classes=1"])
+    assert config.from_dict(written.to_dict()) == written
+
+
+@pytest.mark.parametrize("override", ["sample.guidance=1e30", "sample.guidance=101", "sample.steps=10001", "sample.time_shift=1e9"])
+def test_sampler_settings_have_sane_limits(override):
+    with pytest.raises(InputError, match="must be between"):
+        parse(None, [override])

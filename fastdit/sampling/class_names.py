@@ -35,6 +35,7 @@ class _Names:
         self.exact: dict[str, set[int]] = {}
         self.folded: dict[str, set[int]] = {}  # without case, for names that are not exact
         self.full = [_key(name) for name in names]
+        self.whole = {name.casefold() for name in self.full}
         self.parts = 1 + max((name.count(",") for name in self.full), default=0)  # of the text between commas, in one name
         for i, name in enumerate(self.full):
             for synonym in {name, *name.split(", ")}:
@@ -53,8 +54,8 @@ class _Names:
         """Return how many of the first parts, between commas, are one name; 0 if none. Raises InputError if they may be several."""
         for count in range(min(self.parts, len(parts)), 0, -1):
             text = _key(",".join(parts[:count]))
-            whole, each = self.classes(text), [self.classes(part) for part in parts[:count]]
-            if whole and count > 1 and all(each) and set.union(*each) != whole:
+            whole = self.classes(text)
+            if whole and count > 1 and all(part.casefold() in self.whole for part in parts[:count]):
                 raise InputError(f"--class {text!r} may be one class or {count} classes of this model: give ids")
             if whole:
                 return count

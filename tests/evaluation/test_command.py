@@ -1,6 +1,8 @@
 """`fastdit evaluate` of a tiny run: the same numbers by every way, what the result says, bad input."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,10 @@ from PIL import Image
 import fast_paths
 import inception as inception_net
 from benchmarks import photographs
-from commands import environment
+from commands import complains, environment
 from fastdit import cli, files
 from fastdit.data.builtin import mnist5k
+from fastdit.evaluation import metrics
 from fastdit.sampling import sampler
 
 
@@ -202,3 +205,46 @@ def test_bad_input_is_one_sentence(trained, reference, inception, tmp_path, caps
         error = capsys.readouterr().err.strip().split("\n")[-1]
         assert error.startswith("fastdit: ") and message in error, (words, error)
     assert not (tmp_path / "out.json").exists()
+
+
+def test_the_metrics_are_printed_if_no_file_takes_them(reference, tmp_path, capsys, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    np.savez(tmp_path / "good.npz", arr_0=np.random.default_rng(0).integers(0, 256, (20, 32, 32, 1), np.uint8))
+    monkeypatch.setattr(files, "write_atomically", lambda path, text: full(path))
+    monkeypatch.setattr(metrics, "save", lambda summary, path: full(path))
+    words = ["--reference", str(reference), "--out", str(tmp_path / "o.json")]
+    for more in ([], ["--save-reference", str(tmp_path / "r.npz")]):
+        assert cli.main(["evaluate", str(tmp_path / "good.npz"), "--features", "digits", *words, *more]) == 2
+        printed = capsys.readouterr()
+        name = "r.npz" if more else "o.json"
+        assert "Fréchet distance" in printed.out and f"{name} cannot be written: No space left on device" in printed.err
+
+
+def test_a_reference_of_another_shape_is_one_sentence(tmp_path, trained, capsys):
+    mean, covariance = np.zeros(128), np.eye(128)
+    np.savez(tmp_path / "good.npz", arr_0=np.zeros((6, 32, 32, 1), np.uint8))
+    cases = [
+        ({"mu": mean, "sigma": covariance * np.nan}, "sigma holds values that are not finite"),
+        ({"mu": mean.astype(str), "sigma": covariance}, "mu is <U"),
+        ({"mu": mean + 1j, "sigma": covariance}, "mu is complex128"),
+        ({"mu": mean, "sigma": np.triu(np.ones((128, 128)))}, "not symmetric"),
+        ({"mu": mean, "sigma": -covariance}, "negative variances"),
+        ({"mu": mean[:0], "sigma": covariance[:0, :0]}, "mu of width 0"),
+        ({"mu": mean, "sigma": covariance, "features": np.zeros((5, 7))}, "features [5, 7]"),
+        ({"mu": mean, "sigma": covariance, "about": "[1]"}, "`about` is of another shape"),
+        ({"mu": mean, "sigma": covariance, "about": '{"images": "many"}'}, "number of images is 'many'"),
+        ({"foo": mean}, "arr_0"),
+    ]
+    words = ["evaluate", tmp_path / "good.npz", "--features", "digits", "--out", tmp_path / "o.json", "--reference"]
+    for arrays, expected in cases:
+        np.savez(tmp_path / "r.npz", **arrays)
+        complains(capsys, [*words, tmp_path / "r.npz"], "r.npz", expected)
+    complains(capsys, [*words, trained], "is a checkpoint")
+    complains(capsys, [*words, ""], "--reference ''", "empty")
+    complains(capsys, [*words, "mnist5k", "--guidance", 2], "--guidance is for samples of a checkpoint")
+    complains(capsys, [*words, "mnist5k", "--feature-sha256", ""], "--feature-sha256 ''")
+    complains(capsys, [*words, "mnist5k", "--spatial", "a"], "--spatial 'a'")
+    complains(capsys, [*words[:-3], "--out", tmp_path / "good.npz"], "good.npz is read by this command")
+    complains(capsys, ["evaluate", "", *words[2:-1]], "source ''")

@@ -10,6 +10,7 @@ from fastdit import checkpoint, cli
 from fastdit.evaluation import sweep as sweep_command
 from fastdit.evaluation.command import EvaluationRequest
 from fastdit.evaluation.sweep import Row, best, sweep_table
+from runs import not_finite_run
 
 
 def test_sweep(trained, reference, tmp_path, capsys, monkeypatch):
@@ -60,3 +61,26 @@ def test_the_first_metric_decides_and_lists_are_no_column():
     assert best(rows) == 1
     assert sweep_table(rows).splitlines() == ["  steps  fid  recall", "      8    3     0.5", "*    15    2     0.5"]
     assert sweep_table([]) == ""
+
+
+def test_a_row_that_is_not_finite_says_so_and_is_never_the_best():
+    rows = [Row({"guidance": g}, {"fid": fid} if fid else {}, None) for g, fid in ((0, None), (1, 3.0), (2, 4.0), (3, None))]
+    assert best(rows) == 1 and best(rows[:1]) is None
+    assert sweep_table(rows).splitlines() == [
+        "  guidance         fid",
+        "         0  not finite",
+        "*        1           3",
+        "         2           4",
+        "         3  not finite",
+    ]
+
+
+def test_a_sweep_of_samples_that_are_not_finite_is_an_error(reference, tmp_path, capsys):
+    run = not_finite_run(tmp_path / "run")
+    words = ["--features", "digits", "--reference", str(reference), "--samples", "10", "--out", str(tmp_path / "s.csv")]
+    assert cli.main(["sweep", str(run), "steps=1,2", *words]) == 1
+    error = capsys.readouterr().err
+    assert "sample 0 of class 0 is not finite after 2 steps" in error and "the samples of no setting are finite" in error
+    assert (tmp_path / "s.csv").read_text() == "steps,fid,best\n1,not finite,0\n2,not finite,0\n"
+    assert cli.main(["evaluate", str(run), *words[:-1], str(tmp_path / "e.json")]) == 1
+    assert not (tmp_path / "e.json").exists()

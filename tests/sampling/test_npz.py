@@ -7,7 +7,9 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+import autoencoders
 from commands import environment
 from fastdit import cli
 from fastdit.sampling.npz import Parts
@@ -82,3 +84,59 @@ def test_a_thousand_samples_killed_and_resumed_on_one_and_two_ranks(run, tmp_pat
     assert "on each of 2 ranks" in done.stdout and not parts.exists()
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     assert np.load(tmp_path / "b.npz")["arr_0"].shape == (1000, 32, 32, 1)
+
+
+def begun(words, monkeypatch):
+    """Run a command that stops after its second batch."""
+    original, written = Parts.write, []
+
+    def interrupted(self, k, images):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(k)
+        original(self, k, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "write", interrupted)
+        assert cli.main(words) == 130
+
+
+def test_an_npz_of_one_model_is_not_finished_by_another(run, tmp_path, capsys, monkeypatch):
+    """At the same path, with the same step; but the same model may have been moved."""
+    file = tmp_path / "m.safetensors"
+    assert cli.main(["export", str(run), "--out", str(file)]) == 0
+    command = words(file, "--at-once", "2", "--npz", tmp_path / "a.npz")
+    begun(command, monkeypatch)
+    tensors = load_file(file)
+    save_file({name: t * 1.01 for name, t in tensors.items()}, file)
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert "was begun with checkpoint=" in error and f"delete {tmp_path}/.a.npz.parts" in error
+    save_file(tensors, file)
+    moved = tmp_path / "moved.safetensors"
+    file.rename(moved)
+    file.with_suffix(".json").rename(moved.with_suffix(".json"))
+    assert cli.main(words(moved, "--at-once", "2", "--npz", tmp_path / "a.npz")) == 0
+
+
+def test_an_npz_of_one_autoencoder_is_not_finished_by_another(tmp_path, capsys, monkeypatch):
+    vae = autoencoders.tiny(tmp_path / "vae")
+    run = make_run(tmp_path / "run", model={"in_channels": 4, "input_size": 16}, data={"autoencoder": str(vae), "image_size": 32})
+    command = words(run, "--at-once", "2", "--npz", tmp_path / "a.npz")
+    begun(command, monkeypatch)
+    weights = next(vae.glob("*.safetensors"))
+    save_file({name: t * 1.01 for name, t in load_file(weights).items()}, weights)
+    assert cli.main(command) == 2
+    assert "autoencoder" in capsys.readouterr().err
+
+
+def test_a_damaged_batch_is_named(run, tmp_path, capsys, monkeypatch):
+    command = words(run, "--at-once", "2", "--npz", tmp_path / "a.npz")
+    begun(command, monkeypatch)
+    part = tmp_path / ".a.npz.parts" / "000001.npy"
+    for damage in (b"", np.lib.format.magic(1, 0), part.read_bytes()[:-5]):
+        part.write_bytes(damage)
+        assert cli.main(command) == 2
+        assert f"{part} is damaged" in capsys.readouterr().err and not (tmp_path / "a.npz").exists()
+    part.unlink()
+    assert cli.main(command) == 0

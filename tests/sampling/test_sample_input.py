@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from commands import complains, trained_run
+from commands import RANK_VARIABLES, complains, trained_run
 from fastdit import cli
 
 
@@ -60,5 +60,7 @@ def test_samples_from_the_command_line(trained, tmp_path):
 )
 def test_bad_sampling_input_leaves_nothing_behind(trained, tmp_path, monkeypatch, capsys, words, expected):
     monkeypatch.chdir(tmp_path)
+    for name in RANK_VARIABLES:  # the run of this process set them
+        monkeypatch.delenv(name, raising=False)
     complains(capsys, ["sample", "--checkpoint", str(trained), *words], *expected)
     assert not list(tmp_path.iterdir())

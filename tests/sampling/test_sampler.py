@@ -1,5 +1,6 @@
 """The door from weights to samples: noise, sharing among ranks, precision, and that every user of it takes the fast path."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from fastdit.distributed import World
 from fastdit.flow import Stream
 from fastdit.sampling import sampler
 from fastdit.sampling.sampler import BATCH, Sampler, batch_size, one_generator_noise, per_sample_noise, shares
-from runs import make_run, random_model
+from runs import make_run, not_finite_run, random_model, with_state
 
 CPU = torch.device("cpu")
 SUPPORT = Path(__file__).parent.parent / "support"
@@ -143,3 +144,68 @@ def test_graphs_are_made_once_for_all_streams(monkeypatch):
     assert len(captures) == 2 and calls.prepared == 1  # batches of 3, 3 and 1, guided
     fast.draw(labels, 1, at_once=3)
     assert len(captures) == 2 and calls.velocity == 2 * 3 * 2 * config.sample.steps  # Heun
+
+
+def test_samples_that_are_not_finite_are_an_error(tmp_path):
+    """It names the sample of the whole job, not of its batch; weights that are not finite are named as the cause."""
+    sampler = Sampler(not_finite_run(tmp_path / "run"), device="cpu")
+    settings = sampler.settings(steps=2, solver="euler")
+    expected = (
+        r"^sample 0 of class 3 is not finite after 2 steps of euler with guidance 2 in fp32: use less guidance or other weights$"
+    )
+    for draw in (sampler.draw, lambda *of: list(sampler.stream(*of)), lambda *of: list(sampler.latents(*of))):
+        with pytest.raises(FloatingPointError, match=expected):
+            draw([3, 7], 0, settings)
+    model, config = random_model()
+    sampler = Sampler.of_model(model, config, autoencoder.Pixels(1, 32))
+    latents = sampler.latents([3, 7, 1], 0, sampler.settings(steps=1), at_once=2)
+    next(latents)
+    original = sampler._velocity or model.velocity
+    sampler.model.velocity = lambda *of: original(*of) * torch.tensor([float("nan")])
+    with pytest.raises(FloatingPointError, match="sample 2 of class 1 "):
+        list(sampler.latents([3, 7, 1], 0, sampler.settings(steps=1, guidance=0), at_once=2, skip=lambda ids: ids.start == 0))
+    model.output.weight.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="the weights of the model are not: use an earlier checkpoint"):
+        sampler.draw([3], 0, settings)
+
+
+def test_pixels_that_are_not_finite_are_an_error(run, monkeypatch):
+    sampler = Sampler(run, device="cpu")
+    latents = torch.zeros(3, 1, 32, 32)
+    latents[1, 0, 5, 5] = float("nan")
+    with pytest.raises(FloatingPointError, match="autoencoder pixels decodes image 1 of a batch of 3"):
+        sampler.decode(latents)
+
+
+def test_the_check_reads_the_device_once_per_batch(run, monkeypatch):
+    """One reduction of the final latents, none within the steps."""
+    checks, original = [], torch.Tensor.isfinite
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda self: checks.append(len(self)) or original(self))
+    sampler = Sampler(run, device="cpu")
+    list(sampler.latents([1] * 7, 0, sampler.settings(steps=5), at_once=3))
+    assert checks == [3, 3, 1]
+
+
+def test_a_model_without_a_null_class_is_not_guided(tmp_path):
+    """Also one that was saved with the default guidance, as runs of before were."""
+    run = make_run(tmp_path / "run", flow={"label_dropout": 0})
+    (folder,) = (run / "checkpoints").iterdir()
+    text = (folder / "config.json").read_text().replace('"guidance": 0.0', '"guidance": 2.0')
+    (folder / "config.json").write_text(text)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["config.json"] = {"bytes": len(text), "sha256": files.sha256(folder / "config.json")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    sampler = Sampler(run, device="cpu")
+    assert sampler.settings().guidance == 0 and sampler.settings(guidance=0.0).guidance == 0
+    for wrong in ({"guidance": 1.0}, {"guidance_low": 0.2}, {"guidance_high": 0.5}):
+        with pytest.raises(InputError, match=f"sample.{next(iter(wrong))}=.* needs the null class.*label_dropout=0"):
+            sampler.settings(**wrong)
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "m.safetensors")]) == 0
+    with pytest.raises(InputError, match="null class"):
+        Sampler(tmp_path / "m.safetensors", device="cpu").images("3", guidance=1.0)
+
+
+def test_python_draws_classes_with_images_and_says_which_it_leaves_out(tmp_path, capsys):
+    run = with_state(make_run(tmp_path, model={"num_classes": 4}), class_names=["x", "y"], class_counts=[2, 0])
+    assert len(Sampler(run, device="cpu").images("all", steps=1)) == 1
+    assert "classes without images in training are left out: 1, 2, 3" in capsys.readouterr().err
