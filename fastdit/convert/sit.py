@@ -156,9 +156,8 @@ def convert(sit: dict[str, Tensor], config: ModelConfig, data_at: int) -> dict[s
     """
     p, C = config.patch_size, config.in_channels
     time, sign = sit["t_embedder.mlp.0.weight"], 1 - 2 * data_at
-    if (
-        data_at
-    ):  # features of 1 − t from those of t: cos(f − ft) = cos f·cos ft + sin f·sin ft, sin(f − ft) = sin f·cos ft − cos f·sin ft
+    if data_at:
+        # Features of 1 − t from those of t: cos(f − ft) = cos f·cos ft + sin f·sin ft, sin(f − ft) = sin f·cos ft − cos f·sin ft.
         frequencies = TimeEmbedding(config).frequencies.double()
         cos, sin = time.double().chunk(2, dim=1)
         c, s = frequencies.cos(), frequencies.sin()
