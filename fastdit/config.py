@@ -439,6 +439,8 @@ def _convert(key: str, value: object, hint: object) -> object:
         from fastdit.yaml12 import scalar
 
         value = scalar(value)
+    if kind is str and type(value) is bool:
+        value = str(value).lower()  # data.resident
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**1000 else math.inf
     if kind is float and type(value) is float and not math.isfinite(value):

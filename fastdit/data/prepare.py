@@ -214,16 +214,13 @@ def _fits(out: Path, request: dict[str, list[Source]]) -> bool:
 
 
 def _begin(journal: Path, request: dict[str, list[Source]]) -> None:
-    """Begin the journal of a request, or continue it; the journal of another request is deleted. Raises InputError."""
+    """Begin the journal of a request, or continue it; the journal of another request is deleted."""
     file = journal / "request.json"
     # without the times of folders, which change with files that are no images, too
     settings = {role: [asdict(replace(source, mtimes=[])) for source in sources] for role, sources in request.items()}
-    try:
-        if begin_or_match(file, settings):
-            shutil.rmtree(journal)
-            begin_or_match(file, settings)
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{file} was not written by `fastdit prepare`: delete {journal}") from error
+    if begin_or_match(file, settings):
+        shutil.rmtree(journal)
+        begin_or_match(file, settings)
 
 
 def _parquet_names(request: dict[str, list[Source]]) -> dict[str, str]:

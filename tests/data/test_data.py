@@ -69,7 +69,7 @@ def test_every_loader_keeps_the_contract(index, latents, vae):
         members = {*data.Loader.__annotations__, "batch"}
         assert len(members) == 7 and all(hasattr(loader, name) for name in members)
         assert loader.channels == channels and (loader.manifest is not None) == (path == latents)
-        assert (loader.class_names is None) == (path is None)
+        assert len(loader.class_names) == len(loader.class_counts)
         x, labels = loader.batch(0, 0)
         assert labels.shape == (4,) and labels.dtype == torch.int64 and len(x) == 4
         codec = autoencoder.load(config.data, config.model, loader.channels, CPU, loader.manifest)
