@@ -23,6 +23,7 @@ from fastdit.data.pixels import IMAGE_SUFFIXES, BadImage, is_hidden
 
 CHUNK = 4096  # images
 HIDDEN = "images in hidden folders"
+LINKS = "links to images"
 LABEL_KEYS = ("label", "cls", "class", "class_id")  # of a .json beside an image
 
 
@@ -104,7 +105,7 @@ class Kind(NamedTuple):
 
 def _label_beside(member: tarfile.TarInfo, data: bytes) -> str | None:
     """Return the class in a .cls (text) or .json file beside an image, None if the .json names none. Raises ValueError."""
-    if member.name.endswith(".cls"):
+    if member.name.lower().endswith(".cls"):
         return data.decode().strip()
     values = json.loads(data)
     label = next((values[key] for key in LABEL_KEYS if isinstance(values, dict) and values.get(key) is not None), None)
@@ -120,11 +121,13 @@ def _is_hidden(name: str) -> bool:
     return any(is_hidden(part) for part in name.split("/") if part not in (".", ".."))
 
 
-def _grouped_members(tar: tarfile.TarFile, path: str, hidden: list[int] | None = None) -> Iterator[list[tarfile.TarInfo]]:
+def _grouped_members(
+    tar: tarfile.TarFile, path: str, left_out: list[tuple[int, str]] | None = None
+) -> Iterator[list[tarfile.TarInfo]]:
     """Yield groups of successive files whose names are equal up to the first dot: an image and the files beside it.
 
-    Hidden files are left out; the offsets of images in hidden folders are added to `hidden`. Raises InputError if the tar is
-    damaged or truncated.
+    Hidden files and links are left out; of images among them, the offset is added to `left_out` with what they are. Raises
+    InputError if the tar is damaged or truncated.
     """
     group: list[tarfile.TarInfo] = []
     key = last = None
@@ -137,12 +140,13 @@ def _grouped_members(tar: tarfile.TarFile, path: str, hidden: list[int] | None =
         if member is None:
             break
         last = member.name
-        if not member.isreg():
+        if not (member.isreg() or member.islnk() or member.issym()):
             continue
         folder, _, base = member.name.rpartition("/")
-        if _is_hidden(member.name):
-            if hidden is not None and not is_hidden(base) and folders.suffix(base) in IMAGE_SUFFIXES:
-                hidden.append(member.offset)
+        reason = HIDDEN if _is_hidden(member.name) else None if member.isreg() else LINKS
+        if reason:
+            if left_out is not None and not is_hidden(base) and folders.suffix(base) in IMAGE_SUFFIXES:
+                left_out.append((member.offset, reason))
             continue
         if group and (folder, base.split(".")[0]) != key:
             yield group
@@ -188,17 +192,17 @@ def _tar_containers(number: int, source: Source) -> Iterator[Container]:
 def _scan_tar(path: str, container: Container, start: int) -> Chunk:
     """Scan a tar from byte `start`, the header of a member. Raises InputError if it is damaged."""
     images, bad, others = [], [], Counter[str]()
-    hidden: list[int] = []
+    left_out: list[tuple[int, str]] = []
     next_start = None
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-        for group in _grouped_members(_open_tar(path, file, start), path, hidden):
+        for group in _grouped_members(_open_tar(path, file, start), path, left_out):
             if len(images) + len(bad) >= CHUNK:
                 next_start = group[0].offset
                 break
             label = container.label
             try:
                 for beside in group:
-                    if label is None and beside.name.endswith((".cls", ".json")):
+                    if label is None and beside.name.lower().endswith((".cls", ".json")):
                         label = _label_beside(beside, _content(data, beside))
             except ValueError:  # neither UTF-8 nor JSON
                 bad.append((beside.name, "the label beside the image cannot be read"))
@@ -211,10 +215,9 @@ def _scan_tar(path: str, container: Container, start: int) -> Chunk:
                         images.append(entry(member.name, member.offset_data, _content(data, member), label_or_folder))
                     except BadImage as error:
                         bad.append((member.name, str(error)))
-                elif name.suffix not in (".cls", ".json"):
+                elif name.suffix.lower() not in (".cls", ".json"):
                     others[folders.suffix(name.name)] += 1
-    if count := sum(next_start is None or offset < next_start for offset in hidden):
-        others[HIDDEN] = count
+    others.update(reason for offset, reason in left_out if next_start is None or offset < next_start)
     return Chunk(images, bad, next_start, others)
 
 

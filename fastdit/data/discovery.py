@@ -23,11 +23,12 @@ from fastdit.data.pixels import IMAGE_SUFFIXES, is_hidden
 from fastdit.progress import progress_bar
 
 SPLIT_OF = {
-    "train": "train", "training": "train",
+    "train": "train", "training": "train", "trainval": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
 SPLIT_FOLDER = re.compile(rf"({'|'.join(SPLIT_OF)})([ _-]?(set|images?|data|split))?[ _-]?\d*", re.IGNORECASE)
+SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_OF, key=len, reverse=True))})(?-i:(?![a-z]))", re.IGNORECASE)
 THREADS = 16  # that list folders: a file server answers many at once
 
 
@@ -132,6 +133,24 @@ def _split_of_folder(name: str) -> str | None:
     return SPLIT_OF[match[1].lower()] if match else None
 
 
+def splits_of_folders(names: list[str]) -> dict[str | None, list[str]]:
+    """Return the names of the folders in one folder by the split that they tell, None for those that tell none.
+
+    They may be called after their splits, or else they have names that are equal but for that word: seg_train and seg_test.
+    """
+    splits = _by_split(names, _split_of_folder)
+    if "train" in splits:
+        return splits
+    stems = defaultdict(dict)
+    for name in names:
+        if match := SPLIT_WORD.search(name):
+            stems[SPLIT_WORD.sub("", name, count=1).lower()][name] = SPLIT_OF[match[1].lower()]
+    told = {}
+    for of_stem in stems.values():
+        told |= of_stem if "train" in of_stem.values() and len({*of_stem.values()}) > 1 else {}
+    return _by_split(names, told.get) if told else splits
+
+
 def _by_split(names: list[str], split_of: Callable[[str], str | None]) -> dict[str | None, list[str]]:
     splits = defaultdict(list)
     for name in names:
@@ -152,7 +171,7 @@ def _chosen(folder: str, splits: dict[str | None, list[str]], layout: Layout) ->
     if val:
         note += f", {_listed(val)} as validation images"
     if left_out:
-        hint = "" if val else f" (--val {os.path.join(folder, left_out[0])} takes it as validation images)"
+        hint = "" if val else f" (--val {os.path.join(folder, splits.get('test', left_out)[0])} takes it as validation images)"
         note += f"; left out: {_listed(left_out)}{hint}"
     layout.notes.append(note)
     return {"train": train, "val": val}
@@ -178,7 +197,7 @@ def _expand(folder: str, layout: Layout, label: str) -> None:
     layout.levels.append((folder, os.stat(folder).st_mtime_ns))
     level = _level(folder)
     path_of = lambda name: os.path.join(folder, name)
-    splits = _by_split(level.folders, _split_of_folder)
+    splits = splits_of_folders(level.folders)
     if "train" in splits and splits.keys() & {"val", "test"}:
         chosen = _chosen(folder, splits, layout)
         _note_left_out(folder, level, layout, archives=level.archives, loose_pictures=level.images)

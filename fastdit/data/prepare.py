@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,11 +73,46 @@ def _scan_split(split: str, sources: list[Source], journal: Path) -> ScannedSpli
     return ScannedSplit(sources, chunks, {container.label for container in containers if container.label is not None})
 
 
+def _check_inner_folders(scanned: ScannedSplit) -> None:
+    """Look at the folders in archives and inside of class folders. Raises InputError if they are of several splits.
+
+    Says so if the folders that are classes of a tar lie in several folders: those of one name are one class.
+    """
+    inside = {
+        (source, image.name.rpartition("/")[0], image.label): None for source, chunk in scanned.chunks for image in chunk.images
+    }
+    children, above = defaultdict(set), set()
+    for source, folder, label in inside:
+        parts = tuple(part for part in folder.split("/") if part not in ("", "."))
+        for depth, part in enumerate(parts):
+            children[source, parts[:depth]].add(part)
+        if parts and parts[-1] == label and scanned.sources[source].kind != "folder":
+            above.add("/".join(parts[:-1]) or ".")
+    for (source, parts), names in children.items():
+        splits = discovery.splits_of_folders(sorted(names))
+        if "train" in splits and splits.keys() & {"val", "test"}:
+            train, held_out = splits["train"][0], splits.get("val", splits.get("test", [""]))[0]
+            raise InputError(
+                f"{'/'.join((scanned.sources[source].path, *parts))} holds {train}/ and {held_out}/, which would be mixed: give "
+                "the training images as a folder or archive of their own, and the others as --val"
+            )
+    if len(above) > 1:
+        first, second, *_ = sorted(above)
+        _say(f"the class of an image in a tar is the innermost folder, also where those lie in several, here {first} and {second}")
+
+
 def _labels(split: str, scanned: ScannedSplit, kit: imagenet.Devkit, known: set[str]) -> list[list[str]]:
     """Return the class of every image of every chunk. Raises InputError if an image has none.
 
-    known: classes of the training images: a validation image that is not in one of them is looked up in the kit.
+    known: classes of the training images: a validation image that is not in one of them is looked up in the kit. If no training
+    image has a class, all are of one.
     """
+    images = [image for _, chunk in scanned.chunks for image in chunk.images]
+    has_none = not any(image.label for image in images) and not any(imagenet.VAL_NAME.search(image.name) for image in images)
+    if images and has_none and (split == "train" or len(known) == 1):
+        only = next(iter(known), parquet.ONE_CLASS)
+        _say(f"no {split} image has a class folder, nor a .cls or .json file that names one: all are of one class, {only}")
+        return [[only] * len(chunk.images) for _, chunk in scanned.chunks]
     labels = []
     for source, chunk in scanned.chunks:
         chunk_labels = []
@@ -245,6 +280,7 @@ def _write_index(
     labels: dict[str, list[list[str]]] = {}
     classes_of: dict[str, set[str]] = {}
     for split in scanned:  # train first
+        _check_inner_folders(scanned[split])
         labels[split] = _labels(split, scanned[split], kit, classes_of.get("train", set()))
         classes_of[split] = {label for chunk_labels in labels[split] for label in chunk_labels} | scanned[split].container_labels
     sources = content.request["train"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,55 @@ def test_long_names(tmp_path):
     found = open_index(prepare.prepare([tmp_path / "long.tar"]))
     assert found.classes == ["n" * 120, "short"] and found.rows("train")["name"][0].decode() == name
     assert all(found.read(row) == data for row in found.rows("train"))
+
+
+def test_splits_inside_of_a_tar_or_a_class_folder_are_not_mixed(tmp_path, capsys):
+    names = [f"{split}/{label}/0.jpg" for split in ("train", "valid") for label in "ab"]
+    (tmp_path / "t.tar").write_bytes(photographs.tar_of({f"./data/{name}": pictures.encoded(i) for i, name in enumerate(names)}))
+    pictures.write(tmp_path, *(f"f/{label}/{split}/0.jpg" for split in ("train", "test") for label in "ab"))
+    for source, place in (("t.tar", "t.tar/data holds train/ and valid/"), ("f", "f/a holds train/ and test/")):
+        complains(capsys, ["prepare", tmp_path / source], place, "which would be mixed", "--val")
+        assert not (tmp_path / f"{source}.index" / FILE).exists()
+
+
+def test_class_folders_of_a_tar_in_several_folders_are_told(tmp_path, capsys):
+    names = ["data/a/x/0.jpg", "data/b/x/0.jpg", "data/c/0.jpg"]
+    (tmp_path / "t.tar").write_bytes(photographs.tar_of({name: pictures.encoded(i) for i, name in enumerate(names)}))
+    assert open_index(prepare.prepare([tmp_path / "t.tar"])).classes == ["c", "x"]
+    assert "innermost folder, also where those lie in several, here data and data/a" in capsys.readouterr().err
+    (tmp_path / "u.tar").write_bytes(photographs.tar_of({name: pictures.encoded() for name in ("data/a/0.jpg", "data/b/0.jpg")}))
+    prepare.prepare([tmp_path / "u.tar"])
+    assert "innermost" not in capsys.readouterr().err
+
+
+def test_a_tar_without_classes_is_one_class(tmp_path, capsys):
+    for split in ("train", "val"):
+        files = {f"./{i}.jpg": pictures.encoded(i) for i in range(3)} | {"./1.txt": b"a cat"}
+        (tmp_path / f"{split}.tar").write_bytes(photographs.tar_of(files))
+    found = open_index(prepare.prepare([tmp_path / "train.tar"], val=tmp_path / "val.tar"))
+    assert found.classes == ["images"] and [len(found.rows(split)) for split in ("train", "val")] == [3, 3]
+    assert "no train image has a class folder" in capsys.readouterr().err
+    pictures.write(tmp_path, "f/a/0.jpg", "f/b/0.jpg")  # of two classes it may be either
+    complains(capsys, ["prepare", tmp_path / "f", "--val", tmp_path / "val.tar"], "image ./0.jpg has no class")
+
+
+def test_links_in_a_tar_are_told_and_suffixes_have_any_case(tmp_path, capsys):
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name, data in (
+            ("0.JPG", pictures.encoded()),
+            ("0.CLS", b"3"),
+            ("1.jpg", pictures.encoded(1)),
+            ("1.Json", b'{"cls": 5}'),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        for name, kind in (("2.jpg", tarfile.LNKTYPE), ("3.jpg", tarfile.SYMTYPE), ("4.cls", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "0.JPG"
+            tar.addfile(member)
+    assert open_index(prepare.prepare([tmp_path / "t.tar"])).classes == ["3", "5"]
+    assert "left out in the archives: 2 links to images;" in capsys.readouterr().err
 
 
 def test_hidden_files_in_tars_are_neither_images_nor_labels(tmp_path, capsys, monkeypatch):

@@ -49,6 +49,10 @@ def test_class_folders_and_what_lies_beside_them(tmp_path):
         (["train2017", "val2017", "test2017"], "train2017", "val2017"),
         (["Training", "Testing"], "Training", None),
         (["train", "val", "labels"], "train", "val"),
+        (["trainval", "val", "test"], "trainval", "val"),
+        (["img_train", "img_val", "img_test", "extra"], "img_train", "img_val"),
+        (["Train-faces", "Valid-faces"], "Train-faces", "Valid-faces"),
+        (["trainA", "valA", "other"], "trainA", "valA"),
     ],
 )
 def test_a_root_of_splits(tmp_path, names, train, val):
@@ -66,8 +70,16 @@ def test_a_root_of_splits(tmp_path, names, train, val):
 
 
 def test_names_of_splits_that_are_classes(tmp_path):
-    pictures.write(tmp_path, "train/0.jpg", "car/0.jpg", "plane/0.jpg")
-    assert laid_out(tmp_path)[0] == ["car", "plane", "train"]
+    pictures.write(tmp_path, "a/train/0.jpg", "a/car/0.jpg", "a/plane/0.jpg")
+    assert laid_out(tmp_path, "a")[0] == ["car", "plane", "train"]
+    pictures.write(tmp_path, "b/train/0.jpg", "b/test tube/0.jpg", "b/training shoe/0.jpg")
+    assert laid_out(tmp_path, "b")[0] == ["test tube", "train", "training shoe"]
+
+
+def test_several_folders_of_a_split_are_refused(tmp_path):
+    pictures.write(tmp_path, *(f"{split}{domain}/0.jpg" for split in ("train", "test") for domain in "AB"))
+    with pytest.raises(InputError, match="holds trainA, trainB, each of which could be its train images"):
+        laid_out(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,11 @@ def flat(root: Path, pictures: dict) -> None:
         write(root / "photos" / f"{i}.jpg", data)
 
 
+@row("a tar of pictures", 1)
+def flat_tar(root: Path, pictures: dict) -> None:
+    write(root / "flat.tar", photographs.tar_of({f"{i}.jpg": data for i, data in enumerate(pictures.values())}))
+
+
 @row("a folder of `train/CLASS", 3, 6)
 def split_root(root: Path, pictures: dict) -> None:
     folders(root / "photos/train", pictures)
