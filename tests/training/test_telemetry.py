@@ -270,4 +270,4 @@ def test_wandb_keys_are_checked_without_the_network(tmp_path, key, valid):
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) is valid, done.stderr
     if not valid:
-        assert done.stderr.strip().splitlines()[-1].startswith("fastdit.config.InputError: train.wandb=online")
+        assert done.stderr.strip().splitlines()[-1].startswith("fastdit.checks.InputError: train.wandb=online")
