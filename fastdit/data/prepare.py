@@ -173,13 +173,13 @@ def prepare(
     out = out or default_index(sources[0])
     sources = [imagenet.data_folder(path) for path in sources]
     lists = [devkit] if devkit else imagenet.find_lists([*sources, *([val] if val else [])])
-    found = discovery.find(sources, val, named=imagenet.label_val(lists))
+    discovered = discovery.find(sources, val, named=imagenet.label_val(lists))
     if lists and not devkit:
-        found.layout.notes.append(f"ImageNet's lists are read: {', '.join(map(str, lists))}")
-    for note in found.layout.notes:
+        discovered.layout.notes.append(f"ImageNet's lists are read: {', '.join(map(str, lists))}")
+    for note in discovered.layout.notes:
         _say(note)
     try:
-        request = {**found.sources, "devkit": [Source.of(path) for path in lists]}
+        request = {**discovered.sources, "devkit": [Source.of(path) for path in lists]}
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
     if verify:
@@ -196,8 +196,10 @@ def prepare(
                 kit.names.update(_parquet_names(request))
                 scanned = {split: _scan_split(split, request[split], journal) for split in SPLITS if request[split]}
                 paths = [archives.absolute(path) for path in sources]
-                content = Content({}, 0, [], None, request, paths, archives.absolute(val) if val else None, found.layout.levels)
-                _write_index(out, scanned, kit, content, found.layout.bad)
+                content = Content(
+                    {}, 0, [], None, request, paths, archives.absolute(val) if val else None, discovered.layout.levels
+                )
+                _write_index(out, scanned, kit, content, discovered.layout.bad)
             shutil.rmtree(journal, ignore_errors=True)
     return out
 
