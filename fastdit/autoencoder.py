@@ -8,7 +8,6 @@ posterior sample of moments is latents fp32 [B,c,s,s] in the scale that the mode
 
 import hashlib
 import importlib.util
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from torch import Tensor
 from fastdit.autoencoder_files import first_line, locate
 from fastdit.config import DataConfig, InputError, ModelConfig
 from fastdit.distributed import World
+from fastdit.files import json_object
 
 DECODE_BATCH = 8  # images: SD-VAE's decoder keeps some 0.25 GB of activations per image of 256 pixels in fp32
 COMPILE_MIN_IMAGES = 64  # in one call: fewer are decoded sooner than the decoder is compiled, which takes a minute
@@ -108,9 +108,9 @@ class Pixels:
 def _class_name(folder: Path, source: str) -> tuple[str, dict]:
     """Return the class and the contents of an autoencoder's config.json. Raises InputError unless CODECS has the class."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json_object((folder / "config.json").read_bytes())
         name = config["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: neither JSON nor UTF-8
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(f"autoencoder {source}: {folder / 'config.json'} does not name a class of diffusers: {error!r}") from error
     if str(name) not in CODECS:  # it may be anything
         raise InputError(f"autoencoder {source} is of the class {name}, which fastdit cannot use: give one of {', '.join(CODECS)}")

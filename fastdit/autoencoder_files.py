@@ -74,8 +74,8 @@ def _choose(names: Collection[str], folder: str) -> Files:
 
 def _local_files(folder: Path) -> Files:
     """Return the files of the autoencoder in a local folder. Raises InputError as `_choose` does."""
-    found = {path.relative_to(folder).as_posix() for pattern in ("*", "vae/*") for path in folder.glob(pattern)}
-    return _choose(found, "")
+    names = {path.relative_to(folder).as_posix() for pattern in ("*", "vae/*") for path in folder.glob(pattern)}
+    return _choose(names, "")
 
 
 class HubId(NamedTuple):

@@ -34,6 +34,7 @@ from fastdit.files import (
     check_readable,
     damage,
     flush,
+    json_object,
     outputs,
     path_argument,
     replacing,
@@ -246,19 +247,19 @@ def _not_exported(path: Path, error: Exception) -> InputError:
 
 def _open_exported(path: Path) -> Checkpoint:
     try:
-        description = json.loads(path.with_suffix(".json").read_bytes())
+        description = json_object(path.with_suffix(".json").read_bytes())
         with safe_open(path, framework="pt"):
             return Checkpoint(path, from_saved(description["config"]), RunState.from_dict(description["state"]))
-    except (OSError, SafetensorError, ValueError, RecursionError, KeyError, TypeError, InputError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, InputError) as error:
         raise _not_exported(path, error) from error
 
 
 def _open_folder(folder: Path) -> Checkpoint:
     """Open the folder of a whole checkpoint. Raises InputError if it was written by something else."""
     try:
-        state = RunState.from_dict(json.loads((folder / "state.json").read_bytes()))
+        state = RunState.from_dict(json_object((folder / "state.json").read_bytes()))
         return Checkpoint(folder, load_json(folder / "config.json"), state)
-    except (OSError, ValueError, RecursionError, InputError) as error:
+    except (OSError, ValueError, InputError) as error:
         raise InputError(f"checkpoint {folder} is not what fastdit writes: {error}") from error
 
 

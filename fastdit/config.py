@@ -11,17 +11,14 @@ own train section: the learning rate above all.
 
 import argparse
 import dataclasses
-import difflib
 import json
 import math
 import os
-import reprlib
-import types
 import typing
-import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastdit.checks import InputError, at_least, at_most, convert, nearest, one_of, shown, usable
 from fastdit.sampling.solvers import SOLVERS  # which imports neither torch nor anything of fastdit
 
 RENAMED = {"train.checkpoint": "train.recompute"}  # old key: new key; saved configs may have either
@@ -32,10 +29,6 @@ MAX_GUIDANCE = 100  # of sample.guidance; papers use up to 20
 MAX_SHIFT = 1000  # of sample.time_shift and its inverse: beyond, timesteps are rounded to 0 or 1
 # Keys of `train` that a resumed run does not keep: which run it is, and what a single start may do.
 OF_ONE_START = ("name", "out", "resume", "init", "init_weights", "allow_batch_change")
-
-
-class InputError(Exception):
-    """Bad input from the user, in one sentence: the command line prints it and exits with code 2."""
 
 
 class Stopped(Exception):
@@ -99,21 +92,21 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "hidden", "patch_size", "in_channels", "input_size", "num_classes"):
-            _at_least("model", self, key, 1)
+            at_least("model", self, key, 1)
         for key, limit in (("width", 65_536), ("depth", 1_000), ("hidden", 262_144), ("in_channels", 4_096),
                            ("input_size", 4_096), ("num_classes", 1_000_000)):  # fmt: skip
-            _at_most("model", self, key, limit)
-        _one_of("model", self, "preset", tuple(PRESETS))
-        _one_of("model", self, "positions", ("absolute", "sincos", "rope_1d", "rope_2d"))
-        _one_of("model", self, "mlp", ("swiglu", "gelu"))
-        _at_least("model", self, "norm_eps", 1e-12)
-        _at_least("model", self, "time_frequency", 1e-3)
-        _one_of("model", self, "attention", ("auto", "flash", "sdpa", "matmul"))
-        _one_of("model", self, "qk_norm", ("head", "none", "full_width"))
-        _one_of("model", self, "time_embedding", ("sinusoidal", "base"))
+            at_most("model", self, key, limit)
+        one_of("model", self, "preset", tuple(PRESETS))
+        one_of("model", self, "positions", ("absolute", "sincos", "rope_1d", "rope_2d"))
+        one_of("model", self, "mlp", ("swiglu", "gelu"))
+        at_least("model", self, "norm_eps", 1e-12)
+        at_least("model", self, "time_frequency", 1e-3)
+        one_of("model", self, "attention", ("auto", "flash", "sdpa", "matmul"))
+        one_of("model", self, "qk_norm", ("head", "none", "full_width"))
+        one_of("model", self, "time_embedding", ("sinusoidal", "base"))
         if self.class_width is not None:
-            _at_least("model", self, "class_width", 1)
-            _at_most("model", self, "class_width", 65_536)
+            at_least("model", self, "class_width", 1)
+            at_most("model", self, "class_width", 65_536)
         if self.modulation_groups is not None and not 1 <= self.modulation_groups <= self.depth:
             raise InputError(f"model.modulation_groups={self.modulation_groups} must be between 1 and model.depth={self.depth}")
         if self.width % self.heads or (self.width // self.heads) % 2 or self.width // self.heads > 256:
@@ -152,14 +145,14 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for key, limit in (("image_size", 1), ("max_bad_files", 0)):
-            _at_least("data", self, key, limit)
-        _at_most("data", self, "image_size", 16_384)
+            at_least("data", self, key, limit)
+        at_most("data", self, "image_size", 16_384)
         if self.threads is not None:
-            _at_least("data", self, "threads", 1)
-            _at_most("data", self, "threads", 1_024)
-        _one_of("data", self, "crop", ("center", "random"))
-        _one_of("data", self, "exif", ("auto", "ignore"))
-        _one_of("data", self, "resident", ("auto", "true", "false"))
+            at_least("data", self, "threads", 1)
+            at_most("data", self, "threads", 1_024)
+        one_of("data", self, "crop", ("center", "random"))
+        one_of("data", self, "exif", ("auto", "ignore"))
+        one_of("data", self, "resident", ("auto", "true", "false"))
 
 
 @dataclass(frozen=True)
@@ -172,7 +165,7 @@ class FlowConfig:
     label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance (default with one class: 0)
 
     def __post_init__(self) -> None:
-        _at_least("flow", self, "logit_std", 0)
+        at_least("flow", self, "logit_std", 0)
         if not 0 <= self.label_dropout < 1:
             raise InputError(f"flow.label_dropout={self.label_dropout} must be at least 0 and below 1: at 1 no class is trained")
         if not 0 < self.time_shift < math.inf:
@@ -227,30 +220,23 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for key in (
-            "total_steps",
-            "batch_size",
-            "accumulation",
-            "ema_every",
-            "log_steps",
-            "save_steps",
-            "keep_checkpoints",
-            "timeout_s",
-        ):
-            _at_least("train", self, key, 1)
+            "total_steps", "batch_size", "accumulation", "ema_every", "log_steps", "save_steps", "keep_checkpoints", "timeout_s",
+        ):  # fmt: skip
+            at_least("train", self, key, 1)
         for key in (
             "seed", "lr", "eps", "weight_decay", "decay_steps", "warmup_steps", "clip", "sample_steps", "keep_every",
             "max_skipped_steps",
         ):  # fmt: skip
-            _at_least("train", self, key, 0)
-        _at_most("train", self, "timeout_s", 30 * 86_400)  # 30 days: faulthandler takes no more than some centuries
+            at_least("train", self, key, 0)
+        at_most("train", self, "timeout_s", 30 * 86_400)  # 30 days: faulthandler takes no more than some centuries
         if self.init and self.resume not in ("auto", "never"):
             raise InputError(f"train.init={self.init} and train.resume={self.resume} both name a start: leave one of them out")
-        _one_of("train", self, "precision", ("auto", "bf16", "fp32"))
-        _one_of("train", self, "compile", ("auto", "graphs", "blocks", "model", "none"))
-        _one_of("train", self, "recompute", RECOMPUTE)
-        _one_of("train", self, "device", ("auto", "cpu", "cuda"))
-        _one_of("train", self, "schedule", ("constant", "cosine"))
-        _one_of("train", self, "wandb", ("disabled", "offline", "online"))
+        one_of("train", self, "precision", ("auto", "bf16", "fp32"))
+        one_of("train", self, "compile", ("auto", "graphs", "blocks", "model", "none"))
+        one_of("train", self, "recompute", RECOMPUTE)
+        one_of("train", self, "device", ("auto", "cpu", "cuda"))
+        one_of("train", self, "schedule", ("constant", "cosine"))
+        one_of("train", self, "wandb", ("disabled", "offline", "online"))
         if self.decay_steps and self.schedule != "constant":
             raise InputError(f"train.decay_steps={self.decay_steps} needs train.schedule=constant: {self.schedule} falls by itself")
         if self.decay_steps and self.warmup_steps + self.decay_steps > self.total_steps:
@@ -291,7 +277,7 @@ class SampleConfig:
             raise InputError(
                 f"sample.guidance={self.guidance} must be between 0 and {MAX_GUIDANCE}: images are saturated far below"
             )
-        _one_of("sample", self, "solver", tuple(SOLVERS))
+        one_of("sample", self, "solver", tuple(SOLVERS))
         if not 0 <= self.guidance_low <= self.guidance_high <= 1:
             raise InputError(
                 f"sample.guidance_low={self.guidance_low} and guidance_high={self.guidance_high} must be 0 <= low <= high <= 1"
@@ -319,7 +305,7 @@ class ValidateConfig:
 
     def __post_init__(self) -> None:
         for key, limit in (("steps", 0), ("images", 1), ("samples", 2)):
-            _at_least("validate", self, key, limit)
+            at_least("validate", self, key, limit)
 
 
 @dataclass(frozen=True)
@@ -331,8 +317,8 @@ class ZeroConfig:
     offload: bool = False  # keep fp32 masters and AdamW's moments in host memory, and step them there
 
     def __post_init__(self) -> None:
-        _one_of("zero", self, "stage", ZERO_STAGES)
-        _at_least("zero", self, "bucket", 1)
+        one_of("zero", self, "stage", ZERO_STAGES)
+        at_least("zero", self, "bucket", 1)
         if self.offload and self.stage == 1:
             raise InputError("zero.offload=true needs zero.stage=2 or 3")
 
@@ -352,7 +338,7 @@ class Config:
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):
             for key, value in vars(getattr(self, section.name)).items():
-                _usable(f"{section.name}.{key}", value)
+                usable(f"{section.name}.{key}", value)
         if self.flow.label_dropout == 0 and (asked := self.sample.asks_for_guidance()):
             default = " (its default with model.num_classes=1)" * (self.model.num_classes == 1)
             raise InputError(
@@ -378,79 +364,6 @@ class Config:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def _at_least(section: str, config: object, key: str, limit: float) -> None:
-    value = getattr(config, key)
-    if not value >= limit:  # NaN fails too
-        raise InputError(f"{section}.{key}={value} must be at least {limit}")
-
-
-def _at_most(section: str, config: object, key: str, limit: int) -> None:
-    value = getattr(config, key)
-    if value > limit:
-        raise InputError(f"{section}.{key}={value} must be at most {limit}")
-
-
-def _usable(key: str, value: object) -> None:
-    """Raise InputError for what no setting can be: empty text, control characters, infinity, a count that int32 cannot hold."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise InputError(f"{key}={value!r} is empty: give a value, or leave {key} out")
-        if any(unicodedata.category(letter) == "Cc" for letter in value):
-            raise InputError(f"{key}={value!r} holds a control character, such as NUL or a line break: leave it out")
-    elif isinstance(value, list):
-        for each in value:
-            _usable(key, each)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{key}={value} must be finite")
-    elif isinstance(value, int) and value >= 2**31 and key != "train.seed":
-        raise InputError(f"{key}={value} must be below 2^31")
-
-
-def _one_of(section: str, config: object, key: str, choices: tuple) -> None:
-    value = getattr(config, key)
-    if value not in choices:
-        raise InputError(f"{section}.{key}={value} is unknown: {nearest(str(value), [str(c) for c in choices])}")
-
-
-def nearest(name: str, choices: list[str]) -> str:
-    """Return the end of an error sentence: the choice that is closest to `name`, or all of them."""
-    close = difflib.get_close_matches(name, choices, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(choices)}"
-
-
-def _shown(value: object) -> str:
-    """Return a value as error sentences show it: long ones are cut."""
-    return repr(value) if isinstance(value, str) and len(value) <= 300 else reprlib.repr(value)
-
-
-def _convert(key: str, value: object, hint: object) -> object:
-    """Return a value from YAML or JSON as the type `hint` of the field `key`. Raises InputError."""
-    if typing.get_origin(hint) is list:
-        if not isinstance(value, list):
-            raise InputError(f"{key}={_shown(value)} must be a list, such as [0.999,0.9999]")
-        return [_convert(key, each, typing.get_args(hint)[0]) for each in value]
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and types.NoneType in allowed:
-        return None
-    kind = allowed[0]
-    if kind is str and isinstance(value, str):
-        return os.path.expanduser(value) if value.startswith("~/") else str(value)  # the shell does not expand it behind a =
-    if isinstance(value, str) and type(value) is not str:  # yaml12.Plain
-        from fastdit.yaml12 import scalar
-
-        value = scalar(value)
-    if kind is str and type(value) is bool:
-        value = str(value).lower()  # data.resident
-    if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 2**1000 else math.inf
-    if kind is float and type(value) is float and not math.isfinite(value):
-        raise InputError(f"{key}={value} must be finite")
-    if type(value) is not kind:
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes, if need be)"}[kind]
-        raise InputError(f"{key}={_shown(value)} must be {wanted}")
-    return value
-
-
 def checked(values: dict) -> dict[str, dict]:
     """Return nested dicts of settings whose sections, keys and values are known, of their types and usable. Raises InputError."""
     sections = typing.get_type_hints(Config)
@@ -460,7 +373,7 @@ def checked(values: dict) -> dict[str, dict]:
             raise InputError(f"config section {section!r} is unknown: {nearest(str(section), list(sections))}")
         entries = {} if entries is None else entries  # all keys of the section are commented out
         if not isinstance(entries, dict):
-            raise InputError(f"config section {section!r} holds {_shown(entries)}, but it must hold keys with values")
+            raise InputError(f"config section {section!r} holds {shown(entries)}, but it must hold keys with values")
         hints = typing.get_type_hints(sections[section])
         for key, value in entries.items():
             if f"{section}.{key}" in RENAMED:
@@ -468,8 +381,8 @@ def checked(values: dict) -> dict[str, dict]:
             if key not in hints:
                 names = [f"{section}.{name}" for name in hints]
                 raise InputError(f"config key {section}.{key} is unknown: {nearest(f'{section}.{key}', names)}")
-            converted = _convert(f"{section}.{key}", value, hints[key])
-            _usable(f"{section}.{key}", converted)
+            converted = convert(f"{section}.{key}", value, hints[key])
+            usable(f"{section}.{key}", converted)
             given.setdefault(section, {})[str(key)] = converted
     preset = given.get("model", {}).get("preset", ModelConfig.preset)
     if preset not in PRESETS:
@@ -540,7 +453,7 @@ def read_settings(path: str | Path | None = None, overrides: list[str] | None = 
         if values.get(section) is None:
             values[section] = {}
         if not isinstance(values[section], dict):
-            raise InputError(f"config section {section!r} holds {_shown(values[section])}, but it must hold keys with values")
+            raise InputError(f"config section {section!r} holds {shown(values[section])}, but it must hold keys with values")
         try:
             values[section][key] = text if _is_text(section, key, text) else yaml12.load(text)
         except yaml.YAMLError as error:
@@ -556,7 +469,7 @@ def parse(path: str | Path | None = None, overrides: list[str] | None = None) ->
 def from_saved(values: object) -> Config:
     """Return the Config of what a run, a checkpoint or an export saved, also under old names of keys. Raises InputError."""
     if not isinstance(values, dict):
-        raise InputError(f"a saved config must hold sections ({', '.join(Config.__dataclass_fields__)}), not {_shown(values)}")
+        raise InputError(f"a saved config must hold sections ({', '.join(Config.__dataclass_fields__)}), not {shown(values)}")
     sections = {section: dict(entries) if isinstance(entries, dict) else entries for section, entries in values.items()}
     for old, new in RENAMED.items():
         section, key = old.split(".")

@@ -68,6 +68,17 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_object(data: bytes) -> dict:
+    """Return the JSON object in the contents of a file. Raises ValueError if they are anything else."""
+    try:
+        values = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    return values
+
+
 def begin_or_match(path: Path, settings: dict) -> str | None:
     """Begin a resumable job, whose settings lie in the JSON file `path` beside its partial results, or match the one begun there.
 
@@ -81,10 +92,8 @@ def begin_or_match(path: Path, settings: dict) -> str | None:
         return None
     given = json.loads(text)
     try:
-        begun = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        begun = None
-    if not isinstance(begun, dict):
+        begun = json_object(path.read_bytes())
+    except ValueError:
         return f"was begun by something else than fastdit: {path.name} in it is damaged"
     for key in given:
         if begun.get(key) != given[key]:
@@ -165,13 +174,13 @@ def damage(folder: Path, by_hash: bool = True) -> str | None:
     by_hash=False compares only the sizes.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        files = json_object((folder / MANIFEST).read_bytes())["files"]
         expected = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in files.items()}
         if not expected:
             raise ValueError("a manifest of no files")
     except OSError as error:
         return f"{MANIFEST}: {error.strerror}"
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not what was written"
     for name, (size, _) in expected.items():
         if "/" in name or not os.path.isfile(folder / name):
@@ -239,5 +248,5 @@ def check_readable(name: str, path: str | Path) -> None:
 def path_argument(text: str) -> Path:
     """Return a path of a command line. Raises InputError for '', which is not the current folder."""
     if not text:
-        raise InputError("a path is '': give one, or leave its option out")
+        raise InputError("a path is '', as of a shell variable that is not set: give one, or write . for the current folder")
     return Path(text)

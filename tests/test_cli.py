@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from commands import complains
 from fastdit import __version__, cli
 from fastdit.config import InputError, Interrupted, SampleConfig, Stopped
 from fastdit.sampling.command import sampler_settings
@@ -73,6 +74,21 @@ def test_unknown_arguments_are_an_error(capsys, words):
     with pytest.raises(SystemExit) as error:
         cli.main(words)
     assert error.value.code == 2 and "fastdit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["import", "", "--format", "sit", "--out", "o"],
+        ["import", "a.pt", "--format", "sit", "--out", ""],
+        ["import-base", "a.pkl", "--params", "", "--out", "o"],
+        ["encode", "", "--autoencoder", "a", "--out", "o"],
+        ["encode", "i", "--autoencoder", "a", "--out", ""],
+        ["export", "", "--out", "o.safetensors"],
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(capsys, words):
+    complains(capsys, words, "a path is ''")
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-from fastdit import files
+from fastdit import autoencoder, files
 from fastdit.config import InputError
+from fastdit.convert import base
+from fastdit.data import index, latents
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path):
@@ -91,3 +93,21 @@ def test_paths_that_cannot_be_written_are_one_sentence(tmp_path):
         files.check_writable(tmp_path)
     with pytest.raises(InputError, match="No such file or directory: choose another path"):
         files.check_writable(tmp_path / "nowhere" / "new.png")
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"3", b"null", b"\xff", b"[" * 100_000, b'{"a":' * 100_000])
+def test_only_an_object_is_json_of_ours(data, tmp_path):
+    """What is nested too deeply is no other error than the rest: readers say which file is damaged."""
+    with pytest.raises(ValueError):
+        files.json_object(data)
+    assert files.json_object(b'{"a": 1}') == {"a": 1}
+    for name in ("index.json", "settings.json", "manifest.json", "config.json", "model_params_Ns.json"):
+        (tmp_path / name).write_bytes(data)
+    for read in (
+        lambda: index.open_index(tmp_path),
+        lambda: latents.read_manifest(tmp_path),
+        lambda: autoencoder._class_name(tmp_path, "vae"),
+        lambda: base.load(tmp_path / "model_Ns.pkl", tmp_path / "model_params_Ns.json"),
+    ):
+        with pytest.raises(InputError, match=str(tmp_path)):
+            read()

@@ -3,7 +3,6 @@
 A base checkpoint is two files, model_Ns.pkl (a state_dict) and model_params_Ns.json. D head dim.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from fastdit.config import Config, DataConfig, InputError, ModelConfig, TrainConfig
 from fastdit.convert import files
+from fastdit.files import json_object
 from fastdit.model import DiT
 
 POSITION_TABLE_SIDE = 256  # rows and columns of the base model's position table, of which it uses the centre
@@ -110,11 +110,11 @@ def load(file: Path, parameters_file: Path, input_size: int = 32) -> tuple[Model
     that the JSON describes.
     """
     try:
-        parameters = json.loads(parameters_file.read_text())
+        parameters = json_object(parameters_file.read_bytes())
         config = model_config(parameters, input_size)
     except OSError as error:
         raise InputError(f"base checkpoint parameters {parameters_file} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{parameters_file} is not a base model's parameter file: {error!r}") from error
     base = files.read(file)
     try:
@@ -149,7 +149,7 @@ def load_run(file: Path, parameters_file: Path | None, vae_folder: Path | None =
         data=DataConfig(source=str(file), image_size=8 * model.input_size, autoencoder=source),
         train=TrainConfig(precision="fp32"),  # as the base model is sampled
     )
-    return config, weights, json.loads(parameters_file.read_text()).get("start_step", 0), vae
+    return config, weights, json_object(parameters_file.read_bytes()).get("start_step", 0), vae
 
 
 def import_run(file: Path, parameters_file: Path | None, out: Path) -> Path:

@@ -1,9 +1,9 @@
 """`fastdit import`, and `fastdit import-base` for one of its formats: checkpoints of other projects become runs."""
 
 import argparse
-from pathlib import Path
 
 from fastdit.config import InputError
+from fastdit.files import path_argument
 
 FORMATS = {
     "base": "the published base model's model_Ns.pkl, with the autoencoder in it",
@@ -18,16 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "refused and never run."
     )
     parser.add_argument(
-        "source", type=Path, metavar="FILE", help="File that torch.save wrote: model_Ns.pkl, or a .pt of SiT or REPA."
+        "source", type=path_argument, metavar="FILE", help="File that torch.save wrote: model_Ns.pkl, or a .pt of SiT or REPA."
     )
     parser.add_argument(
         "--format", choices=FORMATS,
         help=f"Format of the file: {'; '.join(f'{name} ({text})' for name, text in FORMATS.items())}. `import-base` is "
         "`import --format base`.",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Folder of the run to make.")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="Folder of the run to make.")
     parser.add_argument(
-        "--params", type=Path, metavar="JSON", help="Parameters of a base model (default: model_params_Ns.json beside it)."
+        "--params", type=path_argument, metavar="JSON", help="Parameters of a base model (default: model_params_Ns.json beside it)."
     )
     parser.add_argument(
         "--data-at", type=int, choices=(0, 1),

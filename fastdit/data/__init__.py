@@ -44,8 +44,6 @@ def locate(config: Config) -> Path | None:
 
     if config.data.source == "mnist5k":
         return None
-    if not config.data.source:
-        raise InputError("data.source is empty, as of a shell variable that is not set: write . for the current folder")
     source = Path(config.data.source)
     if index.is_index(source) or latents.is_latent_set(source):
         return source

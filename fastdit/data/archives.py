@@ -204,7 +204,7 @@ def _scan_tar(path: str, container: Container, start: int) -> Chunk:
                 for beside in group:
                     if label is None and beside.name.lower().endswith((".cls", ".json")):
                         label = _label_beside(beside, _content(data, beside))
-            except ValueError:  # neither UTF-8 nor JSON
+            except (ValueError, RecursionError):  # neither UTF-8 nor JSON; JSON that is nested too deeply
                 bad.append((beside.name, "the label beside the image cannot be read"))
                 continue
             for member in group:

@@ -25,7 +25,7 @@ from fastdit.data.latents import MANIFEST, SETTINGS, read_json, read_manifest
 from fastdit.data.loader import applies_exif, center_crop_decoder
 from fastdit.device import DTYPES, precision, versions
 from fastdit.distributed import World
-from fastdit.files import begin_or_match, resumable, sha256, write_atomically
+from fastdit.files import begin_or_match, path_argument, resumable, sha256, write_atomically
 from fastdit.progress import progress_bar
 
 SHARD = 4096  # images: 128 MiB at 256 pixels
@@ -172,8 +172,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out latents256"
     )
     add = parser.add_argument
-    add("source", type=Path, metavar="INDEX", help="Index that `fastdit prepare` made.")
-    add("--out", type=Path, required=True, metavar="DIR", help="Folder for the latents.")
+    add("source", type=path_argument, metavar="INDEX", help="Index that `fastdit prepare` made.")
+    add("--out", type=path_argument, required=True, metavar="DIR", help="Folder for the latents.")
     add("--autoencoder", dest="autoencoder_id", required=True, metavar="ID", help="Folder or Hub id of a diffusers autoencoder.")
     add("--image-size", type=int, metavar="N", help="Height and width of the images in pixels (default: %(default)s).")
     add(

@@ -24,7 +24,7 @@ from fastdit.config import InputError
 from fastdit.data import discovery, folders, imagenet, parquet
 from fastdit.data.archives import Source
 from fastdit.data.pixels import BadImage
-from fastdit.files import replacing
+from fastdit.files import json_object, replacing
 
 FILE = "index.json"
 FORMAT = 2
@@ -167,7 +167,7 @@ class Content(NamedTuple):
 def read_content(folder: Path) -> Content | None:
     """Read an index.json, None if it has another format. Raises OSError, and ValueError if it is something else."""
     try:
-        values = json.loads((folder / FILE).read_bytes())
+        values = json_object((folder / FILE).read_bytes())
         version = values.pop("format")
         if isinstance(version, int) and version != FORMAT and "request" in values:
             return None

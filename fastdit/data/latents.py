@@ -24,6 +24,7 @@ from fastdit.data.order import Order, check_classes
 from fastdit.data.prefetch import Ring
 from fastdit.device import free_memory
 from fastdit.distributed import World
+from fastdit.files import json_object
 from fastdit.progress import progress_bar
 
 SETTINGS = "settings.json"
@@ -39,12 +40,9 @@ def is_latent_set(path: Path) -> bool:
 def read_json(path: Path) -> dict:
     """Return what a latent set's settings.json or manifest.json holds. Raises InputError if it is no JSON object."""
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
+        return json_object(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from error
-    if not isinstance(values, dict):
-        raise _damaged(path.parent, f"{path.name} is not what `fastdit encode` writes")
-    return values
 
 
 def _damaged(folder: Path, problem: str) -> InputError:

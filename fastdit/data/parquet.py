@@ -91,7 +91,7 @@ def _features(schema: "pa.Schema") -> dict[str, Any]:
     """Return the features by column that the library `datasets` wrote into a schema, {} without them."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return {}
     return {name: feature for name, feature in features.items() if isinstance(feature, dict)} if isinstance(features, dict) else {}
 

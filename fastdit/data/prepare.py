@@ -1,9 +1,9 @@
 """`fastdit prepare`: archives and folders of images to an index, in place.
 
-A source is ImageNet's train archive (a tar of one tar per class), a class folder, or a tar of images whose class is named in a .cls
-or .json file beside the image (webdataset) or by the folder that they lie in; discovery.py finds them. Its containers (inner tars,
-class folders, tars) are scanned in chunks. A scanned chunk is written to <index>/.parts at once, so that a killed run resumes with
-the chunks that are missing.
+A source is ImageNet's train archive (a tar of one tar per class), a class folder, a Parquet file, or a tar of images whose class
+is named in a .cls or .json file beside the image (webdataset) or by the folder that they lie in; discovery.py finds them. Its
+containers (inner tars, class folders, tars, files) are scanned in chunks. A scanned chunk is written to <index>/.parts at once, so
+that a killed run resumes with the chunks that are missing.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from fastdit.data.archives import Chunk, Container, ImageEntry, Source
 from fastdit.data.classes import class_table, printable
 from fastdit.data.index import FILE, SPLITS, Content, is_index, read_content, record, save_array
 from fastdit.data.pixels import IMAGE_SUFFIXES
-from fastdit.files import begin_or_match, resumable, write_atomically
+from fastdit.files import begin_or_match, path_argument, resumable, write_atomically
 from fastdit.progress import progress_bar
 
 
@@ -208,13 +208,13 @@ def prepare(
     out = out or default_index(sources[0])
     sources = [imagenet.data_folder(path) for path in sources]
     lists = [devkit] if devkit else imagenet.find_lists([*sources, *([val] if val else [])])
-    found = discovery.find(sources, val, named=imagenet.label_val(lists))
+    discovered = discovery.find(sources, val, named=imagenet.label_val(lists))
     if lists and not devkit:
-        found.layout.notes.append(f"ImageNet's lists are read: {', '.join(map(str, lists))}")
-    for note in found.layout.notes:
+        discovered.layout.notes.append(f"ImageNet's lists are read: {', '.join(map(str, lists))}")
+    for note in discovered.layout.notes:
         _say(note)
     try:
-        request = {**found.sources, "devkit": [Source.of(path) for path in lists]}
+        request = {**discovered.sources, "devkit": [Source.of(path) for path in lists]}
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
     if verify:
@@ -231,8 +231,10 @@ def prepare(
                 kit.names.update(_parquet_names(request))
                 scanned = {split: _scan_split(split, request[split], journal) for split in SPLITS if request[split]}
                 paths = [archives.absolute(path) for path in sources]
-                content = Content({}, 0, [], None, request, paths, archives.absolute(val) if val else None, found.layout.levels)
-                _write_index(out, scanned, kit, content, found.layout.bad)
+                content = Content(
+                    {}, 0, [], None, request, paths, archives.absolute(val) if val else None, discovered.layout.levels
+                )
+                _write_index(out, scanned, kit, content, discovered.layout.bad)
             shutil.rmtree(journal, ignore_errors=True)
     return out
 
@@ -337,13 +339,6 @@ def describe(folder: Path) -> str:
     return f"index: {printable(str(folder))} ({images}, {len(content.classes):,} classes){changed}{printable(bad)}\n{table}"
 
 
-def _path(word: str) -> Path:
-    """Return the path that a word of the command line names. "" names none, while Path("") is the current folder."""
-    if not word:
-        raise argparse.ArgumentTypeError("the path is empty, as of a shell variable that is not set: write . for this folder")
-    return Path(word)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `fastdit prepare`."""
     parser.description = (
@@ -354,18 +349,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "example:\n  fastdit prepare ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz"
     )
     parser.add_argument(
-        "sources", nargs="+", type=_path, metavar="SOURCE",
-        help="Training images: ImageNet's train archive, a folder of class folders, tars of images, a folder of such tars, a "
-        "folder that holds train/ and val/, or a folder of pictures of one class. The class of an image in a tar is its folder, or "
-        "stands in a .cls or .json file beside it.",
+        "sources", nargs="+", type=path_argument, metavar="SOURCE",
+        help="Training images: ImageNet's train archive, a folder of class folders, tars of images, Parquet files, a folder of "
+        "such tars or files, a folder that holds train/ and val/, or a folder of pictures of one class. The class of an image in a "
+        "tar is its folder, or stands in a .cls or .json file beside it.",
     )  # fmt: skip
-    parser.add_argument("--out", type=_path, metavar="INDEX", help="Folder of the index (default: SOURCE.index, beside SOURCE).")
     parser.add_argument(
-        "--val", type=_path, metavar="SOURCE",
+        "--out", type=path_argument, metavar="INDEX", help="Folder of the index (default: SOURCE.index, beside SOURCE)."
+    )
+    parser.add_argument(
+        "--val", type=path_argument, metavar="SOURCE",
         help="Validation images: ImageNet's archive (which needs --devkit), or as SOURCE (default: SOURCE's own val/).",
     )  # fmt: skip
     parser.add_argument(
-        "--devkit", type=_path, metavar="TAR.GZ",
+        "--devkit", type=path_argument, metavar="TAR.GZ",
         help="ILSVRC2012_devkit_t12.tar.gz, for the classes of ImageNet's validation images and the names of all classes.",
     )  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="Compare the archives with ImageNet's published MD5 sums first.")

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -327,8 +327,8 @@ def save(summary: Summary, path: Path) -> None:
         np.savez(file, about=json.dumps(summary.about), **{k: v.numpy() for k, v in arrays.items() if v is not None})
 
 
-def _arrays(file) -> dict[str, Tensor]:
-    """Return the statistics in an open .npz by name, fp64, features fp32. Raises ValueError if they are none."""
+def _arrays(file) -> dict[str, Any]:
+    """Return the statistics in an open .npz as tensors by name, fp64, features fp32. Raises ValueError if they are none."""
     arrays = {}
     for key in ("mu", "sigma", "mu_s", "sigma_s", "features"):
         if key not in file:

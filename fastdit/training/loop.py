@@ -69,7 +69,7 @@ def _checkpoint_to_resume(config: Config, world: distributed.World) -> tuple[Che
 
 
 def open_data(config: Config, world: distributed.World) -> tuple[Path | None, Loader, Codec]:
-    """Where a run's data lie, their loader, and the codec that makes latents of them. Raises InputError on all ranks."""
+    """Return the path of a run's data, their loader, and the codec that makes latents of them. Raises InputError on all ranks."""
     path = world.together(lambda: data.locate(config), everywhere=False)
     loader = world.together(lambda: data.load(config, path, world))
     autoencoder.download(config.data.autoencoder, world)
