@@ -102,7 +102,7 @@ def test_resumed_run_equals_the_uninterrupted_one(two_ranks, tmp_path):
 def test_a_run_with_the_switches_of_sit_resumes_to_the_bit(tmp_path, stage):
     """GELU, biases in the attention, fixed positions, another epsilon: two ranks, whole and in two parts."""
     words = ["mlp=gelu", "linear_bias=true", "positions=sincos", "qk_norm=none", "norm_eps=1e-6", "time_frequency=1"]
-    words = [*(f"model.{word}" for word in words), f"zero.stage={stage}"]
+    words = [*(f"model.{word}" for word in words), f"zero.stage={stage}", "train.log_steps=1"]
     for name, totals in (("whole", [6]), ("parts", [4, 6])):
         for total in totals:
             deepspeed(2, tmp_path / name, *words, f"train.total_steps={total}")
