@@ -15,7 +15,7 @@ LEVELS = [
     ["sampling.solvers"],  # the registry that config checks names against; it imports nothing of fastdit
     ["yaml12"],  # how YAML is read; it imports nothing of fastdit
     ["config"],
-    ["files", "distributed", "device", "progress", "autoencoder_files"],
+    ["files", "distributed", "device", "progress", "hub", "autoencoder_files"],
     ["attention", "model", "flow", "autoencoder", "graphs", "flops"],
     ["checkpoint"],
     ["convert"],
