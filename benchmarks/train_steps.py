@@ -37,6 +37,8 @@ class Moments:
     def __init__(self, config: Config, world: distributed.World) -> None:
         from fastdit.data.order import Order
 
+        self.class_counts = [IMAGES // CLASSES] * CLASSES
+        self.digest = "random"
         self.manifest = {"images": IMAGES}  # that there is one says that `batch` returns moments
         self.channels = config.model.in_channels
         self.size = config.model.input_size

@@ -23,7 +23,7 @@ ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc
 
 # Read when CUDA and NCCL start: freed memory serves other shapes too; a collective that times out leaves a trace of all ranks.
 CUDA_ENVIRONMENT = {
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
 }  # fmt: skip
 
 

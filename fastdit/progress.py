@@ -28,11 +28,14 @@ class _Stderr:
         return getattr(sys.stderr, name)
 
 
+STDERR = _Stderr()  # one object: tqdm clears the bars of a stream before it writes a line to that very stream
+
+
 def progress_bar(total: int, initial: int = 0, description: str | None = None, unit: str = "step", **options) -> tqdm:
     """Return a tqdm bar; if stderr is no terminal, it prints at most one line per 20 s. options: further options of tqdm."""
     terminal = sys.stderr.isatty()
     return tqdm(
-        file=_Stderr(),
+        file=STDERR,
         total=total, initial=initial, desc=description, unit=unit, dynamic_ncols=terminal, mininterval=0.5 if terminal else 20,
         maxinterval=10 if terminal else 60, **options,
     )  # fmt: skip
@@ -48,4 +51,4 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """Print a warning to stderr, above the progress bars."""
-    tqdm.write(f"fastdit: warning: {text}", file=_Stderr())
+    tqdm.write(f"fastdit: warning: {text}", file=STDERR)

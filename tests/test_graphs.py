@@ -219,7 +219,9 @@ def test_full_recomputation_of_a_compiled_model_needs_a_torch_that_can(monkeypat
 @pytest.mark.parametrize(
     "words",
     [
-        ["train.precision=bf16", "train.recompute=light", "validate.steps=3", "validate.images=8"],
+        pytest.param(
+            ["train.precision=bf16", "train.recompute=light", "validate.steps=3", "validate.images=8"], marks=pytest.mark.slow
+        ),
         ["train.precision=fp32", "train.accumulation=2", "train.batch_size=4", "train.deterministic=true"],
         ["train.precision=bf16", "train.accumulation=2", "train.batch_size=4", "train.profile=2-3"],
     ],

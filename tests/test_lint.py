@@ -48,6 +48,8 @@ ALLOWED = {
     ("sampler.py", "__init__"): {"float"},  # the decay in the name of the weights
     ("sampler.py", "latents"): {"torch.as_tensor"},  # the labels, once before the first batch
     ("autoencoder.py", "sha256"): {"cpu", "numpy"},  # once, before the first step
+    ("loop.py", "_draw"): {"torch.tensor"},  # once per train.sample_steps
+    ("validation.py", "_open_reference"): {"torch.tensor"},  # once, before the first step
     ("order.py", "check_classes"): {"print"},  # once, before the first step
     ("autoencoder.py", "_scale"): {"torch.tensor"},  # at construction
     ("order.py", "random_crops"): {"numpy"},  # on the host, in the threads that read ahead

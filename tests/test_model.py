@@ -296,7 +296,7 @@ def bytes_kept(compiled, recompute):
 
 
 @pytest.mark.skipif(kernels.backend_in_use(torch.device("cpu")) == "reference", reason="references keep more")
-@pytest.mark.parametrize("compiled", ["none", "blocks", "model"])
+@pytest.mark.parametrize("compiled", ["none", "blocks", pytest.param("model", marks=pytest.mark.slow)])
 def test_light_recomputes_in_compiled_graphs_too(compiled):
     """It frees SwiGLU's outputs and nothing else, on every torch: torch.utils.checkpoint was without effect in graphs of 2.11."""
     (kept, gradients), (less, again) = (bytes_kept(compiled, recompute) for recompute in ("none", "light"))

@@ -49,7 +49,7 @@ def measure(preset: str, provider: str, batch: int) -> tuple[dict[str, str], lis
     wall = timed(lambda: run(STEPS)).wall / STEPS
     events = gpu_events(lambda: run(PROFILED))
     busy, kernels = busy_seconds(events) / PROFILED, sum(e.count for e in events) / PROFILED
-    counted = flops.walk(config_of(preset, "none", batch, "").model, 1, torch.bfloat16, "none")
+    counted = flops.walk(config_of(preset, "none", batch, ".").model, 1, torch.bfloat16, "none")
     rate = batch * (counted.forward + counted.backward) / wall
     values = {
         "step_ms": f"{wall * 1e3:.3f}", "busy_ms": f"{busy * 1e3:.3f}", "gpu_busy": f"{busy / wall:.3f}",

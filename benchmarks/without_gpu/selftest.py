@@ -96,7 +96,7 @@ def training() -> bool:
 
 def sampling() -> bool:
     """Check that a velocity is one replay of all that its model launches."""
-    model = DiT(config_of(PRESET, "none", BATCH, "").model).to(CUDA, BF16).eval()
+    model = DiT(config_of(PRESET, "none", BATCH, ".").model).to(CUDA, BF16).eval()
     # not through model.prepare, whose number of classes depends on values
     with torch.no_grad():
         x, rows = torch.randn(BATCH, 4, 32, 32, device=CUDA), torch.arange(BATCH, device=CUDA)

@@ -8,7 +8,6 @@ its own way.
 """
 
 import os
-import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastdit.config import Config, InputError
 from fastdit.data import pixels
@@ -26,6 +24,7 @@ from fastdit.data.index import Index
 from fastdit.data.order import Order, center_crops, check_classes
 from fastdit.data.pixels import BadImage
 from fastdit.distributed import World
+from fastdit.progress import warn
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -229,7 +228,7 @@ class Decoder:
                     any_bad = True
                     self.bad.add(image)
                     name, instead = self.index.name(self.rows[image]), self.index.name(self.rows[self._replacement(image)])
-                    tqdm.write(f"fastdit: warning: bad file {name}: {reason}; {instead} takes its place", file=sys.stderr)
+                    warn(f"bad file {name}: {reason}; {instead} takes its place")
                     if len(self.bad) > self.max_bad_files:
                         raise InputError(
                             f"more than data.max_bad_files={self.max_bad_files} files of {self.index.folder} cannot be decoded, "

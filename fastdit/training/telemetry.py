@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from fastdit.files import flush, replacing
 from fastdit.flops import walk
 from fastdit.flow import Losses, logged_parts
 from fastdit.planning import cards
-from fastdit.progress import progress_bar
+from fastdit.progress import STDERR, progress_bar
 
 TIME_BINS = 8  # equal bins of the timestep t
 PHASES = ("data_wait", "forward_backward", "optimizer", "ema")
@@ -370,7 +369,7 @@ class Log:
     def print(self, text: str) -> None:
         """Print a line above the progress bar, on stderr."""
         if self.writes:
-            self.bar.write(text, file=sys.stderr)
+            self.bar.write(text, file=STDERR)
 
     def describe(self, text: str) -> None:
         """Show a text in front of the progress bar."""

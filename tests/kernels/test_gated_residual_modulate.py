@@ -11,6 +11,9 @@ from backends import BACKENDS, DEVICE, zeros
 from fastdit import kernels
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# seconds each in Triton's interpreter
+LARGE = [pytest.param(size, marks=pytest.mark.slow) for size in [(2, 64, 1152), (1, 256, 64)]]
+LARGER_BATCH = pytest.param((5, 25, 384), marks=pytest.mark.slow)
 
 
 def eager(x, branch, gate, shift, scale, eps=1e-5, bias=None):
@@ -84,7 +87,7 @@ def test_matches_fp64(assert_close, backend, dtype, size):
 
 @pytest.mark.usefixtures("guarded_memory")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [(2, 25, 64), (2, 9, 1100), (1, 64, 1088), (2, 64, 1152), (1, 256, 64)])
+@pytest.mark.parametrize("size", [(2, 25, 64), (2, 9, 1100), (1, 64, 1088), *LARGE])
 def test_matches_fp64_in_parts(assert_close, backend, size):
     """Samples that several programs share (25 tokens as 9 + 9 + 7), and rows of two tiles, at 1100 with dead lanes in the tail."""
     check(assert_close, backend, *inputs(*size))
@@ -93,7 +96,7 @@ def test_matches_fp64_in_parts(assert_close, backend, size):
 @pytest.mark.usefixtures("guarded_memory")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(1, 1, 64), (2, 7, 123), (5, 25, 384), (2, 3, 1152)])
+@pytest.mark.parametrize("size", [(1, 1, 64), (2, 7, 123), (2, 3, 1152), LARGER_BATCH])
 def test_bias_matches_fp64(assert_close, backend, dtype, size):
     arguments, grads = inputs(*size, dtype=dtype)
     check_bias(assert_close, backend, arguments, grads, bias_for(arguments))
@@ -101,7 +104,7 @@ def test_bias_matches_fp64(assert_close, backend, dtype, size):
 
 @pytest.mark.usefixtures("guarded_memory")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [(2, 25, 64), (2, 9, 1100), (1, 64, 1088), (1, 256, 64)])
+@pytest.mark.parametrize("size", [(2, 25, 64), (2, 9, 1100), (1, 64, 1088), LARGE[1]])
 def test_bias_matches_fp64_in_parts(assert_close, backend, size):
     arguments, grads = inputs(*size)
     check_bias(assert_close, backend, arguments, grads, bias_for(arguments))

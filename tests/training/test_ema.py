@@ -55,6 +55,6 @@ def test_several_averages_are_kept_resumed_and_sampled(tmp_path, capsys):
     assert any((models["ema_0.1"][name] != tensor).any() for name, tensor in models["ema"].items())
     assert cli.main(["sample", "--checkpoint", str(run), "--weights", "ema_0.1", "--out", str(tmp_path / "a.png")]) == 0
     complains(capsys, ["sample", "--checkpoint", str(run), "--weights", "ema_0.5"], "holds no ema_0.5", "ema, ema_0, ema_0.1, raw")
-    complains(capsys, ["train", *settings(tmp_path, "train.ema_more=0.5")], "train.ema_more=0.5 must be a list")
+    complains(capsys, ["train", *settings(tmp_path, "train.ema_more=0.5")], "train.ema_more='0.5' must be a list")
     complains(capsys, ["train", *settings(tmp_path, "train.ema_more=[1]")], "train.ema_more=1.0")
     complains(capsys, ["train", *settings(tmp_path, "zero.offload=true", "zero.stage=1")], "zero.offload=true needs zero.stage=2")

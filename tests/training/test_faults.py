@@ -142,7 +142,8 @@ def processes_with(text):
     return ids
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_dead_rank_ends_the_job(tmp_path, launcher, record_property):
     """Within 60 s, with a non-zero exit code and no process left behind."""
     if launcher == "torchrun":

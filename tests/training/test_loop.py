@@ -253,7 +253,11 @@ def test_one_step_with_nan_is_skipped(tmp_path, monkeypatch, precision, compiled
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "said"), [(signal.SIGTERM, 75, "told to stop"), (signal.SIGINT, 130, "interrupted: saved step")]
+    ("number", "code", "said"),
+    [
+        (signal.SIGTERM, 75, "told to stop"),
+        pytest.param(signal.SIGINT, 130, "interrupted: saved step", marks=pytest.mark.slow),
+    ],
 )
 def test_sigterm_and_ctrl_c_save_and_end_the_run(tmp_path, number, code, said):
     """The same command then resumes to the same losses."""
@@ -267,6 +271,7 @@ def test_sigterm_and_ctrl_c_save_and_end_the_run(tmp_path, number, code, said):
     log = tmp_path / "r/metrics.jsonl"
     while not log.exists() or not log.read_text():
         assert process.poll() is None, process.stderr.read()[-3000:]
+        time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code and said in errors.splitlines()[-1] and "Traceback" not in errors, errors[-3000:]
@@ -290,6 +295,7 @@ def wait_until(process, condition):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     """Without waiting for a log line. Two within a second are one, which a launcher passed on."""
     process = started(tmp_path, ["fastdit.cli"], "train.log_steps=100000")
