@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit.autoencoder_files import first_line, locate
+from fastdit.autoencoder_files import locate
 from fastdit.config import DataConfig, InputError, ModelConfig
 from fastdit.distributed import World
 from fastdit.files import json_object
+from fastdit.hub import first_line
 
 DECODE_BATCH = 8  # images: SD-VAE's decoder keeps some 0.25 GB of activations per image of 256 pixels in fp32
 COMPILE_MIN_IMAGES = 64  # in one call: fewer are decoded sooner than the decoder is compiled, which takes a minute

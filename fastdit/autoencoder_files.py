@@ -6,14 +6,12 @@ OWNER/NAME[/SUBFOLDER][@REVISION].
 
 import os
 import re
-import threading
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from fastdit import hub
 from fastdit.config import InputError
-
-HUB_TIMEOUT_S = 4.0  # until the Hub has answered: a cluster's compute nodes often cannot reach it
 
 
 def absolute(source: str) -> str:
@@ -103,10 +101,10 @@ def locate(source: str) -> tuple[Path, Files]:
     """Return the folder that holds the config.json of an autoencoder, and which its files are.
 
     source: a local folder, an autoencoder's or a pipeline's, or a Hub id, whose files are downloaded if they are not in the cache
-    of huggingface_hub. Raises InputError if there is no such autoencoder, or within about HUB_TIMEOUT_S if the Hub does not answer.
+    of huggingface_hub. Raises InputError if there is no such autoencoder, or within about hub.TIMEOUT_S if the Hub does not answer.
     """
     path = os.path.expanduser(source)
-    hub = HubId.parse(source)
+    hub_id = HubId.parse(source)
     if os.path.isdir(path):
         try:
             files = _local_files(Path(path))
@@ -115,20 +113,20 @@ def locate(source: str) -> tuple[Path, Files]:
             raise InputError(f"autoencoder {source} {error}: give the folder of an autoencoder such as an AutoencoderKL") from error
     if os.path.exists(path):
         raise InputError(f"autoencoder {source} is a file: give the folder that holds its config.json and weights")
-    if hub is None:
+    if hub_id is None:
         raise InputError(
             f"autoencoder {source} is neither 'pixels', nor an existing folder of a diffusers autoencoder such as an "
             "AutoencoderKL, nor a Hub id OWNER/NAME[/SUBFOLDER][@REVISION]"
         )
-    return _cached(hub) or _download(source, hub)
+    return _cached(hub_id) or _download(source, hub_id)
 
 
-def _cached(hub: HubId) -> tuple[Path, Files] | None:
+def _cached(hub_id: HubId) -> tuple[Path, Files] | None:
     """Return what `locate` does if all files are in the cache, else None."""
     from huggingface_hub import try_to_load_from_cache
 
-    for folder in [hub.subfolder] if hub.subfolder else ["", "vae"]:
-        config = try_to_load_from_cache(hub.repository, f"{folder}/config.json".lstrip("/"), revision=hub.revision)
+    for folder in [hub_id.subfolder] if hub_id.subfolder else ["", "vae"]:
+        config = try_to_load_from_cache(hub_id.repository, f"{folder}/config.json".lstrip("/"), revision=hub_id.revision)
         if isinstance(config, str):
             path = Path(config).parent
             try:
@@ -139,47 +137,28 @@ def _cached(hub: HubId) -> tuple[Path, Files] | None:
     return None
 
 
-def _download(source: str, hub: HubId) -> tuple[Path, Files]:
+def _download(source: str, hub_id: HubId) -> tuple[Path, Files]:
     """Download the files of an autoencoder to the cache. Raises InputError."""
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
-    answer: list = []
-
-    def ask() -> None:
-        try:
-            answer.append(HfApi().model_info(hub.repository, revision=hub.revision, timeout=HUB_TIMEOUT_S))
-        except Exception as error:  # raised below
-            answer.append(error)
-
-    # a thread, because no timeout bounds the time of name resolution, and that of a connection is for each address of a name
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_S)
-    error = answer[0] if answer else TimeoutError(f"no answer in {HUB_TIMEOUT_S:.0f} s")
-    if isinstance(error, errors.RepositoryNotFoundError):
+    repository, subfolder, revision = hub_id
+    try:
+        siblings = hub.model_info(repository, revision).siblings or []
+        files = _choose([sibling.rfilename for sibling in siblings], subfolder)
+        path = snapshot_download(repository, revision=revision, allow_patterns=files.names, etag_timeout=hub.TIMEOUT_S)
+    except InputError as error:
+        raise InputError(f"autoencoder {source}: {repository} {error} on the Hub: give an autoencoder of diffusers") from error
+    except errors.RepositoryNotFoundError as error:
         raise InputError(
             f"autoencoder {source} is neither an existing folder nor a repository of the Hugging Face Hub that you may read: "
             "check the name, or run `hf auth login` for a private or gated one"
         ) from error
-    if isinstance(error, errors.RevisionNotFoundError):
-        raise InputError(f"autoencoder {source}: {hub.repository} has no revision {hub.revision} on the Hub") from error
-    try:
-        if isinstance(error, Exception):
-            raise error
-        files = _choose([sibling.rfilename for sibling in error.siblings or []], hub.subfolder)
-        path = snapshot_download(hub.repository, revision=hub.revision, allow_patterns=files.names, etag_timeout=HUB_TIMEOUT_S)
-    except InputError as error:
-        raise InputError(f"autoencoder {source}: {hub.repository} {error} on the Hub: give an autoencoder of diffusers") from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(f"autoencoder {source}: {repository} has no revision {revision} on the Hub") from error
     except Exception as error:  # of two HTTP libraries, by version of huggingface_hub; OSError if the disk is full
         raise InputError(
             f"there is no folder {source}, and the autoencoder of this id is not in the cache and could not be downloaded from "
-            f"the Hugging Face Hub ({first_line(error)}): run `{hub.download_command}` on a machine with internet, such as a login "
-            "node, that shares HF_HOME with this one"
+            f"the Hugging Face Hub ({hub.first_line(error)}): run `{hub_id.download_command}` on a machine with internet, such as "
+            "a login node, that shares HF_HOME with this one"
         ) from error
     return Path(path) / files.folder, files
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type, as a part of a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".:")

@@ -30,6 +30,8 @@ MAX_SHIFT = 1000  # of sample.time_shift and its inverse: beyond, timesteps are 
 # Keys of `train` that a resumed run does not keep: which run it is, and what a single start may do.
 OF_ONE_START = ("name", "out", "resume", "init", "init_weights", "allow_batch_change")
 
+UNGUIDED = {"guidance": 0.0, "guidance_low": 0.0, "guidance_high": 1.0}  # keys of `sample` that only matter to guided samples
+
 
 class Stopped(Exception):
     """A run was told to stop: it saved a checkpoint and ended before its last step."""
@@ -287,8 +289,7 @@ class SampleConfig:
 
     def asks_for_guidance(self) -> str | None:
         """Return the first setting that only guided samples have, such as "guidance=2.0", or None."""
-        unguided = {"guidance": 0, "guidance_low": 0, "guidance_high": 1}
-        asked = (f"{key}={getattr(self, key)}" for key, value in unguided.items() if getattr(self, key) != value)
+        asked = (f"{key}={getattr(self, key)}" for key, value in UNGUIDED.items() if getattr(self, key) != value)
         return next(asked, None)
 
 
@@ -478,8 +479,7 @@ def from_saved(values: object) -> Config:
     if isinstance(entries := sections.get("validate"), dict) and entries.get("reference") == "":
         entries["reference"] = None  # as it was saved before
     if isinstance(entries := sections.get("flow"), dict) and entries.get("label_dropout") == 0:
-        unguided = {"guidance": 0.0, "guidance_low": 0.0, "guidance_high": 1.0}  # an untrained null class guided runs of before
-        sections["sample"] = {**(sections.get("sample") or {}), **unguided}
+        sections["sample"] = {**(sections.get("sample") or {}), **UNGUIDED}  # an untrained null class guided runs of before
     return from_dict(_without_record(sections))
 
 

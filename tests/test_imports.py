@@ -16,7 +16,7 @@ LEVELS = [
     ["yaml12"],  # how YAML is read; it imports nothing of fastdit
     ["checks"],
     ["config"],
-    ["files", "distributed", "device", "progress", "autoencoder_files"],
+    ["files", "distributed", "device", "progress", "hub", "autoencoder_files"],
     ["attention", "model", "flow", "autoencoder", "graphs", "flops"],
     ["checkpoint"],
     ["convert"],

@@ -9,6 +9,7 @@ from fastdit import files
 from fastdit.config import (
     OF_ONE_START,
     PRESETS,
+    UNGUIDED,
     Config,
     TrainConfig,
     add_settings,
@@ -40,11 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _newest_settings(path: Path) -> tuple[Path, Config] | None:
     """Return the newest checkpoint of a run's folder, or the one at `path`, and its settings; None if there is none.
 
-    Only the sizes of its files are checked: `checkpoint.find` reads them later, once, and imports torch.
+    Of the weights only the sizes are checked: `checkpoint.find` reads them later, once, and imports torch.
     """
     is_checkpoint = os.path.exists(path / files.MANIFEST)
     for folder in [path] if is_checkpoint else files.step_folders(path / "checkpoints"):
-        if files.damage(folder, by_hash=False) is None:
+        if files.damage(folder, by_hash="config.json") is None:
             return folder, load_json(folder / "config.json")
     return None
 
@@ -68,6 +69,8 @@ def settings_of(values: dict) -> tuple[Config, str | None]:
         given["model"] = {**PRESETS[preset], **given["model"]}
     before = config.to_dict()
     before["train"] = {key: value for key, value in before["train"].items() if key not in OF_ONE_START}
+    if given.get("flow", {}).get("label_dropout") == 0:
+        before["sample"] |= UNGUIDED  # nobody asked for guidance now
     default = Config().to_dict()
     kept = [
         f"{section}.{key}={value}"

@@ -7,8 +7,6 @@ H width, s side of the grid of tokens.
 import dataclasses
 import math
 import re
-import threading
-from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit import checkpoint, files
+from fastdit import checkpoint, files, hub
 from fastdit.checkpoint import Checkpoint
 from fastdit.config import Config, InputError, ModelConfig
 from fastdit.convert import base
@@ -32,7 +30,6 @@ PATCHES = ("patch_embedding.weight", "patch_embedding.bias", "output.weight", "o
 CLASSES = "class_embedding.table.weight"
 POSITIONS = "positions"
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")  # owner/name[@revision]
-HUB_TIMEOUT_S = 4.0
 SHOWN_NAMES = 5  # of new classes, at most
 
 
@@ -66,41 +63,30 @@ def _from_hub(repository: str, revision: str | None) -> Path:
 
     Raises InputError.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
     request = {"repo_id": repository, "revision": revision, "allow_patterns": ["*.safetensors", "*.json"]}
-    answer: Future = Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT_S))
-        except Exception as error:  # raised below
-            answer.set_exception(error)
-
     try:
         return Path(snapshot_download(**request, local_files_only=True))
     except (OSError, ValueError):  # not in the cache, or no name of a repository
         pass
     try:
-        # snapshot_download would try for minutes; a thread, because no timeout bounds the resolution of names
-        threading.Thread(target=ask, daemon=True).start()
-        answer.result(HUB_TIMEOUT_S)
-        return Path(snapshot_download(**request, etag_timeout=HUB_TIMEOUT_S))
+        hub.model_info(repository, revision)  # first: snapshot_download would try for minutes
+        return Path(snapshot_download(**request, etag_timeout=hub.TIMEOUT_S))
     except Exception as error:  # of two HTTP libraries, by version of huggingface_hub; OSError if the disk is full
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         at = f" --revision {revision}" if revision else ""
         raise InputError(
-            f"train.init={repository} is no path, not in the cache of the Hugging Face Hub, and cannot be fetched ({reason}): run "
-            f"`hf download {repository}{at}` on a machine that reaches the Hub and shares HF_HOME"
+            f"train.init={repository} is no path, not in the cache of the Hugging Face Hub, and cannot be fetched "
+            f"({hub.first_line(error)}): run `hf download {repository}{at}` on a machine that reaches the Hub and shares HF_HOME"
         ) from error
 
 
 def _open(text: str) -> Checkpoint:
     """Open what train.init names, other than a .pkl. Raises InputError."""
     path = Path(text)
-    hub = HUB_ID.fullmatch(text)
-    if not path.exists() and hub and not Path(path.parts[0]).exists():  # runs/typo is no question to the Hub
-        path = _from_hub(*hub.groups())
+    hub_id = HUB_ID.fullmatch(text)
+    if not path.exists() and hub_id and not Path(path.parts[0]).exists():  # runs/typo is no question to the Hub
+        path = _from_hub(*hub_id.groups())
     if path.is_file():
         return checkpoint.open_checkpoint(path)
     exported = [file for file in sorted(path.glob("*.safetensors")) if file.with_suffix(".json").exists()]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from commands import complains, environment, lines_of, settings, snapshot, trained_run
 from fastdit import checkpoint, cli
-from fastdit.config import parse, read_settings
+from fastdit.config import InputError, parse, read_settings
 from fastdit.training.command import settings_of
 
 
@@ -64,6 +64,24 @@ def test_a_run_without_its_command_keeps_its_settings(run, tmp_path, capsys):
     assert cli.main(["train", f"train.out={tmp_path}", "train.name=r"]) == 0
     out, err = capsys.readouterr()
     assert "already trained to step 4" in out and f"fastdit: {kept}\n" in err
+
+
+def test_settings_of_a_damaged_checkpoint_are_not_kept(run, tmp_path):
+    """config.json of the newest checkpoint has the right size, but another learning rate."""
+    older = shutil.copytree(checkpoint.find(run).path, run / "checkpoints" / "step_00000002")
+    config = config_of(run)
+    newest = checkpoint.find(run).path / "config.json"
+    newest.write_text(newest.read_text().replace('"clip": 2.0', '"clip": 9.0'))
+    resumed, kept = settings_of(read_settings(None, [f"train.out={tmp_path}", "train.name=r"]))
+    assert resumed == config and f"kept from {older}:" in kept
+
+
+def test_a_run_goes_on_without_label_dropout(run, tmp_path):
+    """Its guidance was not asked for now: it goes too, unless it is given."""
+    words = [f"train.out={tmp_path}", "train.name=r", "flow.label_dropout=0"]
+    assert settings_of(read_settings(None, words))[0].sample.guidance == 0
+    with pytest.raises(InputError, match=r"sample.guidance=2.0 needs the null class"):
+        settings_of(read_settings(None, [*words, "sample.guidance=2"]))
 
 
 def test_changed_values_are_named_and_logged(run, tmp_path, capsys):

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from commands import complains, lines_of, settings, snapshot, trained_run
-from fastdit import checkpoint, cli, files
+from fastdit import checkpoint, cli, files, hub
 from fastdit.config import InputError, from_dict, parse
 from fastdit.convert import base
 from fastdit.data import imagenet
@@ -308,7 +308,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path, capsys, monkeypa
         "no route to host",
         "hf download someone/birds --revision v2",
     )
-    assert asked == [("someone/birds", "v2", init.HUB_TIMEOUT_S)]
+    assert asked == [("someone/birds", "v2", hub.TIMEOUT_S)]
     (tmp_path / "runs").mkdir()
     complains(capsys, ["train", *settings(tmp_path / "out", "train.init=runs/brids")], "train.init=runs/brids holds no complete")
     assert len(asked) == 1
