@@ -41,6 +41,7 @@ from fastdit.data.index import open_index
 from fastdit.data.latents import MANIFEST, LatentLoader
 from fastdit.data.loader import Decoder
 from fastdit.device import DTYPES
+from fastdit.files import sha256
 
 SUITE = "data"
 BATCH, RESIZE, ENCODED = 32, 256, 4
@@ -132,8 +133,11 @@ def write_latents(folder: Path, count: int) -> None:
     folder.mkdir()
     np.save(folder / "moments_00000.npy", shard)
     np.save(folder / "labels_00000.npy", np.zeros(count, np.int32))
-    files = {path.name: {"bytes": path.stat().st_size} for path in folder.glob("*.npy")}
-    manifest = {"image_size": 256, "classes": ["0"], "class_names": None, "files": files}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in folder.glob("*.npy")}
+    manifest = {
+        "images": count, "image_size": 256, "autoencoder": "none", "autoencoder_sha256": "none", "classes": ["0"],
+        "class_names": None, "files": files,
+    }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
