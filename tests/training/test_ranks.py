@@ -39,7 +39,8 @@ def deepspeed(ranks, out, *overrides, expect=0):
 
 
 def losses(out):
-    return {line["step"]: line["loss"] for line in map(json.loads, (out / "r" / "metrics.jsonl").read_text().splitlines())}
+    lines = map(json.loads, (out / "r" / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_checkpoint_of_two_ranks_is_one_model(two_ranks):
 @pytest.mark.parametrize("first", [2, 1])
 def test_another_number_of_ranks_resumes(two_ranks, tmp_path, first):
     """From 2 to 1 rank and from 1 to 2, at the same global batch."""
-    batch = lambda ranks: ["train.accumulation=2", "train.batch_size=4"] if ranks == 1 else []
+    batch = lambda ranks: [f"train.accumulation={2 // ranks}", "train.batch_size=4"]
     deepspeed(first, tmp_path, "train.total_steps=4", *batch(first))
     deepspeed(3 - first, tmp_path, "train.total_steps=8", *batch(3 - first))
     resumed = losses(tmp_path)
