@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -43,6 +42,7 @@ from fastdit.files import (
     write_atomically,
 )
 from fastdit.model import DiT
+from fastdit.progress import warn
 
 FORMAT = 3
 
@@ -275,7 +275,7 @@ def find(path: Path) -> Checkpoint | None:
         difference = damage(folder)
         if difference is None:
             if damaged and os.environ.get("RANK", "0") == "0":
-                print(f"fastdit: warning: {'; '.join(damaged)}; {folder} is used instead", file=sys.stderr)
+                warn(f"{'; '.join(damaged)}; {folder} is used instead")
             return _open_folder(folder)
         damaged.append(f"checkpoint {folder} is damaged: {difference}")
     if damaged:

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, resumable jobs, hashes. Imports only the standard library and config."""
+"""Files and folders that are written whole or not at all, resumable jobs, hashes. Imports no large package."""
 
 import errno
 import fcntl
@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fastdit.config import InputError
+from fastdit.progress import warn
 
 MANIFEST = "manifest.json"  # of a folder: names, sizes and SHA-256 of its files, written last
 
@@ -128,8 +128,7 @@ def lock(path: Path, taken: str) -> TextIO:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        warning = f"fastdit: warning: the file system of {path} has no locks ({error.strerror}): nothing keeps a second process out"
-        print(warning, file=sys.stderr)
+        warn(f"the file system of {path} has no locks ({error.strerror}): nothing keeps a second process out")
     return file
 
 

@@ -50,7 +50,6 @@ ALLOWED = {
     ("autoencoder.py", "sha256"): {"cpu", "numpy"},  # once, before the first step
     ("loop.py", "_draw"): {"torch.tensor"},  # once per train.sample_steps
     ("validation.py", "_open_reference"): {"torch.tensor"},  # once, before the first step
-    ("order.py", "check_classes"): {"print"},  # once, before the first step
     ("autoencoder.py", "_scale"): {"torch.tensor"},  # at construction
     ("order.py", "random_crops"): {"numpy"},  # on the host, in the threads that read ahead
     ("builtin.py", "__init__"): {"tolist"},  # of the host's labels, once

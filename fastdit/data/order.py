@@ -7,7 +7,6 @@ G if the run had another one before.
 """
 
 import math
-import sys
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from fastdit import kernels
 from fastdit.config import Config, InputError
 from fastdit.distributed import World
 from fastdit.flow import Stream
+from fastdit.progress import warn
 
 # Of torchvision's RandomResizedCrop
 AREA = (0.08, 1.0)  # the crop's share of the area
@@ -37,10 +37,9 @@ def check_classes(count: int, config: Config, world: World | None = None) -> Non
             f"set model.num_classes={count}"
         )
     if world and world.rank == 0 and count < config.model.num_classes:
-        print(
-            f"fastdit: warning: {config.data.source} has {count} classes, and model.num_classes={config.model.num_classes}: the "
-            f"model's classes from {count} on are never trained, set model.num_classes={count} unless other data follow",
-            file=sys.stderr,
+        warn(
+            f"{config.data.source} has {count} classes, and model.num_classes={config.model.num_classes}: the "
+            f"model's classes from {count} on are never trained, set model.num_classes={count} unless other data follow"
         )
 
 

@@ -29,7 +29,7 @@ from fastdit.data.classes import class_table, printable
 from fastdit.data.index import FILE, SPLITS, Content, is_index, read_content, record, save_array
 from fastdit.data.pixels import IMAGE_SUFFIXES
 from fastdit.files import begin_or_match, path_argument, resumable, write_atomically
-from fastdit.progress import progress_bar
+from fastdit.progress import progress_bar, warn
 
 
 class ScannedSplit(NamedTuple):
@@ -219,7 +219,7 @@ def prepare(
         raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
     if verify:
         check_md5({role: p for role, p in (("train", sources[0]), ("val", val), ("devkit", devkit)) if p})
-    journal = out / ".parts"
+    journal = out / folders.JOURNAL
     if not journal.exists() and _fits(out, request):  # which may lie where nothing can be written
         return out
     with resumable(out):
@@ -322,7 +322,7 @@ def _write_index(
     for split, count in content.images.items():
         expected = imagenet.COUNTS[split]
         if imagenet.are_imagenet(classes) and count + sum(b[0] == split for b in bad) != expected:
-            print(f"fastdit: warning: ImageNet's {split} set has {expected:,} images, not {count:,}", file=sys.stderr)
+            warn(f"ImageNet's {split} set has {expected:,} images, not {count:,}")
 
 
 def describe(folder: Path) -> str:
