@@ -15,8 +15,9 @@ from benchmarks.eager_reference import EagerDiT, comparable, train_step
 from benchmarks.harness import DEVICE, PRECISION
 from fastdit import distributed, graphs
 from fastdit.checkpoint import RunState
-from fastdit.config import PRESETS, Config, parse
+from fastdit.config import Config, parse
 from fastdit.planning.host import BLOCK_GRAPHS
+from fastdit.presets import PRESETS
 from fastdit.training import engine
 
 IMAGES = 1 << 20  # size of the made-up data set

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastdit.checks import InputError, at_least, at_most, convert, nearest, one_of, shown, usable
+from fastdit.presets import PRESETS
 from fastdit.sampling.solvers import SOLVERS  # which imports neither torch nor anything of fastdit
 
 RENAMED = {"train.checkpoint": "train.recompute"}  # old key: new key; saved configs may have either
@@ -39,29 +40,6 @@ class Stopped(Exception):
 
 class Interrupted(Stopped):
     """The same, by Ctrl-C."""
-
-
-SIT: dict = dict(  # what the published SiT models (arXiv:2401.08740) have in common
-    positions="sincos", qk_norm="none", mlp="gelu", linear_bias=True, norm_eps=1e-6, time_frequency=1.0
-)
-
-# hidden = 8/3·width rounded to a multiple of 128, so that parameters and FLOPs match DiT's published 33/130/458/675 M. base/2 is
-# the published base model, sit-* are the published SiT models, nano/4 is for the built-in digits, test/4 for tests.
-PRESETS: dict[str, dict] = {
-    #           width  depth  heads  hidden  patch
-    "XL/2": dict(width=1152, depth=28, heads=18, hidden=3072, patch_size=2),
-    "L/2":  dict(width=1024, depth=24, heads=16, hidden=2688, patch_size=2),
-    "B/2":  dict(width=768,  depth=12, heads=12, hidden=2048, patch_size=2),
-    "S/2":  dict(width=384,  depth=12, heads=6,  hidden=1024, patch_size=2),
-    "nano/4": dict(width=128, depth=6, heads=2,  hidden=384,  patch_size=4, positions="absolute"),
-    "test/4": dict(width=64,  depth=2, heads=2,  hidden=128,  patch_size=4, positions="absolute"),
-    "base/2": dict(width=1088, depth=17, heads=17, hidden=4352, patch_size=2, class_width=2048, positions="rope_1d",
-                   time_embedding="base", zero_init_gates=False),
-    "sit-XL/2": dict(width=1152, depth=28, heads=16, hidden=4608, patch_size=2, **SIT),
-    "sit-L/2":  dict(width=1024, depth=24, heads=16, hidden=4096, patch_size=2, **SIT),
-    "sit-B/2":  dict(width=768,  depth=12, heads=12, hidden=3072, patch_size=2, **SIT),
-    "sit-S/2":  dict(width=384,  depth=12, heads=6,  hidden=1536, patch_size=2, **SIT),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

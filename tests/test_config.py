@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from fastdit import config
-from fastdit.config import PRESETS, Config, InputError, TrainConfig, file_and_overrides, from_dict, from_saved, load_json, parse
+from fastdit.config import Config, InputError, TrainConfig, file_and_overrides, from_dict, from_saved, load_json, parse
+from fastdit.presets import PRESETS
 from fastdit.sampling import solvers
 
 
@@ -278,7 +279,7 @@ def test_load_json_of_garbage(tmp_path):
 
 def test_published_hidden_rule():
     for name in ("S/2", "B/2", "L/2", "XL/2"):
-        row = config.PRESETS[name]
+        row = PRESETS[name]
         assert row["hidden"] == max(128, round(row["width"] * 8 / 3 / 128) * 128)
         assert row["width"] == 64 * row["heads"]
 

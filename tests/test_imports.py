@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "fastdit"
 LEVELS = [
     ["sampling.solvers"],  # the registry that config checks names against; it imports nothing of fastdit
     ["yaml12"],  # how YAML is read; it imports nothing of fastdit
-    ["checks"],
+    ["checks", "presets"],
     ["config"],
     ["files", "distributed", "device", "progress", "hub", "autoencoder_files"],
     ["attention", "model", "flow", "autoencoder", "graphs", "flops"],

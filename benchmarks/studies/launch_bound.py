@@ -16,7 +16,8 @@ from benchmarks import results_csv
 from benchmarks.harness import DEVICE, PRECISION, Worker, busy_seconds, gpu_events, peak_memory, reason, timed
 from benchmarks.train_steps import PROVIDERS, config_of, step_of
 from fastdit import flops
-from fastdit.config import PRESETS, InputError
+from fastdit.config import InputError
+from fastdit.presets import PRESETS
 
 CSV = "launch_bound"
 CASES = (

@@ -22,7 +22,8 @@ import torch
 from benchmarks import results_csv
 from benchmarks.harness import reason
 from benchmarks.train_steps import PROVIDERS, step_of
-from fastdit.config import PRESETS, InputError
+from fastdit.config import InputError
+from fastdit.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 CSV = "cuda_host"

@@ -56,8 +56,9 @@ def on_card(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.n
 def fastdit_model(preset: str, batch: int, backend: Compiler):
     """Return fastdit's bf16 model with blocks compiled as in engine.initialize, and a function that returns a step's loss."""
     from fastdit import flow
-    from fastdit.config import PRESETS, FlowConfig, ModelConfig
+    from fastdit.config import FlowConfig, ModelConfig
     from fastdit.model import DiT
+    from fastdit.presets import PRESETS
 
     options = PRESETS[preset] | {"depth": DEPTH}
     config = ModelConfig(preset=preset, in_channels=4, input_size=32, num_classes=1000, **options)
@@ -72,7 +73,7 @@ def fastdit_model(preset: str, batch: int, backend: Compiler):
 def base_model(preset: str, batch: int, backend: Compiler):
     """Return the same of the eager reference: bf16 autocast over fp32 weights."""
     from benchmarks import eager_reference
-    from fastdit.config import PRESETS
+    from fastdit.presets import PRESETS
 
     p = PRESETS[preset]
     config = eager_reference.comparable(p["width"], DEPTH, p["heads"], p["hidden"], p.get("class_width"))

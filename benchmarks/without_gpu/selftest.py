@@ -19,9 +19,9 @@ from benchmarks.kernel_cases import CASES
 from benchmarks.train_steps import config_of, trainer_step
 from benchmarks.without_gpu.count import counted, measure
 from fastdit import kernels
-from fastdit.config import PRESETS
 from fastdit.model import DiT
 from fastdit.planning.host import BLOCK_GRAPHS
+from fastdit.presets import PRESETS
 from fastdit.sampling import fast
 
 CUDA, BF16 = torch.device("cuda", 0), torch.bfloat16

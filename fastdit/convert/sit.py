@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdit.config import PRESETS, Config, DataConfig, InputError, ModelConfig, TrainConfig, from_dict
+from fastdit.config import Config, DataConfig, InputError, ModelConfig, TrainConfig, from_dict
 from fastdit.convert import files
 from fastdit.convert.base import PUBLISHED_VAE
 from fastdit.model import TIME_FEATURES, DiT, TimeEmbedding, fixed_positions
+from fastdit.presets import PRESETS
 
 PUBLISHED = {(row["width"], row["depth"]): name for name, row in PRESETS.items() if name.startswith("sit-")}
 LATENT_CHANNELS, PIXELS_PER_LATENT = 4, 8  # of the SD-VAE

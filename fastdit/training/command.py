@@ -8,7 +8,6 @@ from pathlib import Path
 from fastdit import files
 from fastdit.config import (
     OF_ONE_START,
-    PRESETS,
     UNGUIDED,
     Config,
     TrainConfig,
@@ -19,6 +18,7 @@ from fastdit.config import (
     load_json,
     read_settings,
 )
+from fastdit.presets import PRESETS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

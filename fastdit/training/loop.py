@@ -153,28 +153,6 @@ def _notes(config: Config, world: distributed.World) -> list[str]:
     return notes
 
 
-class SkippedSteps:
-    """Counts and logs the steps that were skipped because a loss or a gradient was not finite."""
-
-    def __init__(self, loader: Loader, accumulation: int, world: distributed.World, log: telemetry.Log) -> None:
-        self.loader = loader
-        self.accumulation = accumulation
-        self.world = world
-        self.log = log
-        self.since_log_line = 0
-        self.in_a_row = 0
-
-    def add(self, step: int) -> None:
-        """Count a skipped step and log it, with the indices of its images on each rank. All ranks must call it."""
-        self.since_log_line += 1
-        self.in_a_row += 1
-        images = [int(i) for micro in range(self.accumulation) for i in self.loader.order.images(step, micro)[0]]
-        images_of_ranks: list = [None] * self.world.size
-        dist.all_gather_object(images_of_ranks, images, group=self.world.control)
-        self.log.event({"step": step + 1, "skipped_in_a_row": self.in_a_row, "images_of_ranks": images_of_ranks})
-        self.log.print(f"step {step + 1}: the loss or a gradient is not finite: skipped, {self.in_a_row} in a row")
-
-
 class Trainer:
     """The parts and the state of a run, and its loop."""
 
@@ -198,7 +176,7 @@ class Trainer:
     sums: torch.Tensor  # their sum over the applied steps since the last log line
     summed_steps: int  # number of these steps
     unfinished_step: int | None  # the last step, until it is known whether it was applied
-    skipped: SkippedSteps
+    skipped: telemetry.SkippedSteps
     stop_signal: int  # SIGTERM or SIGINT, which this rank received; 0: none
     stop_time: float  # when, by time.monotonic
     stopping: int  # the signal that a rank received, as all ranks agreed at a log line: this step is the last one; 0: none
@@ -246,7 +224,7 @@ class Trainer:
         if resume_from:
             saver.load(resume_from, self.engine, self.ema, self.sums, config, world)
         self.log = world.together(lambda: telemetry.Log(run, config, world, self.start, state.wandb_id))
-        self.skipped = SkippedSteps(loader, config.train.accumulation, world, self.log)
+        self.skipped = telemetry.SkippedSteps(loader, config.train.accumulation, world, self.log)
         world.together(lambda: self._write_settings() if world.rank == 0 else None)
         self._print_header(model)
         if source:

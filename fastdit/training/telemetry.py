@@ -11,9 +11,11 @@ from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastdit.config import Config, InputError
+from fastdit.data import Loader
 from fastdit.device import device_name
 from fastdit.distributed import World
 from fastdit.files import flush, replacing
@@ -388,3 +390,25 @@ class Log:
                 f"the last lines of {self.path} cannot be written: {error.strerror}: free some space; the checkpoints are whole"
             ) from error
         flush(self.path)
+
+
+class SkippedSteps:
+    """Counts and logs the steps that were skipped because a loss or a gradient was not finite."""
+
+    def __init__(self, loader: Loader, accumulation: int, world: World, log: Log) -> None:
+        self.loader = loader
+        self.accumulation = accumulation
+        self.world = world
+        self.log = log
+        self.since_log_line = 0
+        self.in_a_row = 0
+
+    def add(self, step: int) -> None:
+        """Count a skipped step and log it, with the indices of its images on each rank. All ranks must call it."""
+        self.since_log_line += 1
+        self.in_a_row += 1
+        images = [int(i) for micro in range(self.accumulation) for i in self.loader.order.images(step, micro)[0]]
+        images_of_ranks: list = [None] * self.world.size
+        dist.all_gather_object(images_of_ranks, images, group=self.world.control)
+        self.log.event({"step": step + 1, "skipped_in_a_row": self.in_a_row, "images_of_ranks": images_of_ranks})
+        self.log.print(f"step {step + 1}: the loss or a gradient is not finite: skipped, {self.in_a_row} in a row")

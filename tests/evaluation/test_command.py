@@ -108,7 +108,7 @@ def test_two_ranks_give_the_same(trained, reference, tmp_path):
     both = json.loads((tmp_path / "b.json").read_text())
     assert both["ranks"] == 2 and numbers(both) == pytest.approx(numbers(alone), rel=1e-3)
     lost = ranks(tmp_path)
-    assert lost.returncode != 0 and lost.stderr.count("holds no checkpoint and no images") == 1
+    assert lost.returncode != 0 and lost.stderr.count("--samples is for samples of a checkpoint") == 1
 
 
 def test_real_digits_are_near_and_recognised(reference, tmp_path):

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdit import config
 from fastdit.config import ModelConfig
 from fastdit.model import DiT
+from fastdit.presets import PRESETS
 from fastdit.sampling import solvers
 from fastdit.sampling.sampler import Sampler, per_sample_noise
 
@@ -198,7 +199,7 @@ def test_no_null_half_without_guidance_or_outside_of_its_interval():
 
 def small_model(**given):
     torch.manual_seed(0)
-    given = {"preset": "test/4", **config.PRESETS["test/4"], "zero_init_gates": False, **given}
+    given = {"preset": "test/4", **PRESETS["test/4"], "zero_init_gates": False, **given}
     return DiT(ModelConfig(**given)).eval()
 
 

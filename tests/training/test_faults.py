@@ -213,7 +213,7 @@ def test_stages_and_ranks_agree(tmp_path, record_property):
 @pytest.mark.parametrize(("first", "then"), [((1, 2), (3, 2)), ((3, 2), (2, 1)), ((2, 1), (1, 2)), ((3, 1), (3, 2))])
 def test_another_stage_and_number_of_ranks_resume(tmp_path, first, then):
     """(stage, ranks): the losses of the resumed run are those of an uninterrupted one, within 1e-5."""
-    micro = lambda ranks: ["train.batch_size=4", "train.accumulation=2"] if ranks == 1 else []
+    micro = lambda ranks: ["train.batch_size=4", f"train.accumulation={2 // ranks}"]  # 8 images per step
     fp32 = "train.precision=fp32"
     options = lambda stage, ranks: {"ranks": ranks, "overrides": [f"zero.stage={stage}", fp32, *micro(ranks)]}
     run(tmp_path / "uninterrupted", **options(*first))
