@@ -330,13 +330,13 @@ def describe(folder: Path) -> str:
     content = read_content(folder)
     assert content is not None  # it was just made
     images = ", ".join(f"{count:,} {split} images" for split, count in content.images.items())
-    bad = f"\n{content.bad_files} bad files were left out: {folder / 'bad_files.csv'}" if content.bad_files else ""
+    bad = f"\n{content.bad_files} bad files were left out: {printable(str(folder / 'bad_files.csv'))}" if content.bad_files else ""
     flags = np.concatenate([np.load(folder / f"{split}.npy", mmap_mode="r")["flags"] for split in content.images])
     changed = pixels.describe_flags(flags, exif=not imagenet.are_imagenet(content.classes))
     changed = f"\n{changed}" if changed else ""
     labels = np.load(folder / "train.npy", mmap_mode="r")["label"]
     table = class_table(content.classes, content.class_names, np.bincount(labels, minlength=len(content.classes)).tolist())
-    return f"index: {printable(str(folder))} ({images}, {len(content.classes):,} classes){changed}{printable(bad)}\n{table}"
+    return f"index: {printable(str(folder))} ({images}, {len(content.classes):,} classes){changed}{bad}\n{table}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

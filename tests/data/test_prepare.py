@@ -57,6 +57,7 @@ def test_bad_files_are_listed_with_reasons(full_index):
         "bad_end.JPEG": "image file is truncated (8 bytes not processed)",
     }
     assert {row["split"] for row in table} == {"train"}
+    assert f"4 bad files were left out: {full_index.folder / 'bad_files.csv'}" in prepare.describe(full_index.folder).splitlines()
 
 
 def test_many_chunks_give_the_index_of_one(archives, tmp_path, monkeypatch):
