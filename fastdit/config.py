@@ -69,6 +69,7 @@ class ModelConfig:
     # neighbouring timesteps look unrelated: on the built-in digits 600 steps gave 51 % recognised digits with it and 99.5 % with 30
     # (guidance 4, all else equal). SiT's is 1.
     time_frequency: float = 30.0
+    class_std: float = 0.02  # standard deviation of the initial class embeddings, if zero_init_gates; else it is 1
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "hidden", "patch_size", "in_channels", "input_size", "num_classes"):
@@ -81,6 +82,7 @@ class ModelConfig:
         one_of("model", self, "mlp", ("swiglu", "gelu"))
         at_least("model", self, "norm_eps", 1e-12)
         at_least("model", self, "time_frequency", 1e-3)
+        at_least("model", self, "class_std", 0)
         one_of("model", self, "attention", ("auto", "flash", "sdpa", "matmul"))
         one_of("model", self, "qk_norm", ("head", "none", "full_width"))
         one_of("model", self, "time_embedding", ("sinusoidal", "base"))
@@ -137,14 +139,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Distribution of training timesteps, and label dropout."""
+    """What the model predicts, the distribution of training timesteps, and label dropout."""
 
+    prediction: str = "v"  # what the network's output is: v, the velocity | x, the data: arXiv:2511.13720
     logit_mean: float = 0.0  # mean of the logit-normal timesteps, t = sigmoid(normal(mean, std)): arXiv:2403.03206, equation 19
     logit_std: float = 1.0  # their standard deviation, before the sigmoid
     time_shift: float = 1.0  # shift s of the timesteps, as logit_mean + ln s: above 1 for larger latents, sqrt of elements' ratio
     label_dropout: float = 0.1  # probability of the null class, for classifier-free guidance (default with one class: 0)
 
     def __post_init__(self) -> None:
+        one_of("flow", self, "prediction", ("v", "x"))
         at_least("flow", self, "logit_std", 0)
         if not 0 <= self.label_dropout < 1:
             raise InputError(f"flow.label_dropout={self.label_dropout} must be at least 0 and below 1: at 1 no class is trained")

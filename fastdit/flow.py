@@ -1,6 +1,7 @@
 """Rectified flow: timesteps, label dropout and the loss of a step. B batch size, C/h/w channels, rows and columns of the latent.
 
-A timestep t in (0,1] mixes x_t = (1−t)·x0 + t·noise; the model predicts the velocity noise − x0 (arXiv:2209.03003).
+A timestep t in (0,1] mixes x_t = (1−t)·x0 + t·noise; the model predicts the velocity noise − x0 (arXiv:2209.03003), or the data x0,
+of which `velocity` makes one.
 Every random number of training is named by (seed, stream, step, index in the global batch): it is the same at 1, 2 or 8 ranks, with
 or without accumulation, on any device to rounding.
 """
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from fastdit import kernels
 from fastdit.config import FlowConfig
+
+SMALLEST_T = 0.05  # floor of t in the loss of predicted data, as in arXiv:2511.13720: its weight 1/t² would have no bound
 
 PARTS = ("flow",)  # terms of the loss, by the names under which `Losses.parts` holds them; a second one is logged by its name
 
@@ -65,23 +68,36 @@ def drop_labels(config: FlowConfig, seed: int, ids: Tensor, labels: Tensor, null
     return torch.where(dropped, null, labels)
 
 
-def losses_at(model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> Losses:
+def velocity(output: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tensor:
+    """Return the velocity of a model's output [B,C,h,w]: the output itself, or fp32 (x_t − output)/t if it predicts the data.
+
+    For x_t = x0 + t·(noise − x0). t fp32 [B] or [], above 0; prediction: "v" or "x".
+    """
+    if prediction == "v":
+        return output
+    return (x_t - output.float()) / (t.view(-1, 1, 1, 1) if t.ndim else t)
+
+
+def losses_at(model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor, prediction: str) -> Losses:
     """Return the loss of each sample at given timesteps. The terms of the loss are defined here, for training and validation.
 
-    model: (x_t, t, labels) -> velocity; x0 and noise fp32 [B,C,h,w]; t fp32 [B]; labels int64 [B].
+    model: (x_t, t, labels) -> velocity or data, as `prediction` says; x0 and noise fp32 [B,C,h,w]; t fp32 [B]; labels int64 [B].
+    The loss of predicted data is |v − (noise − x0)|², which is |output − x0|²/t², with t at least SMALLEST_T.
     """
-    v = model(kernels.flow_interpolate(x0, noise, t), t, labels)
-    velocity = kernels.flow_matching_loss(v, x0, noise)
-    return Losses(total=velocity, t=t, parts={"flow": velocity})
+    x_t = kernels.flow_interpolate(x0, noise, t)
+    v = velocity(model(x_t, t, labels), x_t, t, prediction)
+    weight = None if prediction == "v" else (t / SMALLEST_T).clamp(max=1).square()
+    loss = kernels.flow_matching_loss(v, x0, noise, weight)
+    return Losses(total=loss, t=t, parts={"flow": loss})
 
 
 def losses(model: nn.Module, x0: Tensor, labels: Tensor, ids: Tensor, config: FlowConfig, *, seed: int, null: int) -> Losses:
     """Return the training loss of each sample, at random timesteps, noise and label dropout.
 
-    model: (x_t, t, labels) -> velocity; x0 fp32 [B,C,h,w]; labels int64 [B]; ids int64 [B] from `sample_ids`, on the device of x0;
+    model: as in `losses_at`; x0 fp32 [B,C,h,w]; labels int64 [B]; ids int64 [B] from `sample_ids`, on the device of x0;
     seed: the run's; null: id of the null class.
     """
     t = sample_timesteps(config, seed, ids)
     labels = drop_labels(config, seed, ids, labels, null)
     noise = kernels.counter_normal(seed, Stream.NOISE, ids, tuple(x0.shape[1:]))
-    return losses_at(model, x0, noise, t, labels)
+    return losses_at(model, x0, noise, t, labels, config.prediction)

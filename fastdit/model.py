@@ -1,4 +1,5 @@
-"""The diffusion transformer: patches in, velocity out, adaLN-Zero modulation (DiT, arXiv:2212.09748), written on fastdit.kernels.
+"""The diffusion transformer: patches in, velocity (or data: flow.prediction) out, adaLN-Zero modulation (DiT, arXiv:2212.09748),
+written on fastdit.kernels.
 
 Shapes:
     B  batch size          T  tokens, (h/p)·(w/p) in row-major order    F  hidden width of the MLP
@@ -254,8 +255,8 @@ class DiT(nn.Module):
     def initialize(self) -> None:
         """Initialise the parameters in place.
 
-        With zero_init_gates: Xavier-uniform Linears with zero bias, a N(0, 0.02) class table, and zeros in the modulation and the
-        output (adaLN-Zero; DiT, section 3.2). Without: PyTorch's own initialisation, as in the base model.
+        With zero_init_gates: Xavier-uniform Linears with zero bias, a N(0, class_std²) class table, and zeros in the modulation and
+        the output (adaLN-Zero; DiT, section 3.2). Without: PyTorch's own initialisation, as in the base model.
         """
         if isinstance(self.positions, nn.Parameter):
             with torch.no_grad():
@@ -267,7 +268,7 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.class_embedding.table.weight, std=0.02)
+        nn.init.normal_(self.class_embedding.table.weight, std=self.config.class_std)
         for linear in (*self.modulation, self.final_modulation, self.output):
             nn.init.zeros_(linear.get_parameter("weight"))
 

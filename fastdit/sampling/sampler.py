@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdit import attention, autoencoder, checkpoint, files, kernels
+from fastdit import attention, autoencoder, checkpoint, files, flow, kernels
 from fastdit.autoencoder import Codec
 from fastdit.checkpoint import Checkpoint, RunState
 from fastdit.config import Config, InputError, SampleConfig
@@ -176,7 +176,7 @@ class Sampler:
         self.ema_decay = None
         self._vae = None
         self._codec = None
-        self._velocity = fast_velocity(self.model, self.device)
+        self._fast_velocity = fast_velocity(self.model, self.device)
 
     @property
     def codec(self) -> Codec:
@@ -244,6 +244,9 @@ class Sampler:
         interval = (settings.guidance_low, settings.guidance_high)
         shape = (self.config.model.in_channels, self.config.model.input_size, self.config.model.input_size)
         noise = (per_sample_noise if per_sample else one_generator_noise)(seed, shape)
+        run, prediction = self._fast_velocity or self.model.velocity, self.config.flow.prediction
+        predicted = lambda x, t, *classes: flow.velocity(run(x, t, *classes), x, t, prediction)
+        at_zero = {} if prediction == "v" else {"at_zero": False}
         labels = torch.as_tensor(labels, device=self.device)
         names = torch.arange(len(labels), device=self.device)
         at_once = at_once or batch_size(len(labels), world)
@@ -254,12 +257,11 @@ class Sampler:
                 drawn = noise(names[ids.start : ids.stop], settings.steps if solver.stochastic else 0)
             if not computed:
                 continue
-            velocity = solvers.guided(
-                self.model, labels[ids.start : ids.stop], self.null, settings.guidance, interval, self._velocity
-            )
+            velocity = solvers.guided(self.model, labels[ids.start : ids.stop], self.null, settings.guidance, interval, predicted)
             x = drawn[0]
             watch(ids, 0, x)
-            for i, point in enumerate(solver.solve(velocity, x, settings.steps, settings.time_shift, drawn[1:]), 1):
+            points = solver.solve(velocity, x, settings.steps, settings.time_shift, drawn[1:], **at_zero)
+            for i, point in enumerate(points, 1):
                 x = point
                 watch(ids, i, x)
             if not x.isfinite().all():

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 class Solver(NamedTuple):
     """A solver with what commands need to know of it.
 
-    solve: function (velocity, x [B,C,h,w] at t = 1, steps, shift=1.0, noise=None) that yields x after each of the steps; shift as
-        in `shifted`, noise fp32 [steps,B,C,h,w] if the solver is stochastic.
+    solve: function (velocity, x [B,C,h,w] at t = 1, steps, shift=1.0, noise=None, at_zero=True) that yields x after each of the
+        steps; shift as in `shifted`, noise fp32 [steps,B,C,h,w] if the solver is stochastic; at_zero: whether there is a velocity
+        at t = 0, which a model that predicts the data does not have.
     calls: model calls per step; None if the solver is adaptive, chooses its own steps and yields only after the last of them.
     stochastic: whether it adds noise at each step.
     help: description in one line.
@@ -121,7 +122,9 @@ def timesteps(steps: int, shift: float = 1.0, device: torch.device | None = None
 
 
 @solver("euler", calls=1, help="Euler, first order")
-def euler(velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, noise: Tensor | None = None) -> Iterator[Tensor]:
+def euler(
+    velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, noise: Tensor | None = None, at_zero: bool = True
+) -> Iterator[Tensor]:
     """Yield x after each Euler step, x ← x − v·dt. First order."""
     for step in timesteps(steps, shift, x.device):
         x = x - velocity(x, step.t, step.at) * step.dt
@@ -129,20 +132,24 @@ def euler(velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, noise: 
 
 
 @solver("heun", calls=2, help="Heun, second order, two model calls per step")
-def heun(velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, noise: Tensor | None = None) -> Iterator[Tensor]:
+def heun(
+    velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, noise: Tensor | None = None, at_zero: bool = True
+) -> Iterator[Tensor]:
     """Yield x after each Heun step: the mean of v here and v at the end of the Euler step. Second order.
 
-    The last step evaluates v at t = 0 (to rounding).
+    The last step evaluates v at t = 0 (to rounding), or is Euler's if there is none.
     """
     for step in timesteps(steps, shift, x.device):
         v = velocity(x, step.t, step.at)
-        v_next = velocity(x - v * step.dt, step.t_next, step.to)
+        v_next = velocity(x - v * step.dt, step.t_next, step.to) if at_zero or step.to > 0 else v
         x = x - (v + v_next) * (step.dt / 2)
         yield x
 
 
 @solver("dpm++", calls=1, help="DPM-Solver++ 2M, second order, one model call per step")
-def dpm_solver(velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, noise: Tensor | None = None) -> Iterator[Tensor]:
+def dpm_solver(
+    velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, noise: Tensor | None = None, at_zero: bool = True
+) -> Iterator[Tensor]:
     """Yield x after each step of DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2) for flows: α = 1−t, σ = t, λ = log(α/σ).
 
     It extrapolates the estimate x0 = x − t·v from this step and the one before, linearly in λ; the first two steps and the last,
@@ -164,26 +171,35 @@ def dpm_solver(velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, no
 
 @solver("dopri5", calls=None, help="Dormand-Prince 5(4) with its own steps, of which the number of steps only sets the frames")
 def dopri5(
-    velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, noise: Tensor | None = None,
+    velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, noise: Tensor | None = None, at_zero: bool = True,
     rtol: float = 1e-4, atol: float = 1e-5,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield x at the times of `steps` steps, interpolated by torchdiffeq's Dormand-Prince 5(4), which chooses its own step size.
 
     There is one step size for the whole batch, so that an image depends on its batch to the tolerance (per element
-    atol + rtol·|x|). The base model's velocity is not smooth in t, and costs it hundreds of calls.
+    atol + rtol·|x|). The base model's velocity is not smooth in t, and costs it hundreds of calls. Without a velocity at t = 0 it
+    integrates to t = 0.05, and one Euler step leads to the end: nearer to 0 the network's error divided by t makes its steps short.
     """
     import torch
     from torchdiffeq import odeint
 
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     points = shifted(times, shift).to(x)
-    solution = odeint(lambda t, x: velocity(x, t.float(), t.item()), x, points, rtol=rtol, atol=atol, method="dopri5")
-    yield from cast("Tensor", solution)[1:]  # a tuple only if x is one, or with events
+    end = 0.0 if at_zero else 0.05
+    beyond = points[points <= end]
+    within = torch.cat((points[points > end], points.new_tensor([end])))
+    options = {} if at_zero else {"step_t": within[-1:]}  # it would step past the end, and interpolate
+    slope = lambda t, x: velocity(x, t.float(), t.item())
+    solution = odeint(slope, x, within, rtol=rtol, atol=atol, method="dopri5", options=options)
+    *path, x = cast("Tensor", solution)[1:]  # a tuple only if x is one, or with events
+    yield from path
+    v = None if at_zero else velocity(x, within[-1].float(), end)
+    yield from (x if v is None else x - v * (end - point) for point in beyond)
 
 
 @solver("euler_stochastic", calls=1, stochastic=True, help="the base model's: Euler with added noise")
 def euler_stochastic(
-    velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, noise: Tensor | None = None
+    velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, noise: Tensor | None = None, at_zero: bool = True
 ) -> Iterator[Tensor]:
     """Yield x after each step of the base model's solver, x ← x − v·dt + s·noise·√dt with s = t(1−t)/(1−t+0.008).
 
@@ -198,7 +214,9 @@ def euler_stochastic(
 
 
 @solver("sde", calls=1, stochastic=True, help="Euler-Maruyama on the reverse SDE")
-def sde(velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, noise: Tensor | None = None) -> Iterator[Tensor]:
+def sde(
+    velocity: Velocity, x: Tensor, steps: int, shift: float = 1.0, noise: Tensor | None = None, at_zero: bool = True
+) -> Iterator[Tensor]:
     """Yield x after each Euler-Maruyama step on the reverse SDE with the flow's marginals and diffusion w = t (SiT,
     arXiv:2401.08740, section 2.4): x ← x − v·dt + w/2·score·dt + √(w·dt)·noise, score = −(x + (1−t)·v)/t.
 

@@ -21,12 +21,14 @@ from fastdit.convert import base
 from fastdit.data.imagenet import imagenet_names
 from fastdit.model import DiT
 
-# Settings of the model that may differ from the source's. Of modulation_groups, only the sizes count; zero_init_gates and attention
-# are no property of weights.
+# Settings of the model that may differ from the source's. Of modulation_groups, only the sizes count; zero_init_gates,
+# class_std and attention are no property of weights.
 MAY_DIFFER = {
     "preset", "input_size", "patch_size", "in_channels", "num_classes", "modulation_groups", "zero_init_gates", "attention",
+    "class_std",
 }  # fmt: skip
-PATCHES = ("patch_embedding.weight", "patch_embedding.bias", "output.weight", "output.bias")  # of a patch size and channel count
+OUTPUT = ("output.weight", "output.bias")
+PATCHES = ("patch_embedding.weight", "patch_embedding.bias", *OUTPUT)  # of a patch size and channel count
 CLASSES = "class_embedding.table.weight"
 POSITIONS = "positions"
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")  # owner/name[@revision]
@@ -195,10 +197,11 @@ def _side(model: ModelConfig) -> int:
 
 
 @torch.no_grad()
-def adapt(model: DiT, source: Source, names: list[str] | None) -> list[Change]:
+def adapt(model: DiT, source: Source, names: list[str] | None, prediction: str) -> list[Change]:
     """Set a newly initialised model to the source's weights, and return what became of them.
 
-    names: of the run's classes, None if the data have none. The model must have passed `check`.
+    names: of the run's classes, None if the data have none; prediction: the run's flow.prediction. The model must have passed
+    `check`.
     """
     theirs, ours = source.config.model, model.config
     weights, parameters = source.load(), dict(model.named_parameters())
@@ -218,6 +221,10 @@ def adapt(model: DiT, source: Source, names: list[str] | None) -> list[Change]:
         for name in PATCHES:
             weights[name] = parameters[name].clone()
             changes.append(Change("new", name, f"{shape(theirs)} there, {shape(ours)} here"))
+    elif prediction != source.config.flow.prediction:
+        for name in OUTPUT:
+            weights[name] = parameters[name].clone()
+            changes.append(Change("new", name, f"it predicts {source.config.flow.prediction} there, {prediction} here"))
     model.load_state_dict(weights)
     others = [name for name in weights if name not in {change.name for change in changes}]
     count = sum(weights[name].numel() for name in others)

@@ -210,7 +210,7 @@ class Trainer:
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         if resume_from:
             model.load_state_dict(resume_from.shards().parameters("raw", self.shapes))
-        changes = world.together(lambda: init.adapt(model, source, loader.class_names)) if source else []
+        changes = world.together(lambda: init.adapt(model, source, loader.class_names, config.flow.prediction)) if source else []
         self.began_from = state.init
         if source:
             self.began_from = source.record | {"changes": [change._asdict() for change in changes]}

@@ -154,6 +154,7 @@ def _check_same_run(folder: Path, saved: Config, config: Config, same_source: bo
     fixed = {
         "model": [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("preset", "attention")],
         "data": [*(["source"] if same_source else []), "image_size", "flip", "crop", "grey"],
+        "flow": ["prediction"],
         "train": ["seed", "precision"],
     }
     for section, keys in fixed.items():

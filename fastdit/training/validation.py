@@ -143,7 +143,7 @@ class Validation:
             noise = kernels.counter_normal(SEED, flow.Stream.VALIDATION, ids, tuple(x0.shape[1:]))
             for k, timestep in enumerate(TIMESTEPS):
                 t = torch.full((len(x0),), timestep, device=x0.device)
-                losses = flow.losses_at(model, x0, noise, t, labels)
+                losses = flow.losses_at(model, x0, noise, t, labels, self.config.flow.prediction)
                 sums[k] += losses.total.double().sum()
                 for i, name in enumerate(names, len(TIMESTEPS)):
                     sums[i] += losses.parts[name].double().sum()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,13 +161,23 @@ def test_samples_that_are_not_finite_are_an_error(tmp_path):
     sampler = Sampler.of_model(model, config, autoencoder.Pixels(1, 32))
     latents = sampler.latents([3, 7, 1], 0, sampler.settings(steps=1), at_once=2)
     next(latents)
-    original = sampler._velocity or model.velocity
+    original = sampler._fast_velocity or model.velocity
     sampler.model.velocity = lambda *of: original(*of) * torch.tensor([float("nan")])
     with pytest.raises(FloatingPointError, match="sample 2 of class 1 "):
         list(sampler.latents([3, 7, 1], 0, sampler.settings(steps=1, guidance=0), at_once=2, skip=lambda ids: ids.start == 0))
     model.output.weight.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match="the weights of the model are not: use an earlier checkpoint"):
         sampler.draw([3], 0, settings)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpm++"])
+def test_a_model_of_the_data_is_sampled_as_one(solver):
+    """One step from noise ends at what the model predicts there."""
+    model, config = random_model()
+    sampler = Sampler.of_model(model, replace(config, flow=replace(config.flow, prediction="x")), None)
+    ((_, x),) = sampler.latents([3, 7], 0, sampler.settings(steps=1, solver=solver, guidance=0))
+    start = per_sample_noise(0, (1, 32, 32))(torch.arange(2), 0)[0]
+    torch.testing.assert_close(x, model(start, torch.ones(2), torch.tensor([3, 7])), rtol=0, atol=1e-5)
 
 
 def test_pixels_that_are_not_finite_are_an_error(run, monkeypatch):

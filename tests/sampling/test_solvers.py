@@ -63,6 +63,28 @@ def test_adaptive_steps_follow_the_tolerance():
     assert errors[0] < 0.02 and errors[1] < errors[0] / 10 and errors[2] < errors[1] / 10, errors
 
 
+@pytest.mark.parametrize("steps", [1, 10, 60])
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_a_model_of_the_data_ends_at_its_estimate(solver, steps):
+    """As flow.velocity makes it, there is no velocity at t = 0: no solver asks for it. The number of points stays, and the end is
+    off by no more than one Euler step to 0: |x''|·dt²/2, where x'' = z/STD."""
+    asked = []
+
+    def velocity(x, t, at):
+        asked.append(at)
+        return gaussian_velocity(x, t, at)
+
+    start = torch.randn(64, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise = torch.zeros(steps, *start.shape, dtype=torch.float64) if solvers.SOLVERS[solver].stochastic else None
+    points = list(solvers.SOLVERS[solver].solve(velocity, start, steps, noise=noise, at_zero=False))
+    assert len(points) == steps and min(asked) > 0
+    if noise is None:
+        off = lambda x: (x - (MEAN + STD * start)).abs().max()
+        *_, end = solvers.SOLVERS[solver].solve(gaussian_velocity, start, steps)
+        dt = 0.05 if solvers.SOLVERS[solver].adaptive else 1 / steps
+        assert off(points[-1]) < off(end) + 1.2 * start.abs().max() / STD * dt**2 / 2
+
+
 def moments(solver, steps):
     """Mean and variance of what a stochastic solver makes of N(0,1), exactly: each step is affine in x and its noise, so the end is
     the mean plus a sum of the start and each step's noise, times what a unit of it alone adds."""

@@ -155,7 +155,7 @@ def test_the_base_models_pickle_as_source(tmp_path):
     torch.manual_seed(0)
     model = DiT(config.model)
     fresh = model.class_embedding.table.weight.detach().clone()
-    changes = init.adapt(model, source, ["a", "b", "c"])
+    changes = init.adapt(model, source, ["a", "b", "c"], "v")
     table = weights["class_embedding.table.weight"]
     assert torch.equal(model.class_embedding.table.weight[:3], table[:-1].mean(0) + fresh[:3])
     assert torch.equal(model.class_embedding.table.weight[3], table[-1])
@@ -186,7 +186,7 @@ def test_rows_go_by_class_name():
 def test_the_table_of_classes(their_names, our_names, classes, rows, text):
     source, model = source_of({"num_classes": 4}, their_names, num_classes=classes)
     fresh, old = model.class_embedding.table.weight.detach().clone(), source.load()[init.CLASSES]
-    changes = init.adapt(model, source, our_names)
+    changes = init.adapt(model, source, our_names, "v")
     (change,) = (change for change in changes if change.name == init.CLASSES)
     assert change.text.startswith(text) and change.kind == ("taken" if rows == [0, 1, 2, 3] else "adapted")
     table = model.class_embedding.table.weight
@@ -195,13 +195,25 @@ def test_the_table_of_classes(their_names, our_names, classes, rows, text):
         assert torch.equal(table[row], old[:-1].mean(0) + fresh[row] if taken is None else old[taken])
 
 
+def test_another_prediction_begins_with_a_new_output():
+    """The blocks are taken: what they know of pictures serves both."""
+    source, model = source_of({"num_classes": 4}, None, num_classes=4)
+    fresh = {name: p.detach().clone() for name, p in model.named_parameters()}
+    changes = init.adapt(model, source, None, "x")
+    new = {change.name: change.text for change in changes if change.kind == "new"}
+    assert new == dict.fromkeys(init.OUTPUT, "it predicts v there, x here")
+    old = source.load()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, (fresh if name in init.OUTPUT else old)[name]), name
+
+
 @pytest.mark.parametrize("positions", ["absolute", "rope_1d", "rope_2d"])
 @pytest.mark.parametrize("size", [64, 16])
 def test_another_size(positions, size):
     """Rotary tables are those of the new size; learned positions are resampled on the grid; everything else is as it was."""
     source, model = source_of({"positions": positions}, positions=positions, input_size=size)
     old = source.load()
-    changes = {change.name: change for change in init.adapt(model, source, None)}
+    changes = {change.name: change for change in init.adapt(model, source, None, "v")}
     side = size // 4
     for name, p in model.named_parameters():
         if name != "positions":
@@ -231,7 +243,7 @@ def test_learned_positions_keep_their_place_in_the_image():
 def test_another_patch_or_channel_count_begins_anew(ours):
     source, model = source_of({"positions": "absolute"}, **ours)
     fresh, old = {name: p.detach().clone() for name, p in model.named_parameters()}, source.load()
-    changes = init.adapt(model, source, None)
+    changes = init.adapt(model, source, None, "v")
     assert [change.name for change in changes if change.kind == "new"] == list(init.PATCHES)
     same_grid = ours.get("input_size", 32) // ours.get("patch_size", 4) == 8
     for name, p in model.named_parameters():
