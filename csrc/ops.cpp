@@ -55,6 +55,11 @@ int64_t pass(int64_t x) { return x; }
 bool pass(bool x) { return x; }
 
 enum class Isa { baseline, avx2, avx512, amx };
+#if !defined(FASTDIT_ISAS)
+#define FASTDIT_ISAS 1
+#endif
+// Whether this build has an instruction set: setup.py sets the bits.
+bool built(Isa isa) { return FASTDIT_ISAS >> (int)isa & 1; }
 
 // Linux gives a process AMX's registers when it asks for them.
 bool may_use_tiles() {
@@ -79,6 +84,7 @@ Isa isa() {
     if (limit && !strcmp(limit, "baseline")) best = Isa::baseline;
     if (limit && !strcmp(limit, "avx2")) best = std::min(best, Isa::avx2);
     if (limit && !strcmp(limit, "avx512")) best = std::min(best, Isa::avx512);
+    while (!built(best)) best = (Isa)((int)best - 1);
     return best;
   }();
   return chosen;
@@ -142,14 +148,21 @@ STABLE_TORCH_LIBRARY(fastdit_cpp, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastdit_cpp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&fastdit::isa_number)); }
 
+// Places of instruction sets that were not built: nothing asks for them.
+#if !(FASTDIT_ISAS & 2)
+#define avx2 baseline
+#endif
+#if !(FASTDIT_ISAS & 4)
+#define avx512 baseline
+#endif
+#if !(FASTDIT_ISAS & 8)
+#define amx baseline
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(fastdit_cpp, CPU, m) {
-#if defined(__x86_64__)
 #define IMPLEMENT(name, parameters) \
   m.impl(#name,                     \
          TORCH_BOX(                 \
              (&fastdit::Op<&fastdit::baseline::name, &fastdit::avx2::name, &fastdit::avx512::name, &fastdit::amx::name>::call)));
-#else
-#define IMPLEMENT(name, parameters) m.impl(#name, TORCH_BOX((&fastdit::Op<&fastdit::baseline::name>::call)));
-#endif
   FASTDIT_KERNELS(IMPLEMENT)
 }

@@ -15,7 +15,7 @@ elif [ "${1:-}" = --cuda-host ]; then
     cuda_host=${2:?--cuda-host needs the folder that benchmarks/without_gpu/stubs/build.sh made}
     shift 2
 fi
-launch/install.sh
+FASTDIT_BUILD_ISAS=all launch/install.sh
 bin=$(cd "${VENV:-.venv}/bin" && pwd)
 tier=(-m "not slow")
 cores=$(nproc)
