@@ -32,7 +32,7 @@ def run(ranks: int, words: list, timeout: float = 300, **variables: str) -> subp
     """
     from commands import free_port  # not in the process that forks
 
-    server = _server(os.getpid())
+    server = _server()
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     with tempfile.TemporaryDirectory() as folder:
         texts = [Path(folder, name) for name in ("stdout", "stderr")]
@@ -45,8 +45,8 @@ def run(ranks: int, words: list, timeout: float = 300, **variables: str) -> subp
 
 
 @functools.cache
-def _server(client: int) -> subprocess.Popen:
-    """Start the process that forks; it ends with the client, whose end of the pipe is then closed."""
+def _server() -> subprocess.Popen:
+    """Start the process that forks; it ends with this one, whose end of the pipe is then closed."""
     from commands import environment
     from fastdit.cli import ALLOCATOR
 
