@@ -4,18 +4,17 @@ The public functions run on CPU tensors under a stub driver that names an archit
 specialised and compiled it, so the code is what a GPU would run, not that of a hand-written signature. Results of the ops are
 meaningless here. Runs only without TRITON_INTERPRET.
 
-    python -m benchmarks.machine_code          # all ops and architectures; updates the table in kernels/README.md too; 3 minutes
+    python -m benchmarks.machine_code          # all ops and architectures; updates the table in kernels/README.md too; a minute
     python -m benchmarks.machine_code --arch 90 --ops modulate --csv one.csv
 """
 
-import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +33,8 @@ RESULTS = results_csv.path_of(CSV, None)
 README = Path(__file__).parents[1] / "kernels/README.md"
 MARKERS = ("<!-- benchmarks/machine_code.py writes from here -->", "<!-- to here -->")
 ARCHITECTURES = (80, 90, 100, 120)
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+INSTRUCTION = 16  # bytes
 WARPS_PER_SM = {80: 64, 90: 64, 100: 64, 120: 48}
 RESOURCES = {"registers": "REG", "local": "LOCAL", "stack": "STACK"}
 SHARED_PER_SM = {80: 164, 90: 228, 100: 228, 120: 100}  # KB
@@ -113,29 +113,63 @@ def record_op(recorder: Recorder, op: str, size: int, batch: int) -> dict[str, l
     return launches | {"backward": recorder.take()}
 
 
-@cache
-def machine_code(cubin: bytes) -> dict[str, int]:
-    """Return registers, bytes of local memory and stack, and the number of global accesses by width, from a cubin."""
+def code_of(cubin: bytes) -> bytes:
+    """Return the machine code of the one kernel in a cubin: its ELF section named .text.<kernel>."""
+    table, (entry, count, names) = struct.unpack_from("<Q", cubin, 0x28)[0], struct.unpack_from("<3H", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * entry) for i in range(count)]  # name, ..., offset, size
+    texts = [h for h in headers if cubin.startswith(b".text.", headers[names][4] + h[0])]
+    if len(texts) != 1:
+        raise ValueError(f"a cubin has {len(texts)} kernels")
+    return cubin[texts[0][4] : texts[0][4] + texts[0][5]]
+
+
+def disassemble(codes: list[bytes], arch: int) -> list[list[str]]:
+    """Return the lines of each machine code, one per instruction. All in one call: nvdisasm takes 0.3 s to start."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        command = [BIN / "nvdisasm", "--binary", f"SM{arch}{'a' if arch >= 90 else ''}", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = iter(line for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+\S", line))
+    listings = [list(islice(lines, len(code) // INSTRUCTION)) for code in codes]
+    if any(len(each) * INSTRUCTION != len(code) for each, code in zip(listings, codes, strict=True)) or next(lines, None):
+        raise ValueError(f"the disassembly for sm_{arch} has another number of instructions than the code")
+    return listings
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Return the registers and the bytes of local memory and stack of the kernel in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", "-sass", file.name]
+        command = [BIN / "cuobjdump", "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    figures = {name: int(re.search(rf"\b{key}:(\d+)", text)[1]) for name, key in RESOURCES.items()}
-    accesses = Counter()
+    return {name: int(re.search(rf"\b{key}:(\d+)", text)[1]) for name, key in RESOURCES.items()}
+
+
+def accesses(listing: list[str]) -> dict[str, int | float]:
+    """Return the number of global accesses by width, of spills, barriers and instructions of a disassembled kernel."""
+    text, figures, found = "\n".join(listing), {}, Counter()
     for kind, modifiers in re.findall(r"\b(LDG(?:STS)?|STG)\.E([.\w]*)", text):
         bits = re.search(r"\.(?:U|S)?(8|16|64|128)\b", modifiers)
-        accesses["store" if kind == "STG" else "load", int(bits[1]) if bits else 32] += 1
+        found["store" if kind == "STG" else "load", int(bits[1]) if bits else 32] += 1
     for kind in ("load", "store"):
-        by_width = {bits: n for (k, bits), n in accesses.items() if k == kind}
+        by_width = {bits: n for (k, bits), n in found.items() if k == kind}
         figures[f"{kind}s_128"] = by_width.get(128, 0)
         figures[f"{kind}s_narrow"] = sum(by_width.values()) - figures[f"{kind}s_128"]
         moved = sum(bits * n for bits, n in by_width.items())
         figures[f"{kind}_share_128"] = round(128 * figures[f"{kind}s_128"] / moved, 3) if moved else 0.0
     figures["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", text))
     figures["barriers"] = len(re.findall(r"\bBAR\.", text))
-    figures["instructions"] = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", text, re.MULTILINE))
-    return figures
+    return figures | {"instructions": len(listing)}
+
+
+def machine_code(cubins: list[bytes], arch: int) -> list[dict[str, int | float]]:
+    """Return the figures of the machine code in cubins of one architecture: resources and accesses of each."""
+    distinct = list(dict.fromkeys(cubins))
+    listings = disassemble([code_of(cubin) for cubin in distinct], arch)
+    figures = {cubin: resources(cubin) | accesses(listing) for cubin, listing in zip(distinct, listings, strict=True)}
+    return [figures[cubin] for cubin in cubins]
 
 
 def narrow_offsets(ttgir: str) -> list[str]:
@@ -215,18 +249,17 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--ops", nargs="+", default=list(CASES), choices=list(CASES), metavar="OP", help="ops (default: all)")
     options = results_csv.parse(parser, words)
-    compiled = []
+    rows = []
     for arch in options.arch:
+        compiled = []
         with Recorder(arch) as recorder:
             for op in options.ops:
                 for size in CASES[op].sizes:
                     compiled += figures_of(op, size, arch, recorder)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # takes most of the time
-        codes = list(pool.map(machine_code, (kernel.asm["cubin"] for _, kernel in compiled)))
-    rows = []
-    for (figures, _), code in zip(compiled, codes, strict=True):
-        occupancy = blocks_per_sm(figures["arch"], code["registers"], figures["warps"], figures["shared"])
-        rows.append(figures | code | {"blocks_per_sm": occupancy, "device": "compiled, not run"})
+        codes = machine_code([kernel.asm["cubin"] for _, kernel in compiled], arch)
+        for (figures, _), code in zip(compiled, codes, strict=True):
+            occupancy = blocks_per_sm(arch, code["registers"], figures["warps"], figures["shared"])
+            rows.append(figures | code | {"blocks_per_sm": occupancy, "device": "compiled, not run"})
     results_csv.write(options.csv, rows, allow_dirty=options.allow_dirty)
     if options.csv == RESULTS:
         update_readme(README, results_csv.read(RESULTS))

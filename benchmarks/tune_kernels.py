@@ -77,13 +77,16 @@ def tune(op: str, direction: str, width: int, batch: int, arch: int) -> tuple[tu
 
 def dry_run(ops: list[str], widths: list[int], arch: int) -> None:
     """Compile every candidate for `arch` without a GPU and print its registers and spills."""
+    cubins = {}
     with Recorder(arch) as recorder:
         for op, width, direction in product(ops, widths, ("forward", "backward")):
             for launch in candidates(f"{op}_{direction}", width, arch):
                 use(f"{op}_{direction}", width, arch, launch)
-                code = machine_code(record_op(recorder, op, width, 2)[direction][0].compiled.asm["cubin"])
+                compiled = record_op(recorder, op, width, 2)[direction][0].compiled
                 use(f"{op}_{direction}", width, arch, None)
-                print(f"{op}_{direction} {width}: {code['registers']} registers, {code['spills']} spills, {launch}")
+                cubins[f"{op}_{direction} {width}", launch] = compiled.asm["cubin"]
+    for (kernel, launch), code in zip(cubins, machine_code([*cubins.values()], arch), strict=True):
+        print(f"{kernel}: {code['registers']} registers, {code['spills']} spills, {launch}")
 
 
 def main(words: list[str] | None = None) -> int:

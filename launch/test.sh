@@ -42,4 +42,5 @@ fi
 )
 [ "${1:-}" = --checks ] && exit
 [ "${1:-}" = --all ] && { tier=(); shift; }
-PATH="$bin:$PATH" exec "$bin/python" -m pytest -n $((cores < 8 ? cores : 8)) --dist loadfile "${tier[@]}" "$@"
+PATH="$bin:$PATH" exec "$bin/python" -m pytest -n $((cores < 8 ? cores : 8)) --dist loadfile --no-loadscope-reorder \
+    "${tier[@]}" "$@"

@@ -21,6 +21,7 @@ def python(code, cwd, *flags, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_package_and_data_file(tmp_path):
     """Every file below fastdit/ and kernels/ that is not built, hidden or a README, and nothing from elsewhere."""
     source = tmp_path / "source"  # a copy: setuptools takes what earlier builds left behind in build/

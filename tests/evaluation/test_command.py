@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +11,10 @@ import torch
 from PIL import Image
 
 import fast_paths
+import forked_ranks
 import inception as inception_net
 from benchmarks import photographs
-from commands import complains, environment
+from commands import complains
 from fastdit import cli, files
 from fastdit.data.builtin import mnist5k
 from fastdit.evaluation import metrics
@@ -98,11 +97,8 @@ def test_dtype_is_the_runs_where_it_is_fast(trained, reference, tmp_path, monkey
 def test_two_ranks_give_the_same(trained, reference, tmp_path):
     fp32 = ["--dtype", "fp32", "--samples", "30"]  # in bf16 another batch size rounds otherwise
     alone = run(trained, reference, tmp_path / "a.json", *fp32)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fastdit.cli"]
     words = ["--features", "digits", "--reference", str(reference), *fp32, "--out", str(tmp_path / "b.json")]
-    ranks = lambda source: subprocess.run(
-        [*torchrun, "evaluate", str(source), *words], env=environment(), capture_output=True, text=True, timeout=200, check=False
-    )
+    ranks = lambda source: forked_ranks.run(2, ["-m", "fastdit.cli", "evaluate", source, *words])
     done = ranks(trained)
     assert done.returncode == 0, done.stderr
     both = json.loads((tmp_path / "b.json").read_text())

@@ -1,9 +1,6 @@
 """Distances against independent fp64 numpy and scipy, in closed form, and accumulated in odd batches over ranks."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 
+import forked_ranks
 from fastdit.config import InputError
 from fastdit.distributed import World
 from fastdit.evaluation import metrics
@@ -93,9 +91,8 @@ def test_two_ranks_and_odd_batches_find_the_same(tmp_path):
     logits = np.random.default_rng(3).normal(size=(151, 5)) * 2
     p = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32)
     np.savez(tmp_path / "features.npz", x=x, p=p)
-    command = [sys.executable, str(SUPPORT / "metrics_worker.py"), str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank), "2"], env={**os.environ, "OMP_NUM_THREADS": "1"}) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    done = forked_ranks.run(2, [SUPPORT / "metrics_worker.py", tmp_path])
+    assert done.returncode == 0, done.stderr[-3000:]
     found, alone = metrics.load(tmp_path / "found.npz"), summary(x, probabilities=p)
     assert torch.equal(found.features, torch.from_numpy(x))  # by id, whatever rank they came from
     assert distance(found, y) == pytest.approx(numpy_frechet(x, y.features.numpy()), rel=1e-6)

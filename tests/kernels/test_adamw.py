@@ -277,7 +277,7 @@ def machine_code(arch):
                 tensors, make_all(torch.bfloat16), step=step, **OPTIONS, **scalars(device="cpu"), weights=(0.1 / step,)
             )
     first, second = recorder.take()
-    found = machine_code.machine_code(first.compiled.asm["cubin"])
+    (found,) = machine_code.machine_code([first.compiled.asm["cubin"]], arch)
     offsets = machine_code.narrow_offsets(first.compiled.asm["ttgir"])
     return found | {"recompiled": first.compiled.hash != second.compiled.hash, "narrow_offsets": len(offsets), "grid": first.grid}
 

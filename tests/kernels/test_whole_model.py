@@ -40,7 +40,7 @@ def losses(backend, steps, recompute=False):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_training_has_the_reference_losses(steps, backend):
     reference = losses("reference", steps)
     plain = losses(backend, steps)

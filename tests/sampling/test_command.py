@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import autoencoders
+import forked_ranks
 from commands import environment
 from fastdit import cli
 from fastdit.sampling.pictures import grid
@@ -121,8 +122,7 @@ def test_two_ranks_draw_the_same_and_gather_it(run, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert np.abs(np.load(tmp_path / "l.npz")["latents"] - alone).max() < 1e-4
     assert Image.open(tmp_path / "g.gif").n_frames == 4 and Image.open(tmp_path / "g.png").size == (4 * 34 + 2, 2 * 34 + 2)
-    command = [*launcher, "-m", "fastdit.cli", *words(run, "--class", "12")]
-    bad = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    bad = forked_ranks.run(2, ["-m", "fastdit.cli", *words(run, "--class", "12")])
     assert bad.returncode != 0 and bad.stderr.count("--class 12 is out of range") == 1
 
 

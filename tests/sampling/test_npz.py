@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import autoencoders
+import forked_ranks
 from commands import environment
 from fastdit import cli
 from fastdit.sampling.npz import Parts
@@ -78,8 +79,7 @@ def test_a_thousand_samples_killed_and_resumed_on_one_and_two_ranks(run, tmp_pat
     assert killed.wait() == -signal.SIGKILL
     found = len(list(parts.glob("*.npy")))
     assert 3 <= found < 20 and not (tmp_path / "b.npz").exists()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, *command[1:]], env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    done = forked_ranks.run(2, command[1:])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "on each of 2 ranks" in done.stdout and not parts.exists()
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()

@@ -1,8 +1,6 @@
 """The door from weights to samples: noise, sharing among ranks, precision, and that every user of it takes the fast path."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 
 import cuda_graphs
 import fast_paths
-from commands import environment
+import forked_ranks
 from fastdit import attention, autoencoder, checkpoint, cli, files, kernels
 from fastdit.config import InputError
 from fastdit.distributed import World
@@ -67,9 +65,8 @@ def test_every_rank_has_equal_work_and_one_rank_full_batches():
 def test_two_ranks_share_samples_as_one_rank_draws_them(run, tmp_path, count, at_once):
     """Each id once; the images to rounding, and with the same batches to the bit."""
     (tmp_path / "run").symlink_to(run)
-    command = [sys.executable, str(SUPPORT / "sampler_worker.py"), str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank), "2", str(count), str(at_once)], env=environment()) for rank in range(2)]
-    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    done = forked_ranks.run(2, [SUPPORT / "sampler_worker.py", tmp_path, count, at_once])
+    assert done.returncode == 0, done.stderr[-3000:]
     parts = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
     assert sorted(np.concatenate([part["ids"] for part in parts]).tolist()) == list(range(count))
     single = Sampler(run, device="cpu")

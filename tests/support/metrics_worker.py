@@ -12,9 +12,9 @@ from fastdit.distributed import World
 from fastdit.evaluation import metrics
 
 
-def main(folder: Path, rank: int, ranks: int) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)  # without DeepSpeed: in 3 s
-    world = World(rank, ranks, torch.device("cpu"), dist.new_group(backend="gloo"))
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), dist.new_group(backend="gloo"))
     arrays = np.load(folder / "features.npz")
     x, p = (torch.from_numpy(arrays[key]) for key in ("x", "p"))
     statistics = metrics.Statistics(len(x), len(x), (x.shape[1], p.shape[1], 0), world.device)
@@ -29,4 +29,4 @@ def main(folder: Path, rank: int, ranks: int) -> None:
     dist.destroy_process_group()
 
 
-main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+main(Path(sys.argv[1]))

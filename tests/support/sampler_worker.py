@@ -1,6 +1,6 @@
 """One of several ranks that share the samples of a run: writes its own to RANK.npz, and rank 0 all of them to all.npz.
 
-Arguments: folder with the run `run`, rank, ranks, number of samples, images per batch (0: the sampler's choice).
+Arguments: folder with the run `run`, number of samples, images per batch (0: the sampler's choice).
 """
 
 import sys
@@ -14,9 +14,10 @@ from fastdit.distributed import World
 from fastdit.sampling.sampler import Sampler
 
 
-def main(folder: Path, rank: int, ranks: int, count: int, at_once: int) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)  # without DeepSpeed: in 3 s
-    world = World(rank, ranks, torch.device("cpu"), dist.new_group(backend="gloo"))
+def main(folder: Path, count: int, at_once: int) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    world = World(rank, dist.get_world_size(), torch.device("cpu"), dist.new_group(backend="gloo"))
     sampler = Sampler(folder / "run", device="cpu")
     labels, settings = torch.arange(count) % 10, sampler.settings(steps=2, solver="sde")
     options = {"world": world, "at_once": at_once or None}

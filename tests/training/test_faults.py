@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked_ranks
 from commands import environment, free_port
 from fastdit import checkpoint
 
@@ -24,22 +25,26 @@ TINY = [
 ]  # fmt: skip
 
 
-def launch(out, fault="none", victim=0, ranks=2, overrides=(), total=12, **options):
-    words = [*TINY, f"train.out={out}", f"train.batch_size={8 // ranks}", f"train.total_steps={total}", *overrides]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, WORKER, fault, victim, out / "losses"]
+def command(out, fault="none", victim=0, ranks=2, overrides=(), total=12):
     out.mkdir(exist_ok=True)
+    words = [*TINY, f"train.out={out}", f"train.batch_size={8 // ranks}", f"train.total_steps={total}", *overrides]
+    return [WORKER, fault, victim, out / "losses", "train", *words]
+
+
+def launch(*arguments, **options):
+    """Start a job of two ranks by torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     return subprocess.Popen(
-        [str(word) for word in [*command, "train", *words]], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True, **options,
+        [str(word) for word in [*torchrun, *command(*arguments, **options)]], env=ENVIRONMENT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
-def run(out, *arguments, fails=False, **options):
+def run(*arguments, ranks=2, fails=False, **options):
     """Run a job to its end. Returns its stderr."""
-    process = launch(out, *arguments, **options)
-    output, errors = process.communicate(timeout=300)
-    assert (process.returncode != 0) == fails, f"{process.returncode}\n{output[-2000:]}\n{errors[-6000:]}"
-    return errors
+    done = forked_ranks.run(ranks, command(*arguments, ranks=ranks, **options))
+    assert (done.returncode != 0) == fails, f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return done.stderr
 
 
 def losses(out, ranks=2):
@@ -63,9 +68,11 @@ def weights(out, kind="raw"):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """Twelve steps on two ranks."""
+    """Twelve steps on two ranks, started by torchrun."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    run(out)
+    process = launch(out)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-6000:]
     return out
 
 

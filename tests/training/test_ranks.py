@@ -1,4 +1,4 @@
-"""Two ranks, started by torchrun and by the deepspeed launcher: against one rank, and resumed."""
+"""Two ranks, one run of which the deepspeed launcher starts: against one rank, and resumed."""
 
 import json
 import subprocess
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import forked_ranks
 from commands import environment, free_port
 from fastdit import checkpoint
 
 SUPPORT = Path(__file__).parent.parent / "support"
-ENVIRONMENT = environment()
 TINY = [
     "model.preset=test/4",
     "train.precision=bf16",
@@ -25,17 +25,17 @@ TINY = [
 ]
 
 
-def run(command, expect=0):
-    done = subprocess.run([str(c) for c in command], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def succeeded(done, expect=0):
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done
 
 
-def deepspeed(ranks, out, *overrides, expect=0):
-    launcher = Path(sys.executable).with_name("deepspeed")
-    words = [*TINY, f"train.out={out}", "train.name=r", f"train.batch_size={8 // ranks}", *overrides]
-    options = ["--no_local_rank", "--master_port", free_port(), "--num_gpus", ranks]
-    return run([sys.executable, launcher, *options, "--module", "fastdit.cli", "train", *words], expect)
+def command(ranks, out, *overrides):
+    return ["fastdit.cli", "train", *TINY, f"train.out={out}", "train.name=r", f"train.batch_size={8 // ranks}", *overrides]
+
+
+def train(ranks, out, *overrides, expect=0):
+    return succeeded(forked_ranks.run(ranks, ["-m", *command(ranks, out, *overrides)]), expect)
 
 
 def losses(out):
@@ -55,28 +55,29 @@ def losses(out):
         pytest.param(1, 3, "bf16", marks=pytest.mark.slow),
     ],
 )
-def test_engine(ranks, stage, precision, tmp_path, monkeypatch):
-    """The EMA equals a plain fp32 one; dtypes, overlap and host reads are right: see rank_worker.py. Started by torchrun.
+def test_engine(ranks, stage, precision, tmp_path):
+    """The EMA equals a plain fp32 one; dtypes, overlap and host reads are right: see rank_worker.py.
 
     DeepSpeed compiles nothing at start: its build folder is not made.
     """
-    monkeypatch.setitem(ENVIRONMENT, "TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    worker = [SUPPORT / "rank_worker.py", stage, precision]
-    done = run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *worker])
+    extensions = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    done = succeeded(forked_ranks.run(ranks, [SUPPORT / "rank_worker.py", stage, precision], **extensions))
     assert "all checks passed" in done.stdout
     assert not (tmp_path / "extensions").exists()
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """Eight steps on two ranks, uninterrupted."""
+    """Eight steps on two ranks, uninterrupted, started by the deepspeed launcher."""
     out = tmp_path_factory.mktemp("two")
-    deepspeed(2, out, "train.total_steps=8")
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--no_local_rank", "--master_port", free_port(), "--num_gpus", 2]
+    words = [sys.executable, *launcher, "--module", *command(2, out, "train.total_steps=8")]
+    succeeded(subprocess.run([*map(str, words)], env=environment(), capture_output=True, text=True, timeout=300, check=False))
     return out
 
 
 def test_one_rank_has_the_same_losses(two_ranks, tmp_path):
-    deepspeed(1, tmp_path, "train.total_steps=8", "train.accumulation=2", "train.batch_size=4")
+    train(1, tmp_path, "train.total_steps=8", "train.accumulation=2", "train.batch_size=4")
     one, two = losses(tmp_path), losses(two_ranks)
     assert list(one) == list(two) == [3, 6, 8]
     # Images, noise and labels are the same, but bf16 gradients are summed in another order. Each is off by half a bf16 ulp (2^-9),
@@ -86,11 +87,11 @@ def test_one_rank_has_the_same_losses(two_ranks, tmp_path):
 
 
 def test_resumed_run_equals_the_uninterrupted_one(two_ranks, tmp_path):
-    deepspeed(2, tmp_path, "train.total_steps=6")
+    train(2, tmp_path, "train.total_steps=6")
     assert checkpoint.find(tmp_path / "r").path.name == "step_00000006"
     (tmp_path / "r/checkpoints/step_00000006/weights_rank_0001.safetensors").write_bytes(b"cut")  # as after a power loss
     assert checkpoint.find(tmp_path / "r").path.name == "step_00000004"
-    deepspeed(2, tmp_path, "train.total_steps=8")  # from step 4, between two log lines
+    train(2, tmp_path, "train.total_steps=8")  # from step 4, between two log lines
     assert losses(tmp_path) == losses(two_ranks)  # to the last bit, each line once
     names = [f"weights_rank_{rank:04d}.safetensors" for rank in (0, 1)]
     for name in names:
@@ -106,7 +107,7 @@ def test_a_run_with_the_switches_of_sit_resumes_to_the_bit(tmp_path, stage):
     words = [*(f"model.{word}" for word in words), f"zero.stage={stage}", "train.log_steps=1"]
     for name, totals in (("whole", [6]), ("parts", [4, 6])):
         for total in totals:
-            deepspeed(2, tmp_path / name, *words, f"train.total_steps={total}")
+            train(2, tmp_path / name, *words, f"train.total_steps={total}")
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     for name in [f"weights_rank_{rank:04d}.safetensors" for rank in (0, 1)]:
         whole, parts = (tmp_path / out / "r/checkpoints/step_00000006" / name for out in ("whole", "parts"))
@@ -115,7 +116,7 @@ def test_a_run_with_the_switches_of_sit_resumes_to_the_bit(tmp_path, stage):
 
 def test_recorded_steps_are_the_steps_without_graphs(two_ranks, tmp_path):
     """ZeRO 2 with overlap, whose hooks take each block's gradients while the others are replayed."""
-    done = deepspeed(2, tmp_path, "train.total_steps=8", "train.compile=graphs")
+    done = train(2, tmp_path, "train.total_steps=8", "train.compile=graphs")
     assert "CUDA graphs" in done.stdout + done.stderr and losses(tmp_path) == losses(two_ranks)
     for name in [f"weights_rank_{rank:04d}.safetensors" for rank in (0, 1)]:
         plain, recorded = (out / "r/checkpoints/step_00000008" / name for out in (two_ranks, tmp_path))
@@ -133,7 +134,7 @@ def test_recorded_micro_steps_add_up_under_zero(tmp_path, stage, precision):
         f"train.precision={precision}",
     ]
     for compiled in ("none", "graphs"):
-        deepspeed(2, tmp_path / compiled, *words, f"train.compile={compiled}")
+        train(2, tmp_path / compiled, *words, f"train.compile={compiled}")
     assert losses(tmp_path / "graphs") == losses(tmp_path / "none")
 
 
@@ -152,8 +153,8 @@ def test_checkpoint_of_two_ranks_is_one_model(two_ranks):
 def test_another_number_of_ranks_resumes(two_ranks, tmp_path, first):
     """From 2 to 1 rank and from 1 to 2, at the same global batch."""
     batch = lambda ranks: [f"train.accumulation={2 // ranks}", "train.batch_size=4"]
-    deepspeed(first, tmp_path, "train.total_steps=4", *batch(first))
-    deepspeed(3 - first, tmp_path, "train.total_steps=8", *batch(3 - first))
+    train(first, tmp_path, "train.total_steps=4", *batch(first))
+    train(3 - first, tmp_path, "train.total_steps=8", *batch(3 - first))
     resumed = losses(tmp_path)
     assert list(resumed) == [3, 4, 6, 8]
     for step in (3, 8):
@@ -162,7 +163,7 @@ def test_another_number_of_ranks_resumes(two_ranks, tmp_path, first):
 
 def test_another_global_batch_is_refused_with_exit_code_2(two_ranks):
     before = sorted(str(p) for p in two_ranks.rglob("*"))
-    done = deepspeed(1, two_ranks, "train.total_steps=10", "train.batch_size=4", expect=2)
+    done = train(1, two_ranks, "train.total_steps=10", "train.batch_size=4", expect=2)
     assert "trained with 8 images per step, but this run has 4" in done.stderr
     assert sorted(str(p) for p in two_ranks.rglob("*")) == before
 
@@ -174,11 +175,11 @@ def test_a_run_from_weights_resumes_to_the_last_bit(two_ranks, tmp_path, ranks, 
     begins = [f"train.init={two_ranks / 'r'}", "model.num_classes=12", f"zero.stage={stage}", "train.total_steps=6"]
     names = [f"weights_rank_{rank:04d}.safetensors" for rank in range(ranks)]
     for name in ("whole", "cut"):
-        done = deepspeed(ranks, tmp_path / name, *begins)
+        done = train(ranks, tmp_path / name, *begins)
         assert "10 of 12 rows by class name" in done.stderr and "from step 0 to 6" in done.stderr
     last = tmp_path / "cut/r/checkpoints/step_00000006"
     (last / names[-1]).write_bytes(b"cut")
-    assert "from step 4 to 6" in deepspeed(ranks, tmp_path / "cut", *begins).stderr
+    assert "from step 4 to 6" in train(ranks, tmp_path / "cut", *begins).stderr
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     for name in names:
         assert (last / name).read_bytes() == (tmp_path / "whole/r/checkpoints/step_00000006" / name).read_bytes()
@@ -186,13 +187,13 @@ def test_a_run_from_weights_resumes_to_the_last_bit(two_ranks, tmp_path, ranks, 
 
 @pytest.mark.slow
 def test_two_ranks_of_four_images_continue_on_one_of_six(tmp_path):
-    deepspeed(2, tmp_path, "train.total_steps=4")
+    train(2, tmp_path, "train.total_steps=4")
     before = sorted(str(p) for p in tmp_path.rglob("*"))
     one = ["train.total_steps=8", "train.batch_size=6"]
-    done = deepspeed(1, tmp_path, *one, expect=2)
+    done = train(1, tmp_path, *one, expect=2)
     assert "trained with 8 images per step, but this run has 6" in done.stderr and "train.allow_batch_change=true" in done.stderr
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
-    deepspeed(1, tmp_path, *one, "train.allow_batch_change=true")
+    train(1, tmp_path, *one, "train.allow_batch_change=true")
     lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     assert {"step": 5, "images_per_step": [8, 6], "images_seen": 32} in lines
     state = checkpoint.find(tmp_path / "r").state

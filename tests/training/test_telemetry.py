@@ -262,14 +262,19 @@ def test_tensorboard_without_its_package_is_one_sentence(tmp_path, capsys, monke
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize(("key", "valid"), [("a" * 40, True), ("wandb_v1_" + "b" * 77, True), ("short", False), ("", False)])
-def test_wandb_keys_are_checked_without_the_network(tmp_path, key, valid):
+def test_wandb_keys_are_checked_without_the_network(tmp_path):
+    """Each in a process that is forked after the import of wandb, which takes seconds."""
     code = (
-        "import socket, sys; socket.socket.connect = socket.getaddrinfo = None; from fastdit.training import telemetry\n"
-        "from fastdit.config import parse; telemetry.check_packages(parse(None, ['train.wandb=online']))"
+        "import os, socket, sys, wandb; socket.socket.connect = socket.getaddrinfo = None; from fastdit.training import telemetry\n"
+        "from fastdit.config import parse\n"
+        "for key in sys.argv[1:]:\n"
+        "    if not os.fork():\n"
+        "        os.environ['WANDB_API_KEY'] = key\n"
+        "        sys.exit(telemetry.check_packages(parse(None, ['train.wandb=online'])))\n"
+        "    print(os.wait()[1], flush=True)"
     )
-    variables = environment(WANDB_API_KEY=key, HOME=str(tmp_path), WANDB_SILENT="true")
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
-    assert (done.returncode == 0) is valid, done.stderr
-    if not valid:
-        assert done.stderr.strip().splitlines()[-1].startswith("fastdit.checks.InputError: train.wandb=online")
+    keys = ["a" * 40, "wandb_v1_" + "b" * 77, "short", ""]
+    variables = environment(HOME=str(tmp_path), WANDB_SILENT="true")
+    done = subprocess.run([sys.executable, "-c", code, *keys], env=variables, capture_output=True, text=True, check=False)
+    assert [int(status) == 0 for status in done.stdout.split()] == [True, True, False, False], done.stdout + done.stderr
+    assert sum(line.startswith("fastdit.checks.InputError: train.wandb=online") for line in done.stderr.splitlines()) == 2
