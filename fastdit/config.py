@@ -24,7 +24,7 @@ from fastdit.sampling.solvers import SOLVERS  # which imports neither torch nor 
 
 RENAMED = {"train.checkpoint": "train.recompute"}  # old key: new key; saved configs may have either
 RECOMPUTE = ("none", "light", "full")  # values of train.recompute
-ZERO_STAGES = (1, 2, 3)  # values of zero.stage
+ZERO_STAGES = (0, 1, 2, 3)  # values of zero.stage
 MAX_STEPS = 10_000  # of sample.steps
 MAX_GUIDANCE = 100  # of sample.guidance; papers use up to 20
 MAX_SHIFT = 1000  # of sample.time_shift and its inverse: beyond, timesteps are rounded to 0 or 1
@@ -295,14 +295,16 @@ class ValidateConfig:
 class ZeroConfig:
     """DeepSpeed's ZeRO."""
 
-    stage: int = 2  # 1: optimizer states are sharded | 2: gradients too | 3: weights too
+    # what is sharded. 0: nothing, for models so small that ZeRO's hooks cost more | 1: optimizer states | 2: gradients too |
+    # 3: weights too
+    stage: int = 2
     bucket: int = 50_000_000  # elements per reduce or gather bucket
     offload: bool = False  # keep fp32 masters and AdamW's moments in host memory, and step them there
 
     def __post_init__(self) -> None:
         one_of("zero", self, "stage", ZERO_STAGES)
         at_least("zero", self, "bucket", 1)
-        if self.offload and self.stage == 1:
+        if self.offload and self.stage < 2:
             raise InputError("zero.offload=true needs zero.stage=2 or 3")
 
 

@@ -68,7 +68,7 @@ class Gradients(NamedTuple):
 
 
 def actual_stage(config: Config, gpus: int) -> int:
-    """Return the ZeRO stage that the engine runs for zero.stage; 0: one GPU, nothing to shard."""
+    """Return the ZeRO stage that the engine runs for zero.stage; 0: without ZeRO, such as on one GPU."""
     return deepspeed_config(config, gpus)["zero_optimization"]["stage"]
 
 
@@ -91,8 +91,9 @@ def memory(config: Config, gpus: int, card: Card | None = None) -> Memory:
     train, stage, dtype = config.train, actual_stage(config, gpus), DTYPES[config.train.precision]
     p = dtype.itemsize
     one, two = (walk(config.model, B, dtype, train.recompute) for B in (1, 2))
-    N, share = one.parameters, one.parameters / gpus
-    gradients = gradients_of(stage, N, share, p, train.accumulation > 1)
+    N = one.parameters
+    share = N / gpus if stage else N
+    gradients = gradients_of(stage, N, share, p, train.accumulation > 1 or gpus > 1)
     weights = share * p + min(N, ZERO_3_LIVE) * p if stage == 3 else N * p
     separate_masters = stage > 0 or p < FP32  # without ZeRO, fp32 weights are the masters
     masters = 0 if config.zero.offload else (STATE_BYTES + FP32 * separate_masters) * share
@@ -121,7 +122,8 @@ def optimizer_bytes(config: Config, N: int, gpus: int) -> float:
     averages = (1 + len(config.train.ema_more)) / config.train.ema_every  # updates per step
     accumulate = p + UPDATE  # a micro-step's gradient is read and added to a sum
     if actual_stage(config, gpus) == 0:  # one pass: AdamW writes the weights and updates the averages too
-        sums, gradient = (micro * accumulate, FP32) if micro > 1 else (0, p)
+        sums, gradient = (micro * accumulate, FP32) if micro > 1 or gpus > 1 else (0, p)
+        sums += 3 * UPDATE * (gpus > 1)  # into the buffer of the all-reduce, in it, and back
         norm = gradient
         adamw = gradient + 3 * UPDATE  # the master and two moments
         weights = p if p < FP32 else 0  # fp32 weights are the masters
@@ -142,8 +144,8 @@ def communication(config: Config, N: int, gpus: int) -> tuple[float, float]:
     """
     p, others, micro = DTYPES[config.train.precision].itemsize, (gpus - 1) / gpus, config.train.accumulation
     stage = actual_stage(config, gpus)
-    if stage == 0:
-        return 0.0, 0.0
+    if stage == 0:  # all-reduces the fp32 sums once; nothing on one GPU
+        return 2 * FP32 * N * others, 0.0
     if stage == 1:  # all-reduces the fp32 sums once: reduce-scatter and gather
         return 2 * FP32 * N * others, p * N * others
     gathers = micro if stage == 3 else 1

@@ -196,7 +196,7 @@ def assumptions(config: Config, card: Card, gpus: int) -> list[str]:
         host.assumption(),
         "not counted in images/s: a host that is the limit; checkpoints, grids, restarts",
     ]  # fmt: skip
-    if actual_stage(config, gpus) != config.zero.stage:
+    if gpus == 1 and actual_stage(config, gpus) != config.zero.stage:
         lines.append(f"one GPU has nothing to shard: the engine runs without ZeRO, whatever zero.stage={config.zero.stage} says")
     if config.zero.stage == 3:
         lines.append(f"ZeRO 3: DeepSpeed keeps up to {ZERO_3_LIVE / 1e9:.0f} G gathered weights from the forward to the backward")

@@ -17,8 +17,8 @@ class ShardedEma:
     """
 
     def __init__(self, fragments: list[Fragment], decay: float, *more: float, optimizer: OneRankOptimizer | None = None) -> None:
-        """fragments: what this rank owns. more: decays of further averages. optimizer: that of one rank, whose masters are the
-        fragments; it updates the averages itself, in its pass over the masters."""
+        """fragments: what this rank owns. more: decays of further averages. optimizer: that of a rank without ZeRO, whose
+        masters are the fragments; it updates the averages itself, in its pass over the masters."""
         self.fragments = fragments
         self.updates = 0
         self.optimizer = optimizer
@@ -55,7 +55,7 @@ class ShardedEma:
 
 @torch.no_grad()
 def gather(ema: ShardedEma, shapes: dict[str, torch.Size], world: World) -> dict[str, Tensor]:
-    """Return the complete fp32 averages of the first decay on every rank, by one all-reduce per parameter.
+    """Return the complete fp32 averages of the first decay on every rank, under ZeRO by one all-reduce per parameter.
 
     shapes: of all parameters, by name. All ranks must call it.
     """
@@ -67,6 +67,7 @@ def gather(ema: ShardedEma, shapes: dict[str, torch.Size], world: World) -> dict
         flat = torch.zeros(shape.numel(), device=world.device)
         for start, average in pieces[name]:
             flat[start : start + average.numel()] = average
-        dist.all_reduce(flat)
+        if not ema.optimizer:  # else each rank has all of it
+            dist.all_reduce(flat)
         parameters[name] = flat.view(shape)
     return parameters

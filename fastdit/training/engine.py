@@ -94,10 +94,10 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
 def shards(config: Config, world_size: int) -> bool:
     """Return whether ZeRO is in use.
 
-    One rank has nothing to shard and nothing to overlap, but ZeRO 1 and 2 would copy every gradient up to three times: 11 to 24 %
-    of a step of S/2 in bf16 on a Xeon with AMX. Stage 3 and offload are used on one rank too, if the settings ask for them.
+    Stage 0 shards nothing. One rank has nothing to shard and nothing to overlap, but ZeRO 1 and 2 would copy every gradient up to
+    three times: 11 to 24 % of a step of S/2 in bf16 on a Xeon with AMX. Stage 3 and offload are used on one rank too.
     """
-    return world_size > 1 or config.zero.stage == 3 or config.zero.offload
+    return (world_size > 1 and config.zero.stage > 0) or config.zero.stage == 3 or config.zero.offload
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict:
@@ -169,7 +169,8 @@ def _compile(model: DiT, config: Config, world: World) -> None:
     elif how_compiled == "model":  # before DeepSpeed adds its hooks, which Dynamo of torch 2.11 cannot trace
         model.forward = torch.compile(model.forward, dynamic=False, fullgraph=True)
     elif how_compiled == "graphs":
-        record_training(model, per_block=world.size > 1)  # ZeRO sends a block's gradients while the blocks before it run
+        # ZeRO sends a block's gradients while the blocks before it run
+        record_training(model, per_block=shards(config, world.size))
 
 
 def initialize(model: DiT, config: Config, world: World):
@@ -183,7 +184,7 @@ def initialize(model: DiT, config: Config, world: World):
     sharded = shards(config, world.size)
     if not sharded:
         model.to(world.device)  # DeepSpeed would move it later, but the optimizer makes its masters from these weights
-    groups, optimizer = build(config, model, sharded)
+    groups, optimizer = build(config, model, sharded, world.size)
     # Without ZeRO the optimizer follows the schedule itself: DeepSpeed would advance one in engine.step, where it is not known yet
     # whether the step is applied.
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config.train, step)) if sharded else None
@@ -206,7 +207,8 @@ def initialize(model: DiT, config: Config, world: World):
 
 
 def one_rank_optimizer(engine) -> OneRankOptimizer | None:
-    """Return the optimizer of one rank, which learns late whether a step was applied; None under ZeRO, whose engine.step waits."""
+    """Return the optimizer of a rank without ZeRO, which learns late whether a step was applied; None under ZeRO, whose engine.step
+    waits."""
     return engine.optimizer if isinstance(engine.optimizer, OneRankOptimizer) else None
 
 
@@ -237,8 +239,8 @@ def gradient_norm(engine) -> float:
 def fragments(engine, world: World) -> list[Fragment]:
     """Return the fp32 masters that this rank owns, in the order of the model's parameters.
 
-    One rank owns them whole. ZeRO 1 and 2 keep an `_hp_mapping` on each parameter, None if it is not on this rank. ZeRO 3 cuts
-    every parameter into equal parts, the last of which are padded.
+    Without ZeRO each rank owns them whole. ZeRO 1 and 2 keep an `_hp_mapping` on each parameter, None if it is not on this rank.
+    ZeRO 3 cuts every parameter into equal parts, the last of which are padded.
     """
     from deepspeed.utils import safe_get_local_fp32_param
 

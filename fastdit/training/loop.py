@@ -249,7 +249,7 @@ class Trainer:
         versions = device.versions()
         compiled = engine.COMPILED[engine.compiles(self.config, self.world)]
         backend = kernels.backend_in_use(self.world.device)
-        sharding = f"ZeRO-{self.config.zero.stage}" if engine.shards(self.config, self.world.size) else "nothing to shard"
+        sharding = f"ZeRO-{self.config.zero.stage}" if engine.shards(self.config, self.world.size) else "without ZeRO"
         counts = self.loader.class_counts
         self.log.print(class_table(self.loader.class_names or [str(i) for i in range(len(counts))], None, counts))
         self.log.print(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdit import kernels
@@ -39,12 +40,12 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     return train.lr * learning_rate_factor(train, step)
 
 
-def build(config: Config, model: nn.Module, sharded: bool) -> tuple[list[dict], torch.optim.Optimizer]:
+def build(config: Config, model: nn.Module, sharded: bool, ranks: int) -> tuple[list[dict], torch.optim.Optimizer]:
     """Return the parameter groups of a model and the optimizer that steps them.
 
     config: settings with a resolved precision. model: fp32 weights, on the device that steps them. sharded: whether ZeRO keeps the
     fp32 masters and steps the optimizer on its partitions of them; if not, the optimizer is a OneRankOptimizer with masters and a
-    learning-rate schedule of its own.
+    learning-rate schedule of its own, the same on each of the ranks.
     """
     train = config.train
     groups = [{"params": list(model.parameters())}]
@@ -54,12 +55,13 @@ def build(config: Config, model: nn.Module, sharded: bool) -> tuple[list[dict], 
     parameters = [parameter for group in groups for parameter in group["params"]]
     schedule = lambda step: learning_rate(train, step)
     bf16 = train.precision == "bf16"
-    return groups, OneRankAdamW(parameters, train.clip, bf16, train.accumulation, schedule, **options)
+    return groups, OneRankAdamW(parameters, train.clip, bf16, train.accumulation, schedule, ranks, **options)
 
 
 class OneRankAdamW(torch.optim.Optimizer):
     """AdamW on fp32 masters of a model's parameters, with clipping, that skips a step whose gradient is not finite.
 
+    Several ranks average their gradients by one all-reduce, and take the same step.
     Masters, moments, moving averages and weights are updated in one pass, and the host never waits for the device in `step`.
     In fp32 the masters are the parameters themselves. In bf16 the gradients of several micro-steps are summed in fp32.
     The device decides whether a step is applied. `finish_step` waits for its answer, and `step` calls it before it begins the next
@@ -69,7 +71,7 @@ class OneRankAdamW(torch.optim.Optimizer):
 
     def __init__(
         self, parameters: list[nn.Parameter], clip: float, bf16: bool, accumulation: int, lr: float | Callable[[int], float],
-        betas: tuple[float, float], eps: float, weight_decay: float,
+        ranks: int = 1, *, betas: tuple[float, float], eps: float, weight_decay: float,
     ) -> None:  # fmt: skip
         """parameters: fp32 initial weights; with bf16=True the caller casts them in place before the first step. clip: largest
         2-norm of the gradient, 0 for no clipping. accumulation: micro-steps per step. lr: learning rate, or a function of the
@@ -79,6 +81,7 @@ class OneRankAdamW(torch.optim.Optimizer):
         self.schedule = lr if callable(lr) else lambda steps: lr
         super().__init__(self.masters, dict(lr=self.schedule(0), betas=betas, eps=eps, weight_decay=weight_decay))
         self.clip = clip
+        self.ranks = ranks
         self.overflow = False
         self._global_grad_norm = 0.0
         self.averages: Sequence[Sequence[Tensor]] = ()  # moving averages of the masters; set them before the first step
@@ -95,7 +98,7 @@ class OneRankAdamW(torch.optim.Optimizer):
         self._norm_on_host = self._norm.numpy()
         self._norm_copied = torch.cuda.Event() if device.type == "cuda" else None
         self._unfinished = False
-        self.masters_hold_gradients = not bf16 or accumulation > 1
+        self.masters_hold_gradients = not bf16 or accumulation > 1 or ranks > 1
         if bf16 and self.masters_hold_gradients:  # a sum in bf16 would lose small gradients
             for parameter, master in zip(parameters, self.masters, strict=True):
                 parameter.register_post_accumulate_grad_hook(lambda p, master=master: self._accumulate(p, master))
@@ -106,6 +109,13 @@ class OneRankAdamW(torch.optim.Optimizer):
         assert gradient is not None  # the hook runs after it was accumulated
         master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
         parameter.grad = None
+
+    def _average(self, gradients: list[Tensor]) -> None:
+        """Replace gradients by their means over the ranks, by one all-reduce, which gives each rank the same bits."""
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        parts = flat.div_(self.ranks).split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
     @property
     def steps(self) -> int:
@@ -142,6 +152,8 @@ class OneRankAdamW(torch.optim.Optimizer):
         self._tensors = self._tensors or self._make_tensors()
         holders = self.masters if self.masters_hold_gradients else self.parameters
         gradients = [cast(Tensor, p.grad) for p in holders]  # a backward pass reaches all parameters
+        if self.ranks > 1:
+            self._average(gradients)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
         self._norm.copy_(norm, non_blocking=True)
         if self._norm_copied:

@@ -27,9 +27,11 @@ from fastdit.training.optimizer import learning_rate, learning_rate_factor
 LOG_SUMS = "log/sums"  # key of the loss sums since the last log line
 
 
-def _snapshot(engine, ema: ShardedEma, sums: Tensor) -> dict[str, Tensor]:
+def _snapshot(engine, ema: ShardedEma, sums: Tensor, rank: int) -> dict[str, Tensor]:
     """Return this rank's part of a checkpoint, copied to the host, so that training can continue."""
     kinds = {"raw": [f.master for f in ema.fragments], **ema.all, **optimizer_state(engine, ema.fragments)}
+    if ema.optimizer and rank:  # without ZeRO, rank 0 has all of it too
+        kinds = {}
     shards = {
         f"{kind}/{f.name}@{f.start}": tensor
         for kind, tensors in kinds.items()
@@ -127,7 +129,7 @@ class Saver:
             state, format=FORMAT, ema_updates=ema.updates, optimizer_steps=steps_applied(engine), ranks=ranks,
             global_batch=train.batch_size * train.accumulation * ranks,
         )  # fmt: skip
-        self.thread = threading.Thread(target=self._run, args=(_snapshot(engine, ema, sums), state))
+        self.thread = threading.Thread(target=self._run, args=(_snapshot(engine, ema, sums, self.world.rank), state))
         self.thread.start()
 
     def _run(self, shards: dict[str, Tensor], state: RunState) -> None:

@@ -16,7 +16,14 @@ from fastdit.training.loop import train
 
 @pytest.mark.parametrize(
     ("words", "ranks", "sharded"),
-    [([], 1, False), (["zero.stage=1"], 1, False), (["zero.stage=3"], 1, True), (["zero.offload=true"], 1, True), ([], 2, True)],
+    [
+        ([], 1, False),
+        (["zero.stage=1"], 1, False),
+        (["zero.stage=3"], 1, True),
+        (["zero.offload=true"], 1, True),
+        ([], 2, True),
+        (["zero.stage=0"], 2, False),
+    ],
 )
 def test_zero_is_in_use_if_there_is_something_to_shard(words, ranks, sharded):
     config = parse(None, ["train.precision=bf16", *words])

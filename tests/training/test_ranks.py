@@ -169,7 +169,7 @@ def test_another_global_batch_is_refused_with_exit_code_2(two_ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (2, 3), (1, 3)])
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 0), (2, 1), (2, 3), (1, 3)])
 def test_a_run_from_weights_resumes_to_the_last_bit(two_ranks, tmp_path, ranks, stage):
     """Two ranks' weights, with two classes more."""
     begins = [f"train.init={two_ranks / 'r'}", "model.num_classes=12", f"zero.stage={stage}", "train.total_steps=6"]
