@@ -5,8 +5,8 @@ run that is resumed keeps the values that are not given again (fastdit/training/
 Unknown keys, values of the wrong type and values out of range raise InputError, with one sentence that names the nearest valid
 choice.
 
-The defaults together are a good run on the built-in digits (launch/configs/quickstart.yaml spells them out). Other data need their
-own train section: the learning rate above all.
+The defaults together are a run on the built-in digits; launch/configs/quickstart.yaml is a better one for them. Other data need
+their own train section: the learning rate above all.
 """
 
 import argparse

@@ -93,7 +93,7 @@ def memory(config: Config, gpus: int, card: Card | None = None) -> Memory:
     one, two = (walk(config.model, B, dtype, train.recompute) for B in (1, 2))
     N = one.parameters
     share = N / gpus if stage else N
-    gradients = gradients_of(stage, N, share, p, train.accumulation > 1 or gpus > 1)
+    gradients = gradients_of(stage, N, share, p, train.accumulation > 1 or (gpus > 1 and not stage))
     weights = share * p + min(N, ZERO_3_LIVE) * p if stage == 3 else N * p
     separate_masters = stage > 0 or p < FP32  # without ZeRO, fp32 weights are the masters
     masters = 0 if config.zero.offload else (STATE_BYTES + FP32 * separate_masters) * share
