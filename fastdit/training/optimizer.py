@@ -186,7 +186,8 @@ class OneRankAdamW(torch.optim.Optimizer):
         group = self.param_groups[0]
         kernels.adamw_step(
             self._tensors, [gradients[i] for i in self.by_adamw], lr=group["lr"], betas=group["betas"], eps=group["eps"],
-            weight_decay=group["weight_decay"], step=self.steps + 1, grad_scale=excess.float(), found_inf=self.found_inf, weights=self.average_weights,
+            weight_decay=group["weight_decay"], step=self.steps + 1, grad_scale=excess.float(), found_inf=self.found_inf,
+            weights=self.average_weights,
         )  # fmt: skip
         self._step_others(gradients, excess.float())
         self.average_weights = ()
