@@ -177,6 +177,7 @@ class TrainConfig:
     # blocks: torch.compile on each block | model: torch.compile on the model | none
     compile: str = "auto"
     recompute: str = "none"  # what the backward computes again to save memory: none | light: MLP activations | full: blocks
+    optimizer: str = "adamw"  # adamw | muon: Muon for the blocks' matrices, AdamW for the other parameters
     lr: float = 4e-3  # learning rate: this one is for the small model on digits; DiT and the base script use 1e-4 on ImageNet
     beta1: float = 0.9  # AdamW's decay of the first moment
     beta2: float = 0.95  # AdamW's decay of the second moment
@@ -219,6 +220,7 @@ class TrainConfig:
         one_of("train", self, "compile", ("auto", "graphs", "blocks", "model", "none"))
         one_of("train", self, "recompute", RECOMPUTE)
         one_of("train", self, "device", ("auto", "cpu", "cuda"))
+        one_of("train", self, "optimizer", ("adamw", "muon"))
         one_of("train", self, "schedule", ("constant", "cosine"))
         one_of("train", self, "wandb", ("disabled", "offline", "online"))
         if self.decay_steps and self.schedule != "constant":
@@ -329,6 +331,11 @@ class Config:
             raise InputError(
                 f"sample.{asked} needs the null class, which flow.label_dropout=0{default} does not train: leave it out, or set "
                 "flow.label_dropout=0.1"
+            )
+        if self.zero.offload and self.train.optimizer == "muon":
+            raise InputError(
+                "zero.offload=true does not work with train.optimizer=muon, whose matrices would be multiplied on the host: leave "
+                "one of them out"
             )
         if self.zero.stage == 3 and self.train.compile in ("graphs", "blocks", "model"):
             raise InputError(

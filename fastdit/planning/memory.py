@@ -11,7 +11,7 @@ from fastdit.device import DTYPES
 from fastdit.flops import walk
 from fastdit.planning.cards import Card
 from fastdit.training.engine import deepspeed_config
-from fastdit.training.optimizer import STATE_BYTES
+from fastdit.training.optimizer import state_bytes
 
 RESERVE = 2e9  # bytes: CUDA context, cuBLAS and NCCL workspaces
 FRAGMENTATION = 0.05  # share of a card's memory that the allocator cannot use
@@ -96,7 +96,7 @@ def memory(config: Config, gpus: int, card: Card | None = None) -> Memory:
     gradients = gradients_of(stage, N, share, p, train.accumulation > 1 or (gpus > 1 and not stage))
     weights = share * p + min(N, ZERO_3_LIVE) * p if stage == 3 else N * p
     separate_masters = stage > 0 or p < FP32  # without ZeRO, fp32 weights are the masters
-    masters = 0 if config.zero.offload else (STATE_BYTES + FP32 * separate_masters) * share
+    masters = 0 if config.zero.offload else state_bytes(config, N) * share / N + FP32 * separate_masters * share
     ema = 0 if config.zero.offload else FP32 * share * (1 + len(train.ema_more))
     buckets = 0
     if card and stage:  # two: one is reduced while the other fills; ZeRO 1 reduces fp32 sums

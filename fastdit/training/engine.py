@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from packaging.version import Version
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -21,7 +22,16 @@ from fastdit.device import DTYPES, precision
 from fastdit.distributed import World
 from fastdit.graphs import record_training
 from fastdit.model import DiT
-from fastdit.training.optimizer import STATE_NAMES, OneRankOptimizer, build, learning_rate, learning_rate_factor
+from fastdit.training.muon import Matrix, Orthogonalizer, Span
+from fastdit.training.optimizer import (
+    STATE_NAMES,
+    OneRankOptimizer,
+    ShardedMuon,
+    build,
+    learning_rate,
+    learning_rate_factor,
+    matrices_of,
+)
 
 COMPILED = {"none": "eager", "graphs": "CUDA graphs", "blocks": "compiled blocks", "model": "compiled model"}
 DEEPSPEED = "0.19.8"  # the first without the races of its issues 7965 and 8061, which gave NaN
@@ -185,6 +195,7 @@ def initialize(model: DiT, config: Config, world: World):
     if not sharded:
         model.to(world.device)  # DeepSpeed would move it later, but the optimizer makes its masters from these weights
     groups, optimizer = build(config, model, sharded, world.size)
+    matrices = matrices_of(config, model)
     # Without ZeRO the optimizer follows the schedule itself: DeepSpeed would advance one in engine.step, where it is not known yet
     # whether the step is applied.
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config.train, step)) if sharded else None
@@ -197,6 +208,8 @@ def initialize(model: DiT, config: Config, world: World):
         # DeepSpeed makes its masters from the bf16 parameters: restore what that rounding lost.
         for name, start, master in fragments(engine, world):
             master.copy_(weights[name].flatten()[start : start + master.numel()])
+        if isinstance(optimizer, ShardedMuon):
+            _share(engine, optimizer, matrices, config, world)
         return engine
     _private(engine, "enable_backward_allreduce")  # runtime/engine.py
     engine.enable_backward_allreduce = False  # it would copy every gradient to a buffer and back
@@ -204,6 +217,29 @@ def initialize(model: DiT, config: Config, world: World):
     if config.train.precision == "bf16":
         model.bfloat16()
     return engine
+
+
+def _share(engine, optimizer: ShardedMuon, matrices: list[Matrix], config: Config, world: World) -> None:
+    """Tell a sharded Muon which elements of which matrix each rank keeps in its partitions. All ranks must call it."""
+    partitions = _private(engine.optimizer, *STEPPED)
+    own = [Span(f.name, f.start, f.master.numel(), *_partition_of(f, partitions)) for f in fragments(engine, world)]
+    spans: list[list[Span]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(spans, own, group=world.control)
+    for number, partition in enumerate(partitions):  # the same parameters on every rank
+        there = [[span._replace(tensor=0) for span in of_rank if span.tensor == number] for of_rank in spans]
+        names = {span.name for of_rank in there for span in of_rank}
+        if inside := [m for m in matrices if m.name in names]:
+            dtype = DTYPES[config.train.precision]
+            optimizer.share(partition, Orthogonalizer(inside, there, world.rank, dtype, partition.device))
+
+
+def _partition_of(fragment: Fragment, tensors: list[Tensor]) -> tuple[int, int]:
+    """Return which of the tensors that the optimizer steps holds a fragment, and the fragment's first element in it."""
+    for number, tensor in enumerate(tensors):
+        first = (fragment.master.data_ptr() - tensor.data_ptr()) // tensor.element_size()
+        if 0 <= first < tensor.numel():
+            return number, first
+    raise AssertionError(f"no tensor holds {fragment.name}")
 
 
 def one_rank_optimizer(engine) -> OneRankOptimizer | None:
@@ -282,15 +318,15 @@ def _states(engine) -> list[tuple[Tensor, dict[str, Tensor]]]:
     return [(tensor, states[tensor]) for tensor in tensors]
 
 
-def optimizer_state(engine, owned: list[Fragment]) -> dict[str, list[Tensor]]:
-    """Return the optimizer's state of the fragments that this rank owns: by name, a live fp32 1-D view for each of them."""
-    views: dict[str, list[Tensor]] = {name: [] for name in STATE_NAMES}
+def optimizer_state(engine, owned: list[Fragment]) -> list[tuple[str, Fragment, Tensor]]:
+    """Return the optimizer's state of the fragments that this rank owns: its name, the fragment, and a live fp32 1-D view of it."""
+    states = _states(engine)
+    views = []
     for fragment in owned:
-        for tensor, state in _states(engine):
-            first = (fragment.master.data_ptr() - tensor.data_ptr()) // tensor.element_size()
-            if 0 <= first < tensor.numel():
-                for name in STATE_NAMES:
-                    views[name].append(state[name].view(-1).narrow(0, first, fragment.master.numel()))
+        number, first = _partition_of(fragment, [tensor for tensor, _ in states])
+        for name, tensor in states[number][1].items():
+            if name != "step":
+                views.append((name, fragment, tensor.view(-1).narrow(0, first, fragment.master.numel())))
     return views
 
 

@@ -1,11 +1,11 @@
-"""The optimizer of a run: parameter groups, learning rate, and AdamW for one rank, where ZeRO has nothing to shard.
+"""The optimizer of a run: parameter groups, learning rate, AdamW for one rank, where ZeRO has nothing to shard, and Muon.
 
-Everything that depends on the choice of optimizer is here: `build` makes it, STATE_NAMES and STATE_BYTES tell checkpoints and
-memory plans what it keeps per parameter.
+Everything that depends on the choice of optimizer is here: `build` makes it, the names of its state are those of checkpoints, and
+`state_bytes` tells memory plans what it takes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,9 +14,13 @@ from torch import Tensor, nn
 
 from fastdit import kernels
 from fastdit.config import Config, TrainConfig
+from fastdit.device import DTYPES
+from fastdit.model import DiT
+from fastdit.training.muon import MOMENTUM, Matrix, Orthogonalizer, Span, hidden_matrices
 
-STATE_NAMES = ("exp_avg", "exp_avg_sq")  # fp32 state tensors of the shape of the master, by torch's names; checkpoints use them too
-STATE_BYTES = 4 * len(STATE_NAMES)  # bytes of state per parameter
+# fp32 state tensors of the shape of the master, by torch's names; checkpoints use them too
+STATE_NAMES = ("exp_avg", "exp_avg_sq")  # of AdamW
+MUON_STATE_NAMES = ("momentum_buffer",)  # of the matrices that Muon steps
 
 
 def learning_rate_factor(train: TrainConfig, step: int) -> float:
@@ -40,22 +44,45 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     return train.lr * learning_rate_factor(train, step)
 
 
+def matrices_of(config: Config, model: nn.Module) -> list[Matrix]:
+    """Return the matrices that Muon steps; none with train.optimizer=adamw."""
+    return hidden_matrices(model, config.model) if config.train.optimizer == "muon" else []
+
+
 def build(config: Config, model: nn.Module, sharded: bool, ranks: int) -> tuple[list[dict], torch.optim.Optimizer]:
     """Return the parameter groups of a model and the optimizer that steps them.
 
     config: settings with a resolved precision. model: fp32 weights, on the device that steps them. sharded: whether ZeRO keeps the
     fp32 masters and steps the optimizer on its partitions of them; if not, the optimizer is a OneRankOptimizer with masters and a
-    learning-rate schedule of its own, the same on each of the ranks.
+    learning-rate schedule of its own, the same on each rank. A sharded Muon is to be told by `share` where the matrices are.
     """
-    train = config.train
-    groups = [{"params": list(model.parameters())}]
+    train, matrices = config.train, matrices_of(config, model)
+    named = dict(model.named_parameters())
+    names = {m.name for m in matrices}
+    members = [[p for name, p in named.items() if (name in names) == chosen] for chosen in ((True, False) if names else (False,))]
+    groups = [{"params": parameters} for parameters in members]
     options: dict[str, Any] = dict(betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
     if sharded:
-        return groups, torch.optim.AdamW(groups, train.lr, fused=True, **options)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    schedule = lambda step: learning_rate(train, step)
+        make = ShardedMuon if names else torch.optim.AdamW
+        return groups, make(groups, train.lr, fused=True, **options)
     bf16 = train.precision == "bf16"
-    return groups, OneRankAdamW(parameters, train.clip, bf16, train.accumulation, schedule, ranks, **options)
+    own = (list(named.values()), train.clip, bf16, train.accumulation, lambda step: learning_rate(train, step), ranks)
+    if not names:
+        return groups, OneRankAdamW(*own, **options)
+    stepped = {i: [m for m in matrices if m.name == name] for i, name in enumerate(named) if name in names}
+    return groups, OneRankMuon(stepped, DTYPES[train.precision], *own, **options)
+
+
+def hidden_parameters(config: Config) -> int:
+    """Return the number of parameters that Muon steps."""
+    with torch.device("meta"):
+        return sum(m.rows * m.cols for m in matrices_of(config, DiT(config.model)))
+
+
+def state_bytes(config: Config, parameters: float) -> float:
+    """Return the bytes that an optimizer keeps of a model of so many parameters."""
+    hidden = hidden_parameters(config)
+    return 4 * (len(STATE_NAMES) * (parameters - hidden) + len(MUON_STATE_NAMES) * hidden)
 
 
 class OneRankAdamW(torch.optim.Optimizer):
@@ -87,11 +114,12 @@ class OneRankAdamW(torch.optim.Optimizer):
         self.averages: Sequence[Sequence[Tensor]] = ()  # moving averages of the masters; set them before the first step
         self.average_weights: Sequence[float] = ()  # weight of the new masters in each average, for one step; empty: no update
         device = self.masters[0].device
+        self.by_adamw = [i for i in range(len(self.masters)) if self.state_names(i) == STATE_NAMES]
         self.found_inf = torch.zeros((), device=device)  # on the device: not 0 if the last step was skipped
         count = torch.zeros((), device="cpu")  # one tensor for all masters
         self._count = count.numpy()
-        for master in self.masters:
-            self.state[master] = {"step": count, **{name: torch.zeros_like(master) for name in STATE_NAMES}}
+        for i, master in enumerate(self.masters):
+            self.state[master] = {"step": count, **{name: torch.zeros_like(master) for name in self.state_names(i)}}
         self._tensors: kernels.AdamWTensors | None = None
         # The device copies the norm of the last step's gradient to the host, which reads it once the event has passed.
         self._norm = torch.zeros((), device="cpu", pin_memory=device.type == "cuda")
@@ -102,6 +130,10 @@ class OneRankAdamW(torch.optim.Optimizer):
         if bf16 and self.masters_hold_gradients:  # a sum in bf16 would lose small gradients
             for parameter, master in zip(parameters, self.masters, strict=True):
                 parameter.register_post_accumulate_grad_hook(lambda p, master=master: self._accumulate(p, master))
+
+    def state_names(self, i: int) -> tuple[str, ...]:
+        """Return the names of the state of parameter i."""
+        return STATE_NAMES
 
     @staticmethod
     def _accumulate(parameter: Tensor, master: Tensor) -> None:
@@ -140,9 +172,11 @@ class OneRankAdamW(torch.optim.Optimizer):
             group["lr"] = self.schedule(self.steps)
 
     def _make_tensors(self) -> kernels.AdamWTensors:
-        exp_avgs, exp_avg_sqs = ([self.state[master][name] for master in self.masters] for name in STATE_NAMES)
-        copies = None if self.masters is self.parameters else [p.detach() for p in self.parameters]
-        return kernels.AdamWTensors([m.detach() for m in self.masters], exp_avgs, exp_avg_sqs, copies, self.averages)
+        masters = [self.masters[i] for i in self.by_adamw]
+        exp_avgs, exp_avg_sqs = ([self.state[master][name] for master in masters] for name in STATE_NAMES)
+        copies = None if self.masters is self.parameters else [self.parameters[i].detach() for i in self.by_adamw]
+        averages = [[average[i] for i in self.by_adamw] for average in self.averages]
+        return kernels.AdamWTensors([m.detach() for m in masters], exp_avgs, exp_avg_sqs, copies, averages)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -163,12 +197,95 @@ class OneRankAdamW(torch.optim.Optimizer):
         excess = norm.double().add(1e-6).div(self.clip).clamp(min=1) if self.clip else torch.ones_like(norm)
         group = self.param_groups[0]
         kernels.adamw_step(
-            self._tensors, gradients, lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-            step=self.steps + 1, grad_scale=excess.float(), found_inf=self.found_inf, weights=self.average_weights,
+            self._tensors, [gradients[i] for i in self.by_adamw], lr=group["lr"], betas=group["betas"], eps=group["eps"],
+            weight_decay=group["weight_decay"], step=self.steps + 1, grad_scale=excess.float(), found_inf=self.found_inf,
+            weights=self.average_weights,
         )  # fmt: skip
+        self._step_others(gradients, excess.float())
         self.average_weights = ()
         for p in (*self.parameters, *self.masters):
             p.grad = None
 
+    def _step_others(self, gradients: list[Tensor], scale: Tensor) -> None:
+        """Step the parameters that AdamW does not, and update their averages and bf16 copies. scale: divisor of the gradients."""
 
-OneRankOptimizer = OneRankAdamW  # what the engine and the EMA ask for; a union of classes when there are several
+
+OneRankOptimizer = OneRankAdamW  # what the engine and the EMA ask for; OneRankMuon is one too
+
+
+class OneRankMuon(OneRankAdamW):
+    """Muon on the hidden matrices, and on the other parameters AdamW, with all that OneRankAdamW does besides."""
+
+    def __init__(
+        self, matrices: dict[int, list[Matrix]], dtype: torch.dtype, parameters: list[nn.Parameter], *args, **options
+    ) -> None:
+        """matrices: those in each parameter that Muon steps, by its index. dtype: of the Newton-Schulz iterations. The rest: as for
+        OneRankAdamW."""
+        self.by_muon = list(matrices)
+        super().__init__(parameters, *args, **options)
+        spans = [Span(matrices[i][0].name, 0, parameters[i].numel(), number, 0) for number, i in enumerate(self.by_muon)]
+        flat = [m for of_parameter in matrices.values() for m in of_parameter]
+        self.orthogonalizer = Orthogonalizer(flat, [spans], 0, dtype, self.masters[0].device)
+
+    def state_names(self, i: int) -> tuple[str, ...]:
+        """Return the names of the state of parameter i."""
+        return MUON_STATE_NAMES if i in self.by_muon else STATE_NAMES
+
+    def _updates(self, gradients: list[Tensor], scale: Tensor, applied: Tensor) -> Iterator[Tensor]:
+        """Yield the Nesterov momentum of each parameter, flat fp32. In a skipped step no momentum changes."""
+        keep = torch.where(applied, MOMENTUM, 1.0)
+        for i in self.by_muon:
+            gradient = torch.where(applied, gradients[i].float() / scale, 0)
+            momentum = self.state[self.masters[i]]["momentum_buffer"]
+            momentum.mul_(keep).add_(gradient)
+            yield gradient.add_(momentum, alpha=MOMENTUM).view(-1)
+
+    def _step_others(self, gradients: list[Tensor], scale: Tensor) -> None:
+        """A skipped step changes nothing: its factors are 1 and 0, because the host does not know yet that it is skipped."""
+        applied, group = self.found_inf == 0, self.param_groups[0]
+        masters = [self.masters[i].view(-1) for i in self.by_muon]
+        torch._foreach_mul_(masters, torch.where(applied, 1 - group["lr"] * group["weight_decay"], 1.0))
+        self.orthogonalizer.step(masters, self._updates(gradients, scale, applied), group["lr"], applied)
+        for average, weight in zip(self.averages, self.average_weights, strict=False):
+            for i, master in zip(self.by_muon, masters, strict=True):
+                average[i].lerp_(master, torch.where(applied, weight, 0.0))
+        if self.masters is not self.parameters:
+            for i in self.by_muon:
+                self.parameters[i].copy_(self.masters[i])
+
+
+class ShardedMuon(torch.optim.AdamW):
+    """Muon on the flat fp32 partitions of hidden matrices that ZeRO makes, and torch's fused AdamW on those of other parameters.
+
+    ZeRO clips the gradients, and calls `step` on all ranks or on none, for one partition or for all of them.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, **options) -> None:
+        """groups, lr, options: as for torch's AdamW."""
+        super().__init__(groups, lr, **options)
+        self.orthogonalizers: dict[Tensor, Orthogonalizer] = {}
+
+    def share(self, partition: Tensor, orthogonalizer: Orthogonalizer) -> None:
+        """Let Muon step a partition. orthogonalizer: knows it as its tensor 0."""
+        self.orthogonalizers[partition] = orthogonalizer
+        self.state[partition] = {"step": torch.zeros((), device=partition.device)}
+        self.state[partition] |= {name: torch.zeros_like(partition, requires_grad=False) for name in MUON_STATE_NAMES}
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Step the partitions whose gradient is set; Muon uses up its own."""
+        for group in self.param_groups:
+            for partition in group["params"]:
+                if partition in self.orthogonalizers and partition.grad is not None:
+                    self._step_partition(partition, group["lr"], group["weight_decay"])
+        super().step()
+
+    def _step_partition(self, partition: Tensor, lr: float, weight_decay: float) -> None:
+        state, orthogonalizer = self.state[partition], self.orthogonalizers[partition]
+        momentum, update = state["momentum_buffer"], cast(Tensor, partition.grad)
+        momentum.mul_(MOMENTUM).add_(update)
+        update.add_(momentum, alpha=MOMENTUM)
+        partition.mul_(1 - lr * weight_decay)
+        orthogonalizer.step([partition], [update], lr)
+        state["step"] += 1
+        partition.grad = None  # AdamW steps what has one

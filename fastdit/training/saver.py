@@ -21,22 +21,24 @@ from fastdit.data import Loader
 from fastdit.distributed import World, control_group
 from fastdit.files import flush, sha256, step_folders, step_of
 from fastdit.training.ema import ShardedEma
-from fastdit.training.engine import continue_from, optimizer_state, steps_applied
+from fastdit.training.engine import Fragment, continue_from, optimizer_state, steps_applied
 from fastdit.training.optimizer import learning_rate, learning_rate_factor
 
 LOG_SUMS = "log/sums"  # key of the loss sums since the last log line
 
 
+def _parts(engine, ema: ShardedEma) -> list[tuple[str, Fragment, Tensor]]:
+    """Return the live tensors of this rank's averages and optimizer, each with its kind and fragment."""
+    averages = [(kind, f, t) for kind, tensors in ema.all.items() for f, t in zip(ema.fragments, tensors, strict=True)]
+    return averages + optimizer_state(engine, ema.fragments)
+
+
 def _snapshot(engine, ema: ShardedEma, sums: Tensor, rank: int) -> dict[str, Tensor]:
     """Return this rank's part of a checkpoint, copied to the host, so that training can continue."""
-    kinds = {"raw": [f.master for f in ema.fragments], **ema.all, **optimizer_state(engine, ema.fragments)}
+    parts = [("raw", f, f.master) for f in ema.fragments] + _parts(engine, ema)
     if ema.optimizer and rank:  # without ZeRO, rank 0 has all of it too
-        kinds = {}
-    shards = {
-        f"{kind}/{f.name}@{f.start}": tensor
-        for kind, tensors in kinds.items()
-        for f, tensor in zip(ema.fragments, tensors, strict=True)
-    }
+        parts = []
+    shards = {f"{kind}/{f.name}@{f.start}": tensor for kind, f, tensor in parts}
     return {key: tensor.detach().to("cpu", copy=True) for key, tensor in (shards | {LOG_SUMS: sums}).items()}
 
 
@@ -157,7 +159,7 @@ def _check_same_run(folder: Path, saved: Config, config: Config, same_source: bo
         "model": [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("preset", "attention")],
         "data": [*(["source"] if same_source else []), "image_size", "flip", "crop", "grey"],
         "flow": ["prediction"],
-        "train": ["seed", "precision"],
+        "train": ["seed", "precision", "optimizer"],
     }
     for section, keys in fixed.items():
         for key in keys:
@@ -250,11 +252,10 @@ def load(saved: Checkpoint, engine, ema: ShardedEma, sums: Tensor, config: Confi
     engine: made from the checkpoint's raw weights. sums: overwritten by the checkpoint's.
     """
     shards, state = saved.shards(), saved.state
-    for kind, tensors in {**ema.all, **optimizer_state(engine, ema.fragments)}.items():
+    for kind, f, tensor in _parts(engine, ema):
         if kind.startswith("ema_") and kind not in shards.kinds:
             continue  # a newly added decay starts from the current weights
-        for f, tensor in zip(ema.fragments, tensors, strict=True):
-            tensor.copy_(shards.read(kind, f.name, f.start, f.master.numel()))
+        tensor.copy_(shards.read(kind, f.name, f.start, f.master.numel()))
     ema.updates = state.ema_updates
     continue_from(engine, config, state.optimizer_steps)
     saved_sums = [file.get_tensor(LOG_SUMS) for file in shards.files]

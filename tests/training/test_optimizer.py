@@ -12,7 +12,7 @@ from fastdit import checkpoint
 from fastdit.config import InputError, TrainConfig, parse
 from fastdit.training.ema import ShardedEma
 from fastdit.training.engine import Fragment
-from fastdit.training.optimizer import STATE_BYTES, STATE_NAMES, OneRankAdamW, OneRankOptimizer, build, learning_rate
+from fastdit.training.optimizer import STATE_NAMES, OneRankAdamW, OneRankOptimizer, build, learning_rate, state_bytes
 
 SHAPES = [(16, 7), (48,), (4, 2, 16), (16,)]  # multiples of the vector width: other sizes are in test_adamw.py
 OPTIONS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -74,9 +74,9 @@ def test_schedules_that_cannot_be(words, expected):
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_built_has_the_state_that_is_declared(precision, sharded):
-    """Checkpoints store STATE_NAMES and memory plans count STATE_BYTES per parameter."""
-    model = nn.Linear(5, 3)
-    groups, optimizer = build(parse(None, [f"train.precision={precision}", "train.lr=0.5"]), model, sharded, ranks=1)
+    """Checkpoints store STATE_NAMES, and memory plans count state_bytes."""
+    model, config = nn.Linear(5, 3), parse(None, [f"train.precision={precision}", "train.lr=0.5"])
+    groups, optimizer = build(config, model, sharded, ranks=1)
     assert isinstance(optimizer, OneRankOptimizer) != sharded
     parameters = list(model.parameters())
     assert [id(p) for group in groups for p in group["params"]] == [id(p) for p in parameters]
@@ -88,7 +88,7 @@ def test_what_is_built_has_the_state_that_is_declared(precision, sharded):
     assert len(optimizer.state) == 2
     for tensor, state in optimizer.state.items():
         assert set(state) == {"step", *STATE_NAMES} and not any(map(checkpoint.holds_weights, STATE_NAMES))
-        assert sum(state[name].numel() * state[name].element_size() for name in STATE_NAMES) == STATE_BYTES * tensor.numel()
+        assert sum(state[name].numel() * state[name].element_size() for name in STATE_NAMES) == state_bytes(config, tensor.numel())
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
