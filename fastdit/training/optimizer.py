@@ -49,7 +49,7 @@ def matrices_of(config: Config, model: nn.Module) -> list[Matrix]:
     return hidden_matrices(model, config.model) if config.train.optimizer == "muon" else []
 
 
-def build(config: Config, model: nn.Module, sharded: bool, ranks: int) -> tuple[list[dict], torch.optim.Optimizer]:
+def build(config: Config, model: nn.Module, sharded: bool, ranks: int = 1) -> tuple[list[dict], torch.optim.Optimizer]:
     """Return the parameter groups of a model and the optimizer that steps them.
 
     config: settings with a resolved precision. model: fp32 weights, on the device that steps them. sharded: whether ZeRO keeps the

@@ -76,7 +76,7 @@ def test_schedules_that_cannot_be(words, expected):
 def test_what_is_built_has_the_state_that_is_declared(precision, sharded):
     """Checkpoints store STATE_NAMES, and memory plans count state_bytes."""
     model, config = nn.Linear(5, 3), parse(None, [f"train.precision={precision}", "train.lr=0.5"])
-    groups, optimizer = build(config, model, sharded, ranks=1)
+    groups, optimizer = build(config, model, sharded)
     assert isinstance(optimizer, OneRankOptimizer) != sharded
     parameters = list(model.parameters())
     assert [id(p) for group in groups for p in group["params"]] == [id(p) for p in parameters]
