@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import kernels
-from fastdit.config import FlowConfig
+from fastdit.config import FlowConfig, ModelConfig
 
 PARTS = ("flow",)  # terms of the loss, by the names under which `Losses.parts` holds them; a second one is logged by its name
 
@@ -32,6 +32,8 @@ class Stream(IntEnum):
     SAMPLE_CLASS = 8
     EVALUATION_LABEL = 9
     VALIDATION = 10
+    TOKENS = 11
+    PATH_DROP = 12
 
 
 class Losses(NamedTuple):
@@ -65,23 +67,41 @@ def drop_labels(config: FlowConfig, seed: int, ids: Tensor, labels: Tensor, null
     return torch.where(dropped, null, labels)
 
 
-def losses_at(model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor) -> Losses:
+def choose_tokens(config: ModelConfig, seed: int, ids: Tensor, dense: bool) -> tuple[Tensor, ...]:
+    """Return what a model with dense blocks is given in training besides the batch, nothing for other models.
+
+    That is the tokens that the blocks between see, int64 [B,K], a random subset per sample in ascending order; and whether a sample
+    leaves these blocks out, bool [B]. dense: K is the number of all tokens.
+    """
+    if config.dense_blocks is None:
+        return ()
+    order = kernels.counter_uniform(seed, Stream.TOKENS, ids, (config.tokens,)).argsort(dim=1, stable=True)
+    kept = config.tokens if dense else config.kept_tokens
+    dropped = kernels.counter_uniform(seed, Stream.PATH_DROP, ids, ()) < config.path_drop
+    return order[:, :kept].sort(dim=1).values, dropped
+
+
+def losses_at(model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor, *chosen: Tensor) -> Losses:
     """Return the loss of each sample at given timesteps. The terms of the loss are defined here, for training and validation.
 
-    model: (x_t, t, labels) -> velocity; x0 and noise fp32 [B,C,h,w]; t fp32 [B]; labels int64 [B].
+    model: (x_t, t, labels, *chosen) -> velocity; x0 and noise fp32 [B,C,h,w]; t fp32 [B]; labels int64 [B]; chosen: what
+    `choose_tokens` returned, nothing in validation.
     """
-    v = model(kernels.flow_interpolate(x0, noise, t), t, labels)
+    v = model(kernels.flow_interpolate(x0, noise, t), t, labels, *chosen)
     velocity = kernels.flow_matching_loss(v, x0, noise)
     return Losses(total=velocity, t=t, parts={"flow": velocity})
 
 
-def losses(model: nn.Module, x0: Tensor, labels: Tensor, ids: Tensor, config: FlowConfig, *, seed: int, null: int) -> Losses:
+def losses(
+    model: nn.Module, x0: Tensor, labels: Tensor, ids: Tensor, config: FlowConfig, *, seed: int, null: int,
+    chosen: tuple[Tensor, ...] = (),
+) -> Losses:  # fmt: skip
     """Return the training loss of each sample, at random timesteps, noise and label dropout.
 
-    model: (x_t, t, labels) -> velocity; x0 fp32 [B,C,h,w]; labels int64 [B]; ids int64 [B] from `sample_ids`, on the device of x0;
-    seed: the run's; null: id of the null class.
+    model: (x_t, t, labels, *chosen) -> velocity; x0 fp32 [B,C,h,w]; labels int64 [B]; ids int64 [B] from `sample_ids`, on the
+    device of x0; seed: the run's; null: id of the null class; chosen: what `choose_tokens` returned.
     """
     t = sample_timesteps(config, seed, ids)
     labels = drop_labels(config, seed, ids, labels, null)
     noise = kernels.counter_normal(seed, Stream.NOISE, ids, tuple(x0.shape[1:]))
-    return losses_at(model, x0, noise, t, labels)
+    return losses_at(model, x0, noise, t, labels, *chosen)
