@@ -451,9 +451,9 @@ def qk_norm_rope(
     qkv [B,T,3·N·D], packed as (q | k | v); q_weight, k_weight [D] or None (no norm); cos, sin fp32 [T,D/2], [B,T,D/2] if the
     positions differ between samples, or None (no rotation). The rotation is half-split: with x1 | x2 the halves of a head,
     (x1·cos − x2·sin | x2·cos + x1·sin) (RoFormer, arXiv:2104.09864, with the pairs (j, j + D/2)). RMSNorm:
-    x·rsqrt(mean(x²) + eps)·weight (arXiv:1910.07467, equation 4). Returns q, k, v as [B,N,T,D] in the dtype of qkv: q and k are views of token-major [B,T,N,D] memory (C++: of
-    head-major [B,N,T,D], which CPU matmuls take without a copy), v is a view of qkv. Maths in fp32; gradients in the dtype of
-    each input, those of q, k and v of any strides.
+    x·rsqrt(mean(x²) + eps)·weight (arXiv:1910.07467, equation 4). Returns q, k, v as [B,N,T,D] in the dtype of qkv: q and k are
+    views of token-major [B,T,N,D] memory (C++: of head-major [B,N,T,D], which CPU matmuls take without a copy), v is a view of
+    qkv. Maths in fp32; gradients in the dtype of each input, those of q, k and v of any strides.
     Raises ValueError for other shapes, an odd head dim or one over 256, cos/sin that are not fp32 (fp64 with fp64 qkv) or that
     require grad, integer tensors, tensors on two devices, or fp64 outside the reference.
     """
