@@ -37,7 +37,7 @@ def eager(qkv, q_weight, k_weight, cos, sin, N, eps):
         if weight is not None:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
         if cos is not None:
-            c, s = cos.to(x.dtype), sin.to(x.dtype)
+            c, s = (table.to(x.dtype).unsqueeze(-3) for table in (cos, sin))
             x1, x2 = x.chunk(2, dim=-1)
             x = torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1)
         outputs.append(x)
