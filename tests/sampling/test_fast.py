@@ -43,19 +43,24 @@ def test_packed_blocks_sample_as_the_model_does(monkeypatch, time_embedding):
 
 @pytest.mark.skipif(not kernels.library.EXTENSION, reason="the C++ extension is not built")
 @pytest.mark.skipif(not native_bf16(CPU), reason="oneDNN has no bf16 for this CPU")
-@pytest.mark.parametrize("switch", [{"mlp": "gelu"}, {"linear_bias": True}, {"norm_eps": 0.5}, {"positions": "sincos"}], ids=str)
+@pytest.mark.parametrize(
+    "switch",
+    [{"mlp": "gelu"}, {"linear_bias": True}, {"norm_eps": 0.5}, {"positions": "sincos"}, {"depth": 4, "dense_blocks": (1, 1)}],
+    ids=str,
+)
 @torch.no_grad()
 def test_packed_blocks_compute_the_switches_or_are_not_used(monkeypatch, switch):
     monkeypatch.setattr(kernels, "dit_block_is_fast", lambda device: True)
     model, _ = random_model(input_size=16, patch_size=2, **switch)
     x, t = torch.randn(3, 1, 16, 16), torch.tensor(0.7)
-    inputs = x, t, *model.embed_classes(torch.tensor([1, 5, 1]))
-    truth = model.velocity(*inputs)
+    deep = (2,) if "dense_blocks" in switch else ()  # the last sample skips the blocks between
+    velocity = lambda: model.velocity(x, t, *model.embed_classes(torch.tensor([1, 5, 1])), *deep)
+    truth = velocity()
     model.bfloat16()
-    plain = model.velocity(x, t, *model.embed_classes(torch.tensor([1, 5, 1])))
+    plain = velocity()
     assert fast_velocity(model, CPU) is None
     assert isinstance(model.blocks[0], PackedBlock) == (not switch.keys() & {"mlp", "linear_bias"})
-    fast = model.velocity(x, t, *model.embed_classes(torch.tensor([1, 5, 1])))
+    fast = velocity()
     assert (fast - truth).abs().max() <= 2 * (plain - truth).abs().max() + 1e-6
 
 
