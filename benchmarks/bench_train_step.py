@@ -2,7 +2,8 @@
 
 Each provider is a process of its own with the allocator settings of its real use. Providers take turns of three steps on the same
 data, timesteps and noise, after two steps that are not timed; a matmul and a copy are measured in every turn. A row has
-numbers only if its losses of the first 20 steps are the eager reference's (PARITY).
+numbers only if its losses of the first 20 steps are the eager reference's (PARITY); "sparse 75 %" is another model, and is not
+compared.
 
 On a GPU a turn has 20 steps, so that the host can run ahead, and the providers, which do not fit into its memory together, run one
 after the other. `gpu_busy`: the share of a turn in which a kernel runs, from a profile of further steps; far below 1 means that the
@@ -14,6 +15,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ from benchmarks.harness import (
 )
 from benchmarks.roofline import shares, train_flops
 from fastdit import distributed, flow, kernels
-from fastdit.config import Config, TrainConfig
+from fastdit.config import Config, ModelConfig, TrainConfig
 from fastdit.model import DiT
 from fastdit.training import engine
 
@@ -53,6 +55,7 @@ CUDA_CASES = {  # batches that a GPU needs longer for than the host for the laun
     "L/2": ((1024, 24, 16, 2688, None), 64, (16384, 1024, 5376)),
     "XL/2": ((1152, 28, 18, 3072, None), 64, (16384, 1152, 6144)),
 }
+SPARSE = "sparse 75 %"
 # what each provider adds to the one before
 PROVIDERS = {
     "eager": "the base script's step",
@@ -63,6 +66,7 @@ PROVIDERS = {
     "+compile": "blocks under torch.compile",
     "engine": "under DeepSpeed, as `fastdit train` runs it",
     "graphs": "with train.compile=graphs",
+    SPARSE: "the engine's step, with a quarter of the tokens in all blocks but the first and the last two: another model",
     "eager compiled": "the base script's step, its model under torch.compile",
 }
 CHAIN = "S/2"  # on a GPU the other cases measure MAIN only
@@ -99,8 +103,8 @@ def eager_step(shape: tuple, compiled: bool) -> Step:
     return lambda data: train_step(model, optimizer, *data, PRECISION)
 
 
-def velocity_loss(model, x0: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    return kernels.flow_matching_loss(model(kernels.flow_interpolate(x0, noise, t), t, labels), x0, noise).mean()
+def velocity_loss(model, x0: Tensor, labels: Tensor, t: Tensor, noise: Tensor, *chosen: Tensor) -> Tensor:
+    return kernels.flow_matching_loss(model(kernels.flow_interpolate(x0, noise, t), t, labels, *chosen), x0, noise).mean()
 
 
 def plain_step(shape: tuple, backend: str, fused_adamw: bool | None, compiled: bool) -> Step:
@@ -137,9 +141,16 @@ def plain_step(shape: tuple, backend: str, fused_adamw: bool | None, compiled: b
     return run
 
 
-def engine_step(shape: tuple, size: int, compiled: str = "auto") -> Step:
+def model_config(shape: tuple, name: str) -> ModelConfig:
+    """Return the ModelConfig of a provider's model."""
+    config = comparable(*shape)
+    dense = min(2, (config.depth - 1) // 2)
+    return replace(config, dense_blocks=(dense, dense), keep_tokens=0.25) if name == SPARSE else config
+
+
+def engine_step(shape: tuple, size: int, compiled: str = "auto", name: str = "engine") -> Step:
     """Return a step as `fastdit train` runs it, under DeepSpeed's defaults, without data loader, EMA and logs. compiled:
-    train.compile."""
+    train.compile; name: of the provider."""
     train = TrainConfig(
         compile=compiled,
         batch_size=size,
@@ -151,11 +162,13 @@ def engine_step(shape: tuple, size: int, compiled: str = "auto") -> Step:
         warmup_steps=0,
     )
     world = distributed.start(DEVICE.type)
-    config = engine.resolve_precision(Config(model=comparable(*shape), train=train), world.device)
-    model = engine.initialize(fastdit_model(EagerDiT(config.model)), config, world)
+    config = engine.resolve_precision(Config(model=model_config(shape, name), train=train), world.device)
+    made = DiT(config.model) if name == SPARSE else fastdit_model(EagerDiT(config.model))
+    model = engine.initialize(made, config, world)
+    ids = torch.arange(size, device=world.device)
 
     def run(data: tuple[Tensor, ...]) -> Tensor:
-        loss = velocity_loss(model, *data)
+        loss = velocity_loss(model, *data, *flow.choose_tokens(config.model, 0, ids, dense=False))
         model.backward(loss)
         model.step()
         return loss.detach()
@@ -172,6 +185,7 @@ def provider(name: str, shape: tuple, size: int) -> Callable[[int, int], tuple]:
         "+packed": lambda: plain("reference", None, False), "+kernels": lambda: plain("auto", None, False),
         "+adamw": lambda: plain("auto", True, False), "+compile": lambda: plain("auto", True, True),
         "engine": lambda: engine_step(shape, size), "graphs": lambda: engine_step(shape, size, "graphs"),
+        SPARSE: lambda: engine_step(shape, size, name=SPARSE),
         "eager compiled": lambda: eager_step(shape, True),
     }[name]()  # fmt: skip
 
@@ -223,20 +237,25 @@ def measure(
     makers = {name: functools.partial(make, name, shape, size, allocator=tuned(name)) for name in names}
     taken, limits, peaks, busy, errors = in_turns(makers, matmul, turns, say)
     losses = {n: [x for turn in taken[n] for x in turn[0]][:PARITY_STEPS] for n in taken if n not in errors}
-    parity = {name: difference(mine, losses.get("eager", [])) for name, mine in losses.items()}
-    errors |= {n: f"parity: the losses differ by {p:.1e}, more than {PARITY:.1e}" for n, p in parity.items() if not p <= PARITY}
+    parity = {name: difference(mine, losses.get("eager", [])) for name, mine in losses.items() if name != SPARSE}
+    errors |= {
+        n: f"parity: the losses differ by {p:.1e}, more than {PARITY:.1e}"
+        for n, p in parity.items()
+        if not p <= PARITY and n != SPARSE
+    }
     rates = tuple(statistics.median(turn[k] for turn in limits) for k in (0, 1))
-    model = DiT(comparable(*shape))
     samples = {name: [] if name in errors else [turn[1] for turn in taken[name][1:]] for name in names}
     results = {}
     for name in names:
         key, values = {"case": case, "provider": name, "size": f"batch {size}"}, {}
         if samples[name]:
             median = quantiles(samples[name])[0]
+            with torch.device("meta"):
+                model = DiT(model_config(shape, name))
             mfu, share = shares(model, size, median, rates)
             values = {
                 "images_per_s": f"{size / median:.4g}", **speedup(samples["eager"], samples[name]),
-                "mfu": f"{mfu:.3f}", "bound_share": f"{share:.3f}", "parity": f"{parity[name]:.1e}",
+                "mfu": f"{mfu:.3f}", "bound_share": f"{share:.3f}", "parity": f"{parity[name]:.1e}" if name in parity else "",
                 "parity_steps": len(losses[name]), "peak_mb": f"{peaks[name] / 1e6:.0f}",
                 "cpu_s": f"{statistics.median(turn[2] for turn in taken[name][1:]):.6g}",
                 "gflop_per_image": f"{train_flops(model.config) / 1e9:.2f}", "gemm_gflops": f"{rates[0] / 1e9:.1f}",

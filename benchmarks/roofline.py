@@ -46,11 +46,11 @@ def bytes_per_step(model: DiT, batch: int) -> float:
     """Return the bytes that a train step must move besides its matmuls: the fused ops' streams, and AdamW's fp32 weights and
     moments (read and written), gradients and, in bf16, the rounded weights."""
     config, size = model.config, DTYPE.itemsize
-    stream = batch * (config.input_size // config.patch_size) ** 2 * size
     both = {op: sum(moved) for op, moved in MOVED.items()}
     block = (2 * both["gated_residual_modulate"] + both["qk_norm_rope"]) * config.width + both["swiglu"] * config.hidden
     optimizer = 24 + size + (size if size < 4 else 0)
-    return stream * (config.depth * block + both["modulate"] * config.width) + optimizer * model.num_parameters
+    streams = config.block_tokens * block + config.tokens * both["modulate"] * config.width
+    return batch * size * streams + optimizer * model.num_parameters
 
 
 def shares(model: DiT, batch: int, step: float, rates: tuple[float, float]) -> tuple[float, float]:

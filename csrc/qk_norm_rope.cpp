@@ -1,4 +1,5 @@
 // qk_norm_rope: RMSNorm of each head of q and k, then rotation of its halves. B batch, T tokens, N heads, D head dim, h = D/2.
+// cos and sin are [B,T,h], with a stride of 0 over samples that share them.
 #include "head.h"
 #include "ops.h"
 #include "parallel.h"
@@ -17,8 +18,8 @@ void qk_norm_rope_forward(View qkv, View q_weight, View k_weight, View cos, View
       for (int64_t m = begin; m < end; m++) {
         const int64_t b = m / T, t = m % T;
         if (cos.given()) {
-          read(cos, cos.at(t), h, c);
-          read(sin, sin.at(t), h, s);
+          read(cos, cos.at(b, t), h, c);
+          read(sin, sin.at(b, t), h, s);
         }
         for (int which = 0; which < 2; which++)
           for (int64_t n = 0; n < N; n++) {
@@ -54,8 +55,8 @@ void qk_norm_rope_backward(View dq, View dk, View dv, View qkv, View q_weight, V
         for (int64_t m = part * ROWS; m < (part + 1) * ROWS && m < M; m++) {
           const int64_t b = m / T, t = m % T;
           if (cos.given()) {
-            read(cos, cos.at(t), h, c);
-            read(sin, sin.at(t), h, s);
+            read(cos, cos.at(b, t), h, c);
+            read(sin, sin.at(b, t), h, s);
           }
           for (int which = 0; which < 3; which++)
             for (int64_t n = 0; n < N; n++) {

@@ -37,7 +37,7 @@ def usable(key: str, value: object) -> None:
             raise InputError(f"{key}={value!r} is empty: give a value, or leave {key} out")
         if any(unicodedata.category(letter) == "Cc" for letter in value):
             raise InputError(f"{key}={value!r} holds a control character, such as NUL or a line break: leave it out")
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for each in value:
             usable(key, each)
     elif isinstance(value, float) and not math.isfinite(value):
@@ -66,14 +66,15 @@ def shown(value: object) -> str:
 
 def convert(key: str, value: object, hint: object) -> object:
     """Return a value from YAML or JSON as the type `hint` of the field `key`. Raises InputError."""
-    if typing.get_origin(hint) is list:
-        if not isinstance(value, list):
-            raise InputError(f"{key}={shown(value)} must be a list, such as [0.999,0.9999]")
-        return [convert(key, each, typing.get_args(hint)[0]) for each in value]
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and types.NoneType in allowed:
         return None
     kind = allowed[0]
+    if (sequence := typing.get_origin(kind)) in (list, tuple):
+        each_kind = typing.get_args(kind)[0]
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{key}={shown(value)} must be a list, such as {'[0.999,0.9999]' if each_kind is float else '[2,2]'}")
+        return sequence(convert(key, each, each_kind) for each in value)
     if kind is str and isinstance(value, str):
         return os.path.expanduser(value) if value.startswith("~/") else str(value)  # the shell does not expand it behind a =
     if isinstance(value, str) and type(value) is not str:  # yaml12.Plain

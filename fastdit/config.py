@@ -31,7 +31,8 @@ MAX_SHIFT = 1000  # of sample.time_shift and its inverse: beyond, timesteps are 
 # Keys of `train` that a resumed run does not keep: which run it is, and what a single start may do.
 OF_ONE_START = ("name", "out", "resume", "init", "init_weights", "allow_batch_change")
 
-UNGUIDED = {"guidance": 0.0, "guidance_low": 0.0, "guidance_high": 1.0}  # keys of `sample` that only matter to guided samples
+# keys of `sample` that only matter to guided samples
+UNGUIDED = {"guidance": 0.0, "guidance_low": 0.0, "guidance_high": 1.0, "path_drop_guidance": False}
 
 
 class Stopped(Exception):
@@ -70,6 +71,11 @@ class ModelConfig:
     # (guidance 4, all else equal). SiT's is 1.
     time_frequency: float = 30.0
     class_std: float = 0.02  # standard deviation of the initial class embeddings, if zero_init_gates; else it is 1
+    # blocks at the start and at the end that see all tokens, such as [2,2]; a Linear joins the first ones' output with that of the
+    # blocks between (SPRINT, arXiv:2510.21986); none: no such Linear; default with keep_tokens < 1 or path_drop > 0: [2,2]
+    dense_blocks: tuple[int, int] | None = None
+    keep_tokens: float = 1.0  # share of the tokens, chosen at random per image, that the blocks between see in training
+    path_drop: float = 0.0  # probability per image that training leaves out the blocks between, for sample.path_drop_guidance
 
     def __post_init__(self) -> None:
         for key in ("width", "depth", "heads", "hidden", "patch_size", "in_channels", "input_size", "num_classes"):
@@ -102,6 +108,37 @@ class ModelConfig:
             raise InputError(f"model.positions={self.positions} needs a width divisible by 4, but model.width={self.width}")
         if self.input_size % self.patch_size:
             raise InputError(f"model.patch_size={self.patch_size} must divide model.input_size={self.input_size}")
+        self._check_sparse()
+
+    def _check_sparse(self) -> None:
+        dense = self.dense_blocks
+        if not 0 < self.keep_tokens <= 1:
+            raise InputError(f"model.keep_tokens={self.keep_tokens} must be above 0 and at most 1")
+        if not 0 <= self.path_drop < 1:
+            raise InputError(f"model.path_drop={self.path_drop} must be at least 0 and below 1")
+        if dense is None and (self.keep_tokens < 1 or self.path_drop):
+            key = "keep_tokens" if self.keep_tokens < 1 else "path_drop"
+            raise InputError(f"model.{key}={getattr(self, key)} needs model.dense_blocks, such as [2,2]")
+        if dense is not None and (len(dense) != 2 or min(dense) < 1 or sum(dense) >= self.depth):
+            raise InputError(
+                f"model.dense_blocks={list(dense)} must be two numbers of at least 1 whose sum is below model.depth={self.depth}"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of an image."""
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def kept_tokens(self) -> int:
+        """Number of tokens of an image that the blocks between the dense ones see in training."""
+        return max(1, round(self.keep_tokens * self.tokens))
+
+    @property
+    def block_tokens(self) -> int:
+        """Sum over the blocks of the tokens of an image that they see in training."""
+        dense = sum(self.dense_blocks or (self.depth,))
+        return dense * self.tokens + (self.depth - dense) * self.kept_tokens
 
     @property
     def group_sizes(self) -> list[int]:
@@ -184,6 +221,7 @@ class TrainConfig:
     eps: float = 1e-8  # AdamW's epsilon
     weight_decay: float = 0.01  # AdamW's decoupled weight decay
     schedule: str = "constant"  # learning rate after the warm-up: constant, for the EMA to average | cosine, to 0 at total_steps
+    dense_steps: int = 0  # last steps in which all blocks see all tokens, with model.keep_tokens below 1
     decay_steps: int = 0  # with schedule=constant, last steps in which the learning rate falls to 0, as 1-sqrt: arXiv:2405.18392
     warmup_steps: int = 50  # steps of linear warm-up of the learning rate
     clip: float = 1.0  # largest gradient norm; 0: no clipping
@@ -209,7 +247,7 @@ class TrainConfig:
         ):  # fmt: skip
             at_least("train", self, key, 1)
         for key in (
-            "seed", "lr", "eps", "weight_decay", "decay_steps", "warmup_steps", "clip", "sample_steps", "keep_every",
+            "seed", "lr", "eps", "weight_decay", "dense_steps", "decay_steps", "warmup_steps", "clip", "sample_steps", "keep_every",
             "max_skipped_steps",
         ):  # fmt: skip
             at_least("train", self, key, 0)
@@ -254,6 +292,7 @@ class SampleConfig:
     guidance: float = 2.0
     guidance_low: float = 0.0  # least timestep with guidance (t = 1 is noise)
     guidance_high: float = 1.0  # greatest timestep with guidance
+    path_drop_guidance: bool = False  # v(null) by the dense blocks alone, at about half of guidance's cost; needs model.path_drop
     time_shift: float = 1.0  # shift of the timesteps: above 1, more steps near noise
 
     def __post_init__(self) -> None:
@@ -270,6 +309,14 @@ class SampleConfig:
             )
         if not 1 / MAX_SHIFT <= self.time_shift <= MAX_SHIFT:
             raise InputError(f"sample.time_shift={self.time_shift} must be between {1 / MAX_SHIFT} and {MAX_SHIFT}")
+
+    def check_path_drop(self, model: ModelConfig) -> None:
+        """Raise InputError if path-drop guidance is asked of a model that was not trained for it."""
+        if self.path_drop_guidance and not model.path_drop:
+            raise InputError(
+                "sample.path_drop_guidance=true needs a model trained with model.path_drop above 0: leave it out, or train with "
+                "model.path_drop=0.1"
+            )
 
     def asks_for_guidance(self) -> str | None:
         """Return the first setting that only guided samples have, such as "guidance=2.0", or None."""
@@ -337,6 +384,7 @@ class Config:
                 "zero.offload=true does not work with train.optimizer=muon, whose matrices would be multiplied on the host: leave "
                 "one of them out"
             )
+        self.sample.check_path_drop(self.model)
         if self.zero.stage == 3 and self.train.compile in ("graphs", "blocks", "model"):
             raise InputError(
                 f"train.compile={self.train.compile} does not work with zero.stage=3, whose hooks break graphs: use auto or none"
@@ -388,6 +436,8 @@ def from_dict(values: dict) -> Config:
     given = checked(values)
     model = given.setdefault("model", {})
     given["model"] = {**PRESETS[model.get("preset", ModelConfig.preset)], **model}
+    if model.get("keep_tokens", 1.0) < 1 or model.get("path_drop"):
+        given["model"].setdefault("dense_blocks", (2, 2))
     _without_null_class(given)
     return Config(**{section: sections[section](**entries) for section, entries in given.items()})
 

@@ -54,8 +54,8 @@ class Walk(NamedTuple):
 
 @functools.cache
 def walk(model: ModelConfig, batch: int, dtype: torch.dtype, recompute: str) -> Walk:
-    """Count a forward and backward of `batch` images with parameters in `dtype`. recompute: "none" | "light" | "full", as
-    train.recompute.
+    """Count a training forward and backward of `batch` images, of model.keep_tokens of the tokens between the dense blocks, with
+    parameters in `dtype`. recompute: "none" | "light" | "full", as train.recompute.
 
     FLOPs: 2·M·N·K per Linear, and again for each of its two gradients that is needed; 4·T²·H per attention and twice that in the
     backward (the second score matmul of a fused backward is not counted: these are model FLOPs). Gradients of parameters do not
@@ -74,7 +74,7 @@ def walk(model: ModelConfig, batch: int, dtype: torch.dtype, recompute: str) -> 
         p.register_post_accumulate_grad_hook(drop_gradient)
     live = LiveBytes([*dit.parameters(), *dit.buffers()])
     forward, backward = 0, 0  # FLOPs
-    block_edges = []  # (live bytes, forward FLOPs) before the first block and after the last
+    block_edges = []  # (live bytes, forward FLOPs) before each block and after it
 
     def linear(module: nn.Linear, inputs: tuple, out: Tensor) -> None:
         nonlocal forward, backward
@@ -103,22 +103,27 @@ def walk(model: ModelConfig, batch: int, dtype: torch.dtype, recompute: str) -> 
     def mark_edge(*_) -> None:
         block_edges.append((live.now, forward))
 
-    dit.blocks[0].register_forward_pre_hook(mark_edge)
-    dit.blocks[-1].register_forward_hook(mark_edge)
+    for block in dit.blocks:
+        block.register_forward_pre_hook(mark_edge)
+        block.register_forward_hook(mark_edge)
     x = torch.empty(batch, model.in_channels, model.input_size, model.input_size, device="meta")
     t, labels = torch.empty(batch, device="meta"), torch.empty(batch, dtype=torch.int64, device="meta")
+    chosen = ()
+    if model.dense_blocks:
+        tokens = torch.empty(batch, model.kept_tokens, dtype=torch.int64, device="meta")
+        chosen = tokens, torch.empty(batch, dtype=torch.bool, device="meta")
     with kernels.backend("triton"), live:
-        v = dit(x, t, labels)
+        v = dit(x, t, labels, *chosen)
         saved = live.now
         forward_flops, backward_flops = forward, backward  # now: recomputation runs the hooks again in the backward
-        (bytes_before, flops_before), (bytes_after, flops_after) = block_edges
+        edges = block_edges.copy()
         v.backward(torch.empty_like(v))
     return Walk(
         forward=forward_flops,
         backward=backward_flops,
-        blocks_forward=flops_after - flops_before,
+        blocks_forward=sum(after[1] - before[1] for before, after in zip(edges[::2], edges[1::2], strict=True)),
         saved=saved,
-        saved_per_block=(bytes_after - bytes_before) // len(dit.blocks),
+        saved_per_block=(edges[-1][0] - edges[0][0]) // len(dit.blocks),
         peak=live.peak,
         parameters=dit.num_parameters,
     )

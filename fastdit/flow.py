@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import kernels
-from fastdit.config import FlowConfig
+from fastdit.config import FlowConfig, ModelConfig
 
 SMALLEST_T = 0.05  # floor of t in the loss of predicted data, as in arXiv:2511.13720: its weight 1/t² would have no bound
 
@@ -35,6 +35,8 @@ class Stream(IntEnum):
     SAMPLE_CLASS = 8
     EVALUATION_LABEL = 9
     VALIDATION = 10
+    TOKENS = 11
+    PATH_DROP = 12
 
 
 class Losses(NamedTuple):
@@ -78,26 +80,44 @@ def velocity(output: Tensor, x_t: Tensor, t: Tensor, prediction: str) -> Tensor:
     return (x_t - output.float()) / (t.view(-1, 1, 1, 1) if t.ndim else t)
 
 
-def losses_at(model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor, prediction: str) -> Losses:
+def choose_tokens(config: ModelConfig, seed: int, ids: Tensor, dense: bool) -> tuple[Tensor, ...]:
+    """Return what a model with dense blocks is given in training besides the batch, nothing for other models.
+
+    That is the tokens that the blocks between see, int64 [B,K], a random subset per sample in ascending order; and whether a sample
+    leaves these blocks out, bool [B]. dense: K is the number of all tokens.
+    """
+    if config.dense_blocks is None:
+        return ()
+    order = kernels.counter_uniform(seed, Stream.TOKENS, ids, (config.tokens,)).argsort(dim=1, stable=True)
+    kept = config.tokens if dense else config.kept_tokens
+    dropped = kernels.counter_uniform(seed, Stream.PATH_DROP, ids, ()) < config.path_drop
+    return order[:, :kept].sort(dim=1).values, dropped
+
+
+def losses_at(model: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor, prediction: str, *chosen: Tensor) -> Losses:
     """Return the loss of each sample at given timesteps. The terms of the loss are defined here, for training and validation.
 
-    model: (x_t, t, labels) -> velocity or data, as `prediction` says; x0 and noise fp32 [B,C,h,w]; t fp32 [B]; labels int64 [B].
+    model: (x_t, t, labels, *chosen) -> velocity or data, as `prediction` says; x0 and noise fp32 [B,C,h,w]; t fp32 [B]; labels
+    int64 [B]; chosen: what `choose_tokens` returned, nothing in validation.
     The loss of predicted data is |v − (noise − x0)|², which is |output − x0|²/t², with t at least SMALLEST_T.
     """
     x_t = kernels.flow_interpolate(x0, noise, t)
-    v = velocity(model(x_t, t, labels), x_t, t, prediction)
+    v = velocity(model(x_t, t, labels, *chosen), x_t, t, prediction)
     weight = None if prediction == "v" else (t / SMALLEST_T).clamp(max=1).square()
     loss = kernels.flow_matching_loss(v, x0, noise, weight)
     return Losses(total=loss, t=t, parts={"flow": loss})
 
 
-def losses(model: nn.Module, x0: Tensor, labels: Tensor, ids: Tensor, config: FlowConfig, *, seed: int, null: int) -> Losses:
+def losses(
+    model: nn.Module, x0: Tensor, labels: Tensor, ids: Tensor, config: FlowConfig, *, seed: int, null: int,
+    chosen: tuple[Tensor, ...] = (),
+) -> Losses:  # fmt: skip
     """Return the training loss of each sample, at random timesteps, noise and label dropout.
 
-    model: as in `losses_at`; x0 fp32 [B,C,h,w]; labels int64 [B]; ids int64 [B] from `sample_ids`, on the device of x0;
+    model and chosen: as in `losses_at`; x0 fp32 [B,C,h,w]; labels int64 [B]; ids int64 [B] from `sample_ids`, on the device of x0;
     seed: the run's; null: id of the null class.
     """
     t = sample_timesteps(config, seed, ids)
     labels = drop_labels(config, seed, ids, labels, null)
     noise = kernels.counter_normal(seed, Stream.NOISE, ids, tuple(x0.shape[1:]))
-    return losses_at(model, x0, noise, t, labels, config.prediction)
+    return losses_at(model, x0, noise, t, labels, config.prediction, *chosen)

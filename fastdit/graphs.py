@@ -9,6 +9,7 @@ of the parts before it run.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastdit.model import DiT
+from fastdit.model import DiT, Subset
 
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
@@ -84,26 +85,43 @@ def one_part(model: DiT) -> list[Part]:
     """Return the forward pass as one part."""
     forward = model.forward
 
-    def run(x: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor]:
-        return (forward(x, t, labels),)
+    def run(*inputs: Tensor) -> tuple[Tensor]:
+        return (forward(*inputs),)
 
     return [Part(run, list(model.parameters()))]
 
 
 def parts_by_block(model: DiT) -> list[Part]:
     """Return the forward pass as a part for the embedding, one per block and one for the output. The modulation of later blocks
-    travels through the parts."""
+    travels through the parts, and behind it the stream of the first dense blocks to the block after which it is joined."""
+    between = model.between
+    subset: Subset | None = None  # of the batch; not differentiable, so that it does not travel
 
-    def run_block(block: nn.Module, x: Tensor, y: Tensor, *modulation: Tensor) -> tuple[Tensor, ...]:
-        return *model.run_block(block, x, y, modulation[:6]), *modulation[6:]
+    def run_embed(x: Tensor, t: Tensor, labels: Tensor, *chosen: Tensor) -> tuple[Tensor, ...]:
+        nonlocal subset
+        subset = model.subset(*chosen) if chosen else None
+        return model.embed(x, t, labels)
+
+    def run_block(i: int, x: Tensor, y: Tensor, *later: Tensor) -> tuple[Tensor, ...]:
+        modulation, later = later[:6], later[6:]
+        x, y = model.run_block(model.blocks[i], x, y, modulation, subset if i in between else None)
+        if i + 1 == between.start and between:
+            return (*(subset.take(t) if subset else t for t in (x, y)), *later, x)
+        if i + 1 == between.stop and between:
+            *later, dense = later
+            return *model.join(dense, x, modulation, subset), *later
+        return x, y, *later
 
     def run_output(_: Tensor, y: Tensor) -> tuple[Tensor]:
         return (model.project(y),)
 
-    later = {*model.blocks.parameters(), *model.output.parameters()}
+    own = [list(block.parameters()) for block in model.blocks]
+    if model.fusion is not None:
+        own[between.stop - 1].extend(model.fusion.parameters())
+    later = {*itertools.chain(*own), *model.output.parameters()}
     return [
-        Part(model.embed, [p for p in model.parameters() if p not in later]),
-        *(Part(functools.partial(run_block, block), list(block.parameters())) for block in model.blocks),
+        Part(run_embed, [p for p in model.parameters() if p not in later]),
+        *(Part(functools.partial(run_block, i), parameters) for i, parameters in enumerate(own)),
         Part(run_output, list(model.output.parameters())),
     ]
 
@@ -122,16 +140,16 @@ class TrainingGraphs:
         self.recorded = False
         self.steps = 0  # forward passes replayed
 
-    def __call__(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Return the velocity, as DiT.forward does, of a batch with labels. Raises ValueError if its shapes are not the first's."""
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Return the velocity, as DiT.forward does with these arguments. Raises ValueError if their shapes are not the first's."""
         if not (self.model.training and torch.is_grad_enabled()):
-            return self.eager_forward(x, t, labels)
-        inputs = x, t, labels
+            return self.eager_forward(*inputs)
         if not self.recorded:
             self._record([tensor.clone() for tensor in inputs])
         if [tensor.shape for tensor in inputs] != [tensor.shape for tensor in self.inputs]:
             raise ValueError(
-                f"a model recorded for batches of {list(self.inputs[0].shape)} is given {list(x.shape)}: use train.compile=blocks"
+                f"a model recorded for batches of {list(self.inputs[0].shape)} is given {list(inputs[0].shape)}: use "
+                "train.compile=blocks"
             )
         for buffer, tensor in zip(self.inputs, inputs, strict=True):
             buffer.copy_(tensor)

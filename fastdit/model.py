@@ -6,12 +6,13 @@ Shapes:
     C  latent channels     H  width                                     L  blocks
     h  latent rows         N  heads                                     U  distinct classes of a batch
     w  latent columns      D  head dim, H/N                             p  side of a patch
+    K  tokens of an image that are kept
 
 All widths come from ModelConfig. No block holds a Python scalar that differs between layers: each would cost a recompile.
 """
 
 import functools
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -145,7 +146,7 @@ class Attention(nn.Module):
         self.k_weight = nn.Parameter(torch.ones(size)) if size else None
 
     def forward(self, y: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        """y [B,T,H] -> [B,T,H]; cos and sin fp32 [T,D/2], None: no rotation."""
+        """y [B,T,H] -> [B,T,H]; cos and sin fp32 [T,D/2] or [B,T,D/2], None: no rotation."""
         qkv, q_weight, k_weight = self.qkv(y), self.q_weight, self.k_weight
         if self.full_width:  # the oldest base checkpoints: RMSNorm before the split into heads, with eps = H
             q, k, v = qkv.chunk(3, dim=-1)
@@ -215,6 +216,50 @@ class Block(nn.Module):
         return kernels.gated_residual_modulate(x, self.mlp(y), gate2, next_shift, next_scale, self.eps, self.mlp.down.bias)
 
 
+class Subset(NamedTuple):
+    """What the blocks between the dense ones see of a training batch."""
+
+    rows: Tensor | None  # int64 [B·K], the kept tokens of the batch as rows of [B·T]; None: all
+    tables: tuple[Tensor | None, Tensor | None]  # cos and sin of these tokens, fp32 [B,K,D/2], [T,D/2] if all are kept
+    dropped: Tensor  # bool [B], whether a sample leaves these blocks out
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return the kept tokens [B,K,H] of x [B,T,H]."""
+        return x if self.rows is None else x.flatten(0, 1).index_select(0, self.rows).view(len(x), -1, x.shape[-1])
+
+
+class Fusion(nn.Module):
+    """Joins the stream of the first dense blocks with that of the blocks after them (SPRINT, arXiv:2510.21986): one Linear on both
+    side by side, as two halves, so that only tokens that were kept are multiplied by the sparse half. Elsewhere a mask token, which
+    is learned, takes their place."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width, bias=False)
+        self.sparse = nn.Linear(config.width, config.width, bias=False)
+        self.mask = nn.Parameter(torch.empty(config.width))
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Initialise in place: the mean of both streams, and a N(0, 0.02) mask token."""
+        for linear in (self.dense, self.sparse):
+            nn.init.eye_(linear.weight).mul_(0.5)
+        nn.init.normal_(self.mask, std=0.02)
+
+    def forward(self, x: Tensor, sparse: Tensor, subset: Subset | None) -> Tensor:
+        """Return the joined stream [B,T,H]. x: stream of the dense blocks [B,T,H]; sparse: of the blocks after them, of the kept
+        tokens [B,K,H], or of the first samples of a batch, if the others leave these blocks out."""
+        B, T, H = x.shape
+        mask, sparse = self.sparse(self.mask[None]), self.sparse(sparse)
+        if subset is not None:
+            sparse = torch.where(subset.dropped[:, None, None], mask, sparse)
+            if subset.rows is not None:
+                sparse = mask.expand(B * T, H).index_copy(0, subset.rows, sparse.flatten(0, 1)).view(B, T, H)
+        elif len(sparse) < B:
+            sparse = torch.cat((sparse, mask.expand(B - len(sparse), T, H)))
+        return self.dense(x) + sparse
+
+
 class DiT(nn.Module):
     """Class-conditional velocity model v(x_t, t, class)."""
 
@@ -235,6 +280,7 @@ class DiT(nn.Module):
         else:
             self.register_buffer("positions", fixed_positions(config), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(L))
+        self.fusion = Fusion(config) if config.dense_blocks else None
         # All modulations from few large Linears; order in a block: shift, scale and gate of attention, then of the MLP.
         self.modulation = nn.ModuleList(nn.Linear(H, 6 * blocks * H) for blocks in config.group_sizes)
         self.final_modulation = nn.Linear(H, 2 * H)
@@ -261,10 +307,13 @@ class DiT(nn.Module):
         if isinstance(self.positions, nn.Parameter):
             with torch.no_grad():
                 self.positions.copy_(sincos_positions(int(len(self.positions) ** 0.5), self.config.width))
+        if self.fusion is not None:
+            self.fusion.initialize()
         if not self.config.zero_init_gates:
             return
+        fusion = () if self.fusion is None else (self.fusion.dense, self.fusion.sparse)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module not in fusion:
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -327,20 +376,25 @@ class DiT(nn.Module):
         x = tokens.unflatten(2, (-1, p, p)).unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5)
         return x.flatten(4).flatten(2, 3)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, labels: Tensor | None, tokens: Tensor | None = None, dropped: Tensor | None = None
+    ) -> Tensor:
         """Return the velocity at (x, t), [B,C,h,w] in the dtype of the parameters.
 
         x [B,C,h,w] of any float dtype; t fp32 [B] in (0,1], 1 is noise; labels int64 [B] in 0..num_classes, the last is the
-        null class, or None: no class input at all.
+        null class, or None: no class input at all. tokens int64 [B,K] and dropped bool [B], from flow.choose_tokens: what the
+        blocks between the dense ones see in training; None: all tokens of all samples.
         """
         x, y, *modulation = self.embed(x, t, labels)
-        return self._run_blocks(x, y, modulation)
+        subset = None if tokens is None or dropped is None else self.subset(tokens, dropped)
+        return self._run_blocks(x, y, modulation, subset)
 
-    def velocity(self, x: Tensor, t: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, classes: Tensor, rows: Tensor, deep: int | None = None) -> Tensor:
         """Return the velocity of samples that share a timestep: as `forward`, with t fp32 [], and classes [U,H] and rows int64 [B]
-        from `embed_classes`. The time embedding is computed once and the modulation once per class."""
+        from `embed_classes`. The time embedding is computed once and the modulation once per class. deep: number of first samples
+        that pass through the blocks between the dense ones; the others leave them out."""
         x, y, *modulation = self._enter(x, self.modulations(t.reshape(1), classes, rows))
-        return self._run_blocks(x, y, modulation)
+        return self._run_blocks(x, y, modulation, deep=deep)
 
     def embed(self, x: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
         """Return the input of the first block: the residual stream x and its modulated norm y, both [B,T,H], and the 6·L modulation
@@ -355,14 +409,54 @@ class DiT(nn.Module):
             x = x + self.positions
         return x, kernels.modulate(x, modulation[0], modulation[1], self.config.norm_eps), *modulation[2:]
 
-    def run_block(self, block: nn.Module, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Run one of self.blocks, under activation checkpointing if blocks are recomputed."""
-        run = functools.partial(recomputed, block) if self.recompute == "full" and self.training else block
-        return run(x, y, modulation, self.cos, self.sin)
+    def subset(self, tokens: Tensor, dropped: Tensor) -> Subset:
+        """Return what the blocks between the dense ones see: of each sample the tokens int64 [B,K]; dropped bool [B]."""
+        B, K = tokens.shape
+        T = self.config.tokens
+        if K == T:
+            return Subset(None, (self.cos, self.sin), dropped)
+        take = lambda table: None if table is None else table.index_select(0, tokens.flatten()).view(B, K, -1)
+        rows = tokens + T * torch.arange(B, device=tokens.device)[:, None]
+        return Subset(rows.flatten(), (take(self.cos), take(self.sin)), dropped)
 
-    def _run_blocks(self, x: Tensor, y: Tensor, modulation: list[Tensor]) -> Tensor:
+    @property
+    def between(self) -> range:
+        """Numbers of the blocks between the dense ones."""
+        first, last = self.config.dense_blocks or (len(self.blocks), 0)
+        return range(first, len(self.blocks) - last)
+
+    def run_block(
+        self, block: nn.Module, x: Tensor, y: Tensor, modulation: tuple[Tensor, ...], subset: Subset | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run one of self.blocks, under activation checkpointing if blocks are recomputed. subset: of the tokens of x and y."""
+        run = functools.partial(recomputed, block) if self.recompute == "full" and self.training else block
+        cos, sin = subset.tables if subset else (self.cos, self.sin)
+        return run(x, y, modulation, cos, sin)
+
+    def join(
+        self, x: Tensor, sparse: Tensor, modulation: tuple[Tensor, ...], subset: Subset | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return x and y for the first of the last dense blocks. x, sparse: as in Fusion.forward; modulation: six of [B,H], of
+        the block before it."""
+        assert self.fusion is not None  # there are blocks between
+        x = self.fusion(x, sparse, subset)
+        return x, kernels.modulate(x, *modulation[4:], self.config.norm_eps)
+
+    def _run_blocks(
+        self, x: Tensor, y: Tensor, modulation: list[Tensor], subset: Subset | None = None, deep: int | None = None
+    ) -> Tensor:
+        between, dense = self.between, x
         for i, block in enumerate(self.blocks):
-            x, y = self.run_block(block, x, y, tuple(modulation[6 * i : 6 * i + 6]))
+            vectors = tuple(modulation[6 * i : 6 * i + 6])
+            if i not in between:
+                x, y = self.run_block(block, x, y, vectors)
+                continue
+            if i == between.start:
+                dense = x
+                x, y = (subset.take(t) if subset else t[:deep] for t in (x, y))
+            x, y = self.run_block(block, x, y, vectors if deep is None else tuple(v[:deep] for v in vectors), subset)
+            if i + 1 == between.stop:
+                x, y = self.join(dense, x, vectors, subset)
         return self.project(y)
 
     def project(self, y: Tensor) -> Tensor:

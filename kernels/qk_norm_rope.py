@@ -34,7 +34,7 @@ def _norm_and_rotate(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: 
         y = F.rms_norm(y, (x.shape[-1],), weight.to(dtype), eps)
     if cos is not None:
         assert sin is not None  # both or neither
-        cos, sin = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+        cos, sin = cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
         x1, x2 = y.chunk(2, dim=-1)
         y = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
     return y.to(x.dtype).transpose(1, 2)
@@ -70,6 +70,12 @@ def _locate_rows(first, T, N: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _table_rows(b, t, T, PER_SAMPLE: tl.constexpr):
+    """Return the rows of the rotary tables, which all samples share or which are those of [B,T,D/2]."""
+    return b * T + t if PER_SAMPLE else t
+
+
+@triton.jit
 def _load_table(table_ptr, t, columns, mask, HALF: tl.constexpr):
     return tl.load(table_ptr + t * HALF + columns, mask=mask, other=0.0)
 
@@ -98,7 +104,7 @@ def _forward_rows(
 @triton.jit(do_not_specialize=["rows", "T"])
 def qk_norm_rope_forward_kernel(
     qkv_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, qkv_stride_b, qkv_stride_t, rows, T,
-    N: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, PER_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS heads of q (grid axis 1 = 0) or of k (1), which are stored token-major."""
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -107,10 +113,11 @@ def qk_norm_rope_forward_kernel(
     mask = (row < rows) & (columns < D // 2)
     b, t, head = _locate_rows(first, T, N, ROWS)
     x_ptr = qkv_ptr + b * qkv_stride_b + t * qkv_stride_t + head * D
+    angle = _table_rows(b, t, T, PER_SAMPLE)
     if tl.program_id(1) == 0:
-        _forward_rows(x_ptr, q_ptr + row * D, q_weight_ptr, cos_ptr, sin_ptr, t, columns, mask, D, EPS)
+        _forward_rows(x_ptr, q_ptr + row * D, q_weight_ptr, cos_ptr, sin_ptr, angle, columns, mask, D, EPS)
     else:
-        _forward_rows(x_ptr + N * D, k_ptr + row * D, k_weight_ptr, cos_ptr, sin_ptr, t, columns, mask, D, EPS)
+        _forward_rows(x_ptr + N * D, k_ptr + row * D, k_weight_ptr, cos_ptr, sin_ptr, angle, columns, mask, D, EPS)
 
 
 @triton.jit
@@ -153,7 +160,7 @@ def qk_norm_rope_backward_kernel(
     dq_ptr, dk_ptr, dv_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dqkv_ptr, sums_ptr,
     dq_stride_b, dq_stride_n, dq_stride_t, dq_stride_d, dk_stride_b, dk_stride_n, dk_stride_t, dk_stride_d,
     dv_stride_b, dv_stride_n, dv_stride_t, dv_stride_d, qkv_stride_b, qkv_stride_t, rows, T, iterations,
-    N: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, PER_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`iterations` tiles of ROWS heads of q, k or v (grid axis 1 = 0, 1, 2), into their third of the packed gradient.
 
@@ -172,10 +179,11 @@ def qk_norm_rope_backward_kernel(
         b, t, head = _locate_rows(first, T, N, ROWS)
         x_ptr = qkv_ptr + b * qkv_stride_b + t * qkv_stride_t + head * D
         dx_ptr = dqkv_ptr + (b * T + t) * (3 * N * D) + head * D
+        angle = _table_rows(b, t, T, PER_SAMPLE)
         if part == 0:
             dy_ptr = dq_ptr + b * dq_stride_b + head * dq_stride_n + t * dq_stride_t
             sum1, sum2 = _backward_rows(
-                dy_ptr, dq_stride_d, x_ptr, dx_ptr, q_weight_ptr, cos_ptr, sin_ptr, t, columns, mask, sum1, sum2, D, EPS
+                dy_ptr, dq_stride_d, x_ptr, dx_ptr, q_weight_ptr, cos_ptr, sin_ptr, angle, columns, mask, sum1, sum2, D, EPS
             )
         elif part == 1:
             dy_ptr = dk_ptr + b * dk_stride_b + head * dk_stride_n + t * dk_stride_t
@@ -187,7 +195,7 @@ def qk_norm_rope_backward_kernel(
                 k_weight_ptr,
                 cos_ptr,
                 sin_ptr,
-                t,
+                angle,
                 columns,
                 mask,
                 sum1,
@@ -229,7 +237,20 @@ def _chunks(tiles: int, D: int, arch: int) -> tuple[int, int]:
 
 
 def _table(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()  # built once per model, contiguous: no copy
+    return None if t is None else t.contiguous()  # made contiguous: no copy of those of the model
+
+
+def _per_sample(cos: Tensor | None) -> bool:
+    """Return whether each sample has rotary tables of its own, [B,T,D/2]."""
+    return cos is not None and cos.ndim == 3
+
+
+def _cpp_tables(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None
+) -> list[Tensor | None]:
+    """Return the weights and tables as the C++ kernels read them: tables that all samples share as [B,T,D/2] with a stride of 0."""
+    rotary = (None if t is None else t.expand(len(qkv), -1, -1) for t in map(_table, (cos, sin)))
+    return [_table(q_weight), _table(k_weight), *rotary]
 
 
 def _forward_fake(
@@ -286,7 +307,7 @@ def _forward_triton(
         tile, qkv = _tile(D), inner_contiguous(qkv)
         grid = cdiv(rows, tile["ROWS"]), 2
         tensors = qkv, q, k, _table(q_weight), _table(k_weight), _table(cos), _table(sin)
-        launch(qk_norm_rope_forward_kernel, grid, qkv, *tensors, *qkv.stride()[:2], rows, T, N, D, eps, **tile)
+        launch(qk_norm_rope_forward_kernel, grid, qkv, *tensors, *qkv.stride()[:2], rows, T, N, D, eps, _per_sample(cos), **tile)
     return q, k
 
 
@@ -317,7 +338,8 @@ def _backward_triton(
     sums = qkv.new_empty((1, programs, 2, D), dtype=torch.float32) if dweights.numel() else None
     tensors = dq, dk, dv, qkv, _table(q_weight), _table(k_weight), _table(cos), _table(sin), dqkv, sums
     strides = *dq.stride(), *dk.stride(), *dv.stride(), *qkv.stride()[:2]
-    launch(qk_norm_rope_backward_kernel, (programs, 3), qkv, *tensors, *strides, rows, T, iterations, N, D, eps, **tile)
+    sizes = rows, T, iterations, N, D, eps, _per_sample(cos)
+    launch(qk_norm_rope_backward_kernel, (programs, 3), qkv, *tensors, *strides, *sizes, **tile)
     if sums is not None:
         reduce_partials(sums, dweights)
     return dqkv, dweights
@@ -354,8 +376,7 @@ def _forward_cpp(
 ) -> tuple[Tensor, Tensor]:
     q, k = _forward_cpp_fake(qkv, q_weight, k_weight, cos, sin, num_heads, eps)
     if q.numel():
-        tables = [_table(t) for t in (q_weight, k_weight, cos, sin)]
-        cpp.qk_norm_rope_forward(inner_contiguous(qkv), *tables, eps, q, k)
+        cpp.qk_norm_rope_forward(inner_contiguous(qkv), *_cpp_tables(qkv, q_weight, k_weight, cos, sin), eps, q, k)
     return q, k
 
 
@@ -379,7 +400,7 @@ def _backward_cpp(
     dqkv, dweights = _backward_fake(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, num_heads, eps)
     if not dq.numel():
         return dqkv, dweights.zero_()
-    grads, tables = [inner_contiguous(t) for t in (dq, dk, dv)], [_table(t) for t in (q_weight, k_weight, cos, sin)]
+    grads, tables = [inner_contiguous(t) for t in (dq, dk, dv)], _cpp_tables(qkv, q_weight, k_weight, cos, sin)
     cpp.qk_norm_rope_backward(*grads, inner_contiguous(qkv), *tables, eps, dqkv, dweights)
     return dqkv, dweights
 
@@ -427,17 +448,17 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values from one projection: RMSNorm over each head of q and k, then rotary positions.
 
-    qkv [B,T,3·N·D], packed as (q | k | v); q_weight, k_weight [D] or None (no norm); cos, sin fp32 [T,D/2] or None (no
-    rotation). The rotation is half-split: with x1 | x2 the halves of a head, (x1·cos − x2·sin | x2·cos + x1·sin)
-    (RoFormer, arXiv:2104.09864, with the pairs (j, j + D/2)). RMSNorm: x·rsqrt(mean(x²) + eps)·weight (arXiv:1910.07467,
-    equation 4). Returns q, k, v as [B,N,T,D] in the dtype of qkv: q and k are views of token-major [B,T,N,D] memory (C++: of
-    head-major [B,N,T,D], which CPU matmuls take without a copy), v is a view of qkv. Maths in fp32; gradients in the dtype of
-    each input, those of q, k and v of any strides.
+    qkv [B,T,3·N·D], packed as (q | k | v); q_weight, k_weight [D] or None (no norm); cos, sin fp32 [T,D/2], [B,T,D/2] if the
+    positions differ between samples, or None (no rotation). The rotation is half-split: with x1 | x2 the halves of a head,
+    (x1·cos − x2·sin | x2·cos + x1·sin) (RoFormer, arXiv:2104.09864, with the pairs (j, j + D/2)). RMSNorm:
+    x·rsqrt(mean(x²) + eps)·weight (arXiv:1910.07467, equation 4). Returns q, k, v as [B,N,T,D] in the dtype of qkv: q and k are
+    views of token-major [B,T,N,D] memory (C++: of head-major [B,N,T,D], which CPU matmuls take without a copy), v is a view of
+    qkv. Maths in fp32; gradients in the dtype of each input, those of q, k and v of any strides.
     Raises ValueError for other shapes, an odd head dim or one over 256, cos/sin that are not fp32 (fp64 with fp64 qkv) or that
     require grad, integer tensors, tensors on two devices, or fp64 outside the reference.
     """
     op = "qk_norm_rope"
-    _, T, packed = check_tokens(op, "qkv", qkv)
+    B, T, packed = check_tokens(op, "qkv", qkv)
     if num_heads < 1 or packed % (3 * num_heads):
         raise ValueError(f"{op}: qkv has width {packed}, which is not 3 x {num_heads} heads x a head dim")
     D = packed // (3 * num_heads)
@@ -451,7 +472,7 @@ def qk_norm_rope(
             check_shape(op, name, weight, (D,))
     for name, table in (("cos", cos), ("sin", sin)):
         if table is not None:
-            check_shape(op, name, table, (T, D // 2))
+            check_shape(op, name, table, (B, T, D // 2) if _per_sample(cos) else (T, D // 2))
             if table.dtype not in (torch.float32, compute_dtype(qkv)):
                 raise ValueError(f"{op}: {name} has dtype {table.dtype}, but rotary tables must stay in float32")
     check_no_grad(op, cos=cos, sin=sin)

@@ -37,6 +37,13 @@ from fastdit.sampling import solvers
         ("model.mlp=relu", ["model.mlp=relu", "did you mean 'gelu'"]),
         ("model.norm_eps=0", ["model.norm_eps=0.0", "at least 1e-12"]),
         ("model.time_frequency=0", ["model.time_frequency=0.0", "at least 0.001"]),
+        ("model.keep_tokens=0", ["model.keep_tokens=0.0", "above 0 and at most 1"]),
+        ("model.path_drop=1", ["model.path_drop=1.0", "below 1"]),
+        ("model.dense_blocks=2", ["model.dense_blocks='2'", "a list", "[2,2]"]),
+        ("model.dense_blocks=[2]", ["model.dense_blocks=[2]", "two numbers"]),
+        ("model.dense_blocks=[3,3]", ["model.dense_blocks=[3, 3]", "below model.depth=6"]),
+        ("model.dense_blocks=[0,2]", ["model.dense_blocks=[0, 2]", "at least 1"]),
+        ("sample.path_drop_guidance=true", ["sample.path_drop_guidance=true", "model.path_drop above 0"]),
         ("model.modulation_groups=9", ["model.modulation_groups=9", "model.depth=6"]),
         ("flow.label_dropout=2", ["flow.label_dropout=2.0", "below 1"]),
         ("width=3", ["width=3", "section.key=value"]),
@@ -299,6 +306,19 @@ def test_saved_configs_from_before_the_switches_of_sit():
     for key in ("mlp", "linear_bias", "norm_eps", "time_frequency"):
         del saved["model"][key]
     assert from_saved(saved) == parse(None, ["model.preset=S/2"])
+
+
+def test_dense_blocks_have_a_default_if_something_needs_them():
+    assert parse().model.dense_blocks is None
+    for override in ("model.keep_tokens=0.25", "model.path_drop=0.1"):
+        assert parse(None, [override]).model.dense_blocks == (2, 2)
+    given = parse(None, ["model.keep_tokens=0.3", "model.dense_blocks=[1,3]"])
+    assert given.model.dense_blocks == (1, 3) and (given.model.tokens, given.model.kept_tokens) == (64, 19)
+    assert given.model.block_tokens == 4 * 64 + 2 * 19 and parse().model.block_tokens == 6 * 64
+    assert from_saved(json.loads(given.to_json())) == given == from_dict(yaml.safe_load(given.to_yaml()))
+    assert hash(given.model) != hash(parse().model)
+    with pytest.raises(InputError, match=r"keep_tokens=0\.5 needs model\.dense_blocks"):
+        config.ModelConfig(keep_tokens=0.5)
 
 
 def test_the_old_name_of_recompute():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdit import flops, kernels
+from fastdit import flops, flow, kernels
 from fastdit.config import parse
 from fastdit.model import DiT
 
@@ -17,6 +17,7 @@ from fastdit.model import DiT
         ["model.preset=test/4"],
         ["model.preset=nano/4", "model.positions=rope_2d", "model.class_width=32"],
         ["model.preset=sit-S/2", "model.depth=2", "model.input_size=8"],
+        ["model.preset=test/4", "model.depth=6", "model.positions=rope_2d", "model.keep_tokens=0.3", "model.dense_blocks=[2,1]"],
     ],
 )
 def test_flops_are_those_that_torch_counts(words):
@@ -25,8 +26,9 @@ def test_flops_are_those_that_torch_counts(words):
     counted, batch = flops.walk(config, 2, torch.float32, "none"), 2
     model = DiT(config)
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size)
+    chosen = flow.choose_tokens(config, 0, torch.arange(batch), dense=False)
     with FlopCounterMode(display=False) as forward:
-        loss = model(x, torch.rand(batch), torch.zeros(batch, dtype=torch.int64)).sum()
+        loss = model(x, torch.rand(batch), torch.zeros(batch, dtype=torch.int64), *chosen).sum()
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     assert counted.forward == forward.get_total_flops()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdit import flow, kernels
-from fastdit.config import FlowConfig, parse
+from fastdit.config import FlowConfig, from_dict, parse
 from fastdit.training.loop import train
 
 
@@ -37,6 +37,26 @@ def test_label_dropout_rate_and_independence_of_the_split():
     halves = [flow.drop_labels(FlowConfig(), 0, ids(5, k, 10_000), labels[k : k + 10_000], 10) for k in (0, 10_000)]
     assert torch.equal(torch.cat(halves), dropped)
     assert not flow.drop_labels(FlowConfig(label_dropout=0.0), 0, ids(5, 0, 20_000), labels, 10).eq(10).any()
+
+
+def test_chosen_tokens_are_random_subsets_that_do_not_depend_on_the_split():
+    config = from_dict({"model": {"preset": "test/4", "depth": 5, "keep_tokens": 0.25, "path_drop": 0.1}}).model
+    tokens, dropped = flow.choose_tokens(config, 7, ids(5, 0, 4000), dense=False)
+    assert tokens.shape == (4000, 16) and (tokens.diff(dim=1) > 0).all() and tokens.min() == 0 and tokens.max() == 63
+    for k in (0, 1000, 3000):
+        again = flow.choose_tokens(config, 7, ids(5, k, 1000), dense=False)
+        assert torch.equal(again[0], tokens[k : k + 1000]) and torch.equal(again[1], dropped[k : k + 1000])
+    # each token in a quarter of the samples, pairs of tokens in 16·15 of 64·63: five standard errors
+    shares = torch.nn.functional.one_hot(tokens, 64).sum(1).double()
+    assert (shares.mean(0) - 0.25).abs().max() < 5 * (0.25 * 0.75 / 4000) ** 0.5
+    pairs = (shares.T @ shares / 4000)[~torch.eye(64, dtype=torch.bool)]
+    expected = 16 * 15 / (64 * 63)
+    assert (pairs - expected).abs().max() < 5 * (expected * (1 - expected) / 4000) ** 0.5
+    assert abs(dropped.double().mean() - 0.1) < 5 * (0.09 / 4000) ** 0.5
+    for seed, step in ((8, 5), (7, 6)):
+        assert not torch.equal(flow.choose_tokens(config, seed, ids(step, 0, 4000), dense=False)[0], tokens)
+    assert torch.equal(flow.choose_tokens(config, 7, ids(5, 0, 2), dense=True)[0], torch.arange(64).expand(2, -1))
+    assert flow.choose_tokens(from_dict({}).model, 7, ids(5, 0, 2), dense=False) == ()
 
 
 def test_losses_are_the_formula():

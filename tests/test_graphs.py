@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cuda_graphs
-from fastdit import distributed, graphs
+from fastdit import distributed, flow, graphs
 from fastdit.config import InputError, from_dict, parse
 from fastdit.graphs import record_training, release_recorded
 from fastdit.model import DiT
@@ -33,7 +33,8 @@ def batch(model, step, size=3):
     g = torch.Generator().manual_seed(step)
     c = model.config
     x = torch.randn(size, c.in_channels, c.input_size, c.input_size, generator=g)
-    return x, torch.rand(size, generator=g), torch.randint(0, c.num_classes + 1, (size,), generator=g)
+    labels = torch.randint(0, c.num_classes + 1, (size,), generator=g)
+    return x, torch.rand(size, generator=g), labels, *flow.choose_tokens(c, step, torch.arange(size), dense=False)
 
 
 def steps(model, count=3):
@@ -57,6 +58,7 @@ def steps(model, count=3):
     [
         {},
         {"positions": "absolute", "class_width": 24, "modulation_groups": 2},
+        {"positions": "rope_2d", "depth": 4, "dense_blocks": (1, 1), "keep_tokens": 0.3, "path_drop": 0.5},
         {"positions": "sincos", "qk_norm": "none", "mlp": "gelu", "linear_bias": True, "norm_eps": 1e-6, "time_frequency": 1.0},
     ],
     ids=str,
@@ -70,10 +72,13 @@ def test_velocities_and_gradients_are_those_without_graphs_to_the_bit(variant, r
 
 @pytest.mark.parametrize("per_block", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "light", "full"])
-def test_what_is_captured_is_the_whole_step(monkeypatch, recompute, per_block):
+@pytest.mark.parametrize(
+    "model", [{}, {"positions": "rope_2d", "dense_blocks": (1, 1), "keep_tokens": 0.3, "path_drop": 0.5}], ids=str
+)
+def test_what_is_captured_is_the_whole_step(monkeypatch, recompute, per_block, model):
     """With a stand-in for CUDA graphs that repeats the operators of a capture: what was not captured, or read memory that is not
     the graphs' own, would be of the first batch."""
-    plain, recorded = make(recompute), make(recompute)
+    plain, recorded = make(recompute, **model), make(recompute, **model)
     wanted = steps(plain)
     captures = cuda_graphs.install(monkeypatch)
     monkeypatch.setattr(graphs, "graph_pool", lambda device: torch.cuda.graph_pool_handle())

@@ -3,6 +3,7 @@
 B images per GPU and micro-step, T tokens, H width, F hidden width, N parameters, p bytes per weight (bf16 2, fp32 4), W GPUs.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from fastdit import kernels
@@ -28,7 +29,7 @@ def op_bytes(model: ModelConfig, fused: bool, recompute: str = "none") -> float:
     half-width products and sums a rotation. GELU and the sums of gradients of biases in the attention are PyTorch's in both cases.
     The patch embedding, the noise and the loss, under 1 %, are left out.
     """
-    T, H, F = (model.input_size // model.patch_size) ** 2, model.width, model.hidden
+    H, F = model.width, model.hidden
     norm, rope, gelu = model.qk_norm != "none", model.positions.startswith("rope"), model.mlp == "gelu"
     if fused:  # elements: half of the bytes in bf16
         ops = ("gated_residual_modulate", "qk_norm_rope", "swiglu")
@@ -44,7 +45,7 @@ def op_bytes(model: ModelConfig, fused: bool, recompute: str = "none") -> float:
     backward = 2 * residual[1] * H + (qk[1] + biases) * H + activation[1] * F
     light = F if fused and not gelu else activation[0] * F  # the fused backward writes one output more
     again = {"none": 0, "light": light, "full": forward}[recompute]
-    return model.depth * T * (forward + backward + again)
+    return model.block_tokens * (forward + backward + again)
 
 
 class Memory(NamedTuple):
@@ -90,7 +91,8 @@ def memory(config: Config, gpus: int, card: Card | None = None) -> Memory:
     is used of them, and no more than a model's gradients."""
     train, stage, dtype = config.train, actual_stage(config, gpus), DTYPES[config.train.precision]
     p = dtype.itemsize
-    one, two = (walk(config.model, B, dtype, train.recompute) for B in (1, 2))
+    model = replace(config.model, keep_tokens=1.0) if train.dense_steps else config.model  # the steps that take most
+    one, two = (walk(model, B, dtype, train.recompute) for B in (1, 2))
     N = one.parameters
     share = N / gpus if stage else N
     gradients = gradients_of(stage, N, share, p, train.accumulation > 1 or (gpus > 1 and not stage))

@@ -198,6 +198,13 @@ def assumptions(config: Config, card: Card, gpus: int) -> list[str]:
     ]  # fmt: skip
     if gpus == 1 and actual_stage(config, gpus) != config.zero.stage:
         lines.append(f"one GPU has nothing to shard: the engine runs without ZeRO, whatever zero.stage={config.zero.stage} says")
+    model = config.model
+    if model.keep_tokens < 1:
+        between = model.depth - sum(model.dense_blocks or ())
+        lines.append(
+            f"{between} of {model.depth} blocks see {model.kept_tokens} of {model.tokens} tokens; FLOPs, bytes and time are those "
+            "of such a step, memory that of a step of train.dense_steps, if there are any"
+        )
     if config.zero.stage == 3:
         lines.append(f"ZeRO 3: DeepSpeed keeps up to {ZERO_3_LIVE / 1e9:.0f} G gathered weights from the forward to the backward")
     if config.zero.offload:

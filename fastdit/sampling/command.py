@@ -189,6 +189,7 @@ class Drawing:
         interval = (settings.guidance_low, settings.guidance_high)
         guidance = f"guidance {settings.guidance:g} (papers' scale {1 + settings.guidance:g})"
         guidance += f" for t in {list(interval)}" if interval != (0, 1) else ""
+        guidance += ", by path drop" if settings.path_drop_guidance else ""
         if sampler.config.flow.label_dropout == 0:
             guidance = "guidance 0 (the model has no null class: it was trained with flow.label_dropout=0)"
         seed = f"seed {self.request.seed}{' per sample' * self.request.seed_per_sample}"
@@ -335,6 +336,11 @@ def add_sampler(parser: argparse._ActionsContainer) -> None:
         help="Least timestep with guidance, 0 to 1 (1 is noise). Steps without guidance take half of the time.",
     )  # fmt: skip
     add("--guidance-high", type=float, metavar="T", help="Greatest timestep with guidance, 0 to 1.")
+    add(
+        "--path-drop-guidance", action=argparse.BooleanOptionalAction,
+        help="Whether v(null) of guidance leaves out the blocks between the dense ones: about half of its cost; for models trained "
+        "with model.path_drop.",
+    )  # fmt: skip
     add(
         "--time-shift", type=float, metavar="S", help="Shift t -> S·t/(1+(S-1)·t) of the timesteps: above 1, more steps near noise."
     )

@@ -18,7 +18,7 @@ GRAPHS = 4  # CUDA graphs that are kept: with and without guidance, for a full b
 
 
 class Graphs:
-    """DiT.velocity as CUDA graphs, one per batch size: a replay costs one launch instead of hundreds.
+    """DiT.velocity as CUDA graphs, one per batch size and number of deep samples: a replay costs one launch instead of hundreds.
 
     All graphs allocate from one memory pool. That is safe because replays follow each other on one stream and each output is
     copied before the next replay.
@@ -27,24 +27,26 @@ class Graphs:
     def __init__(self, model: DiT) -> None:
         self.model = model
         self.pool = graph_pool(torch.device("cuda"))
-        self.captured: dict[int, tuple] = {}  # by batch size, least recently used first
+        self.captured: dict[tuple[int, int | None], tuple] = {}  # by batch size and `deep`, least recently used first
 
-    def __call__(self, x: Tensor, t: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
-        """Return the velocity [B,C,h,w] of x fp32 [B,C,h,w], t fp32 [], classes [U,H] with U <= B and rows int64 [B]."""
-        batch = len(x)
-        if batch not in self.captured:
+    def __call__(self, x: Tensor, t: Tensor, classes: Tensor, rows: Tensor, deep: int | None = None) -> Tensor:
+        """Return the velocity [B,C,h,w] of x fp32 [B,C,h,w], t fp32 [], classes [U,H] with U <= B and rows int64 [B]; deep as in
+        DiT.velocity."""
+        batch, key = len(x), (len(x), deep)
+        if key not in self.captured:
             if len(self.captured) == GRAPHS:
                 del self.captured[next(iter(self.captured))]
             # U differs from batch to batch if classes are random: the buffer has room for B, and rows never points past U
-            self.captured[batch] = self._capture(x.clone(), t.clone(), classes.new_zeros(batch, classes.shape[1]), rows.clone())
-        recorded, static = self.captured[batch] = self.captured.pop(batch)
+            static = x.clone(), t.clone(), classes.new_zeros(batch, classes.shape[1]), rows.clone()
+            self.captured[key] = self._capture(static, deep)
+        recorded, static = self.captured[key] = self.captured.pop(key)
         for buffer, tensor in zip(static, (x, t, classes, rows), strict=True):
             (buffer[: len(tensor)] if tensor.ndim else buffer).copy_(tensor)
         recorded.replay()
         return recorded.results[0].clone()
 
-    def _capture(self, *static: Tensor) -> tuple[Recorded, tuple[Tensor, ...]]:
-        work = lambda: [self.model.velocity(*static)]
+    def _capture(self, static: tuple[Tensor, ...], deep: int | None) -> tuple[Recorded, tuple[Tensor, ...]]:
+        work = lambda: [self.model.velocity(*static, deep)]
         warm_up(work)
         return Recorded(work, self.pool), static
 

@@ -216,6 +216,7 @@ class Sampler:
                 f"sample.{asked} needs the null class, which this model does not have: it was trained with flow.label_dropout=0; "
                 "leave guidance out"
             )
+        settings.check_path_drop(self.config.model)
         return settings
 
     @torch.no_grad()
@@ -257,7 +258,10 @@ class Sampler:
                 drawn = noise(names[ids.start : ids.stop], settings.steps if solver.stochastic else 0)
             if not computed:
                 continue
-            velocity = solvers.guided(self.model, labels[ids.start : ids.stop], self.null, settings.guidance, interval, predicted)
+            velocity = solvers.guided(
+                self.model, labels[ids.start : ids.stop], self.null, settings.guidance, interval, predicted,
+                settings.path_drop_guidance,
+            )  # fmt: skip
             x = drawn[0]
             watch(ids, 0, x)
             points = solver.solve(velocity, x, settings.steps, settings.time_shift, drawn[1:], **at_zero)

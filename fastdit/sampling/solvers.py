@@ -58,8 +58,9 @@ def solver(name: str, calls: int | None, help: str, stochastic: bool = False) ->
 
 
 def guided(
-    model, labels: Tensor, null: int, guidance: float, interval: tuple[float, float] = (0.0, 1.0), run: Callable | None = None
-) -> Velocity:
+    model, labels: Tensor, null: int, guidance: float, interval: tuple[float, float] = (0.0, 1.0), run: Callable | None = None,
+    path_drop: bool = False,
+) -> Velocity:  # fmt: skip
     """Return the velocity (1+w)·v(class) − w·v(null) with w = guidance (arXiv:2207.12598, equation 6).
 
     All channels are guided, and both halves are computed in one batch. If w = 0 or t is outside `interval` (arXiv:2404.07724), only
@@ -70,6 +71,7 @@ def guided(
         labels: class ids, int64 [B].
         null: id of the null class.
         run: function that is called in place of model.velocity, such as that of `fast.fast_velocity`.
+        path_drop: v(null) leaves out the blocks between the dense ones (path-drop guidance, arXiv:2510.21986).
     """
     import torch
 
@@ -82,7 +84,8 @@ def guided(
         at = min(max(at, 0.0), 1.0)  # dopri5 steps past the end, and interpolates
         if both is None or not low <= at <= high:
             return run(x, t, *conditional).float()
-        v_class, v_null = run(torch.cat((x, x)), t, *both).float().chunk(2)
+        deep = (len(x),) if path_drop else ()
+        v_class, v_null = run(torch.cat((x, x)), t, *both, *deep).float().chunk(2)
         return (1 + guidance) * v_class - guidance * v_null
 
     return velocity

@@ -21,11 +21,11 @@ from fastdit.convert import base
 from fastdit.data.imagenet import imagenet_names
 from fastdit.model import DiT
 
-# Settings of the model that may differ from the source's. Of modulation_groups, only the sizes count; zero_init_gates,
-# class_std and attention are no property of weights.
+# Settings of the model that may differ from the source's. Of modulation_groups, only the sizes count; zero_init_gates, class_std
+# and attention are no property of weights, nor are the tokens that training keeps.
 MAY_DIFFER = {
     "preset", "input_size", "patch_size", "in_channels", "num_classes", "modulation_groups", "zero_init_gates", "attention",
-    "class_std",
+    "class_std", "keep_tokens", "path_drop",
 }  # fmt: skip
 OUTPUT = ("output.weight", "output.bias")
 PATCHES = ("patch_embedding.weight", "patch_embedding.bias", *OUTPUT)  # of a patch size and channel count
@@ -127,7 +127,8 @@ def check(theirs: ModelConfig, ours: ModelConfig, text: str) -> None:
     differ = [key for key in keys if getattr(theirs, key) != getattr(ours, key)]
     if not differ and theirs.group_sizes != ours.group_sizes:
         differ = ["modulation_groups"]
-    setting = lambda model, key: f"model.{key}={'null' if getattr(model, key) is None else str(getattr(model, key)).lower()}"
+    text_of = lambda value: "null" if value is None else str(list(value) if isinstance(value, tuple) else value).lower()
+    setting = lambda model, key: f"model.{key}={text_of(getattr(model, key)).replace(', ', ',')}"
     if differ:
         asked = " ".join(setting(ours, key) for key in differ)
         raise InputError(

@@ -348,6 +348,9 @@ class Trainer:
         `_finish_step`.
         """
         settings, codec = self.config.train, self.codec
+        dense = step >= settings.total_steps - settings.dense_steps
+        if dense and step == settings.total_steps - settings.dense_steps:
+            release_recorded(cast(DiT, self.engine.module))  # from here on, batches have other shapes
         self.step_sums.zero_()
         for micro in range(settings.accumulation):
             with self.clock.phase("data_wait", on_host=True):
@@ -361,7 +364,8 @@ class Trainer:
                 moments = batch if self.loader.manifest else codec.encode(batch)
                 x0 = codec.posterior_sample(moments, noise)
                 null = self.config.model.num_classes
-                losses = flow.losses(self.engine, x0, labels, ids, self.config.flow, seed=settings.seed, null=null)
+                chosen = flow.choose_tokens(self.config.model, settings.seed, ids, dense)
+                losses = flow.losses(self.engine, x0, labels, ids, self.config.flow, seed=settings.seed, null=null, chosen=chosen)
                 self.engine.backward(losses.total.mean())
                 with torch.no_grad():
                     self.step_sums += telemetry.loss_sums(losses)

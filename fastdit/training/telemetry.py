@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
@@ -259,8 +260,10 @@ class Log:
             self.sinks.append(TensorBoard(run, start_step))
         self.world_size = world.size
         self.batch = config.train.batch_size * config.train.accumulation * world.size  # images per step
-        counted = walk(config.model, 1, torch.float32, "none")
-        self.flops = counted.forward + counted.backward  # per image
+        flops_of = lambda model: sum(walk(model, 1, torch.float32, "none")[:2])
+        self.flops = flops_of(config.model)  # per image
+        self.dense_flops = flops_of(replace(config.model, keep_tokens=1.0))  # the same in the last train.dense_steps
+        self.dense_from = config.train.total_steps - config.train.dense_steps
         card = cards.card_of(device_name(world.device))
         self.peak = card.peak(config.train.precision) if card else None  # FLOP/s of a device
         self.bar = progress_bar(config.train.total_steps, start_step)
@@ -301,9 +304,10 @@ class Log:
             return
         now = time.perf_counter()
         rate = (step - self.line_step) * self.batch / (now - self.line_time)
+        dense = max(0, step - max(self.dense_from, self.line_step)) / (step - self.line_step)  # share of the steps
         self.line_time = now
         self.line_step = step
-        flops = rate / self.world_size * self.flops
+        flops = rate / self.world_size * ((1 - dense) * self.flops + dense * self.dense_flops)
         speed = {"images_per_s": round(rate, 2), "tflops": float(f"{flops / 1e12:.4g}")}
         if self.peak:
             speed["mfu"] = round(flops / self.peak, 4)

@@ -37,7 +37,7 @@ def eager(qkv, q_weight, k_weight, cos, sin, N, eps):
         if weight is not None:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
         if cos is not None:
-            c, s = cos.to(x.dtype), sin.to(x.dtype)
+            c, s = (table.to(x.dtype).unsqueeze(-3) for table in (cos, sin))
             x1, x2 = x.chunk(2, dim=-1)
             x = torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1)
         outputs.append(x)
@@ -91,6 +91,30 @@ def test_matches_fp64_at_model_sizes(assert_close, backend, size):
 @pytest.mark.parametrize("rotate", [True, False])
 def test_without_norm_or_rotation(assert_close, backend, norm, rotate):
     check(assert_close, backend, *inputs(2, 5, 2, 8, norm=norm, rotate=rotate))
+
+
+def of_chosen_tokens(arguments):
+    """The arguments with tables of the tokens that each sample keeps of twice as many, [B,T,D/2]."""
+    qkv, q_weight, k_weight, cos, _, *rest = arguments
+    B, T, D = *qkv.shape[:2], 2 * cos.shape[1]
+    tokens = torch.stack([torch.randperm(2 * T, generator=torch.Generator().manual_seed(b))[:T] for b in range(B)]).to(DEVICE)
+    return qkv, q_weight, k_weight, *(table[tokens] for table in tables(2 * T, D)), *rest
+
+
+@pytest.mark.usefixtures("guarded_memory")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(2, 7, 3, 64), (5, 7, 2, 72), (3, 1, 1, 6), (1, 33, 2, 32)])
+def test_tables_of_each_sample(assert_close, between_nans, backend, size):
+    """Against fp64, also with tables that are not contiguous; and where all samples have the same tokens, the shared table's
+    result to the bit."""
+    arguments, grads = inputs(*size)
+    chosen = of_chosen_tokens(arguments)
+    check(assert_close, backend, chosen, grads)
+    check(assert_close, backend, (*chosen[:3], chosen[3].mT.contiguous().mT, between_nans(chosen[4]), *chosen[5:]), grads)
+    same = *arguments[:3], *(table.repeat(size[0], 1, 1) for table in arguments[3:5]), *arguments[5:]
+    with kernels.backend(backend):
+        for a, b in zip(*(run(kernels.qk_norm_rope, each, grads) for each in (arguments, same)), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.usefixtures("guarded_memory")
@@ -218,7 +242,12 @@ def test_opcheck(backend):
     arguments, grads = inputs(2, 3, 2, 8)
     without, _ = inputs(2, 3, 2, 8, norm=(False, False), rotate=False)
     strided = (arguments[0].transpose(0, 1).contiguous().transpose(0, 1), *arguments[1:])
-    for a, g in ((arguments, grads), (without, grads), (strided, [t[:, :1].mT.contiguous().mT.expand_as(t) for t in grads])):
+    for a, g in (
+        (arguments, grads),
+        (of_chosen_tokens(arguments), grads),
+        (without, grads),
+        (strided, [t[:, :1].mT.contiguous().mT.expand_as(t) for t in grads]),
+    ):
         torch.library.opcheck(forward, a)
         torch.library.opcheck(backward, (*g, *a))
 
@@ -284,6 +313,8 @@ def test_reference_gradients():
         ({"k_weight": zeros(8, device="meta")}, "k_weight is on meta"),
         ({"cos": zeros(4, 4)}, r"cos has shape \[4, 4\], but \[3, 4\]"),
         ({"sin": zeros(3, 4, dtype=torch.bfloat16)}, "rotary tables must stay in float32"),
+        ({"cos": zeros(2, 3, 4)}, r"sin has shape \[3, 4\], but \[2, 3, 4\]"),
+        ({"cos": zeros(3, 3, 4), "sin": zeros(3, 3, 4)}, r"cos has shape \[3, 3, 4\], but \[2, 3, 4\]"),
         ({"sin": None}, "one of cos and sin is None"),
         ({"cos": zeros(3, 4, requires_grad=True)}, "cos requires grad"),
     ],

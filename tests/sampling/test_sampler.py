@@ -194,6 +194,29 @@ def test_the_check_reads_the_device_once_per_batch(run, monkeypatch):
     assert checks == [3, 3, 1]
 
 
+def test_path_drop_guidance_skips_the_blocks_between_for_the_null_class(monkeypatch):
+    """The formula, from two forward passes; the same by CUDA graphs; refused for models that were not trained for it."""
+    model, config = random_model(depth=4, dense_blocks=(1, 1), path_drop=0.1)
+    labels, seen = torch.arange(3), []
+    settings = replace(config.sample, steps=1, solver="euler", guidance=1.5, path_drop_guidance=True)
+    sampler = Sampler.of_model(model, config, None)
+    handles = [block.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))) for block in model.blocks]
+    _, x = next(sampler.latents(labels, 0, settings))
+    noise = kernels.counter_normal(0, Stream.SAMPLE, labels, (1, 32, 32))
+    assert seen == [6, 3, 3, 6]
+    for handle in handles:
+        handle.remove()
+    everything, t = torch.arange(64).expand(3, -1), torch.ones(3)
+    v_null = model(noise, t, torch.full((3,), 10), everything, torch.ones(3, dtype=torch.bool))
+    expected = noise - (2.5 * model(noise, t, labels) - 1.5 * v_null)
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    fast_paths.install(monkeypatch)
+    _, fast = next(Sampler.of_model(model, config, None).latents(labels, 0, settings))
+    torch.testing.assert_close(fast, x, rtol=0, atol=1e-6 * x.abs().max().item())
+    with pytest.raises(InputError, match=r"path_drop_guidance=true needs a model trained with model\.path_drop"):
+        Sampler.of_model(*random_model(), None).settings(path_drop_guidance=True)
+
+
 def test_a_model_without_a_null_class_is_not_guided(tmp_path):
     """Also one that was saved with the default guidance, as runs of before were."""
     run = make_run(tmp_path / "run", flow={"label_dropout": 0})

@@ -272,6 +272,17 @@ def test_another_architecture_is_one_sentence(model, expected):
     assert all(text in str(caught.value) for text in ["train.init=runs/x", *expected]), caught.value
 
 
+def test_a_dense_run_begins_from_a_sparse_one():
+    sparse = {"depth": 3, "dense_blocks": (1, 1)}
+    source, model = source_of({**sparse, "keep_tokens": 0.25, "path_drop": 0.1}, **sparse)
+    init.check(source.config.model, model.config, "runs/x")
+    init.adapt(model, source, None)
+    weights = source.load()
+    assert "fusion.mask" in weights and all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    with pytest.raises(InputError, match=r"model\.dense_blocks=null: set model\.dense_blocks=\[1,1\]"):
+        init.check(source.config.model, from_dict({"model": {"preset": "test/4", "depth": 3}}).model, "runs/x")
+
+
 def test_what_may_differ_passes():
     theirs = from_dict({"model": {"preset": "test/4", "modulation_groups": 1}}).model
     ours = {"input_size": 64, "in_channels": 3, "patch_size": 8, "num_classes": 3, "zero_init_gates": False, "attention": "sdpa"}

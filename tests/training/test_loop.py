@@ -4,10 +4,12 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ from fastdit import checkpoint, cli, flow
 from fastdit.config import parse
 from fastdit.data.order import Order
 from fastdit.distributed import World
+from fastdit.flops import walk
 from fastdit.model import DiT
 from fastdit.training import loop, telemetry
 from fastdit.training.loop import train
@@ -150,6 +153,33 @@ def test_a_run_with_the_switches_of_sit_is_the_same_in_parts_and_recomputed(tmp_
     assert whole["raw/blocks.0.attention.out.bias@0"].abs().max() > 0  # trained: biases start at zero
     for other in (parts, light):
         assert whole.keys() == other.keys() and all(torch.equal(t, other[key]) for key, t in whole.items())
+
+
+def test_a_sparse_run_is_the_same_in_parts_recorded_and_recomputed(tmp_path):
+    """Five steps of which the last two are dense, resumed before, at and after the first of these."""
+    sparse = ["depth=3", "positions=rope_2d", "dense_blocks=[1,1]", "keep_tokens=0.25", "path_drop=0.3"]
+    words = [*(f"model.{word}" for word in sparse), "train.dense_steps=2", "train.total_steps=5", "train.sample_steps=0"]
+    words += ["train.log_steps=1", "train.save_steps=1", "train.keep_checkpoints=5"]
+    runs = {"whole": [], "graphs": ["train.compile=graphs"], "full": ["train.recompute=full"], "2": [], "3": [], "4": []}
+    model, found = parse(None, settings(tmp_path, *words)).model, {}
+    counts = [sum(walk(each, 1, torch.float32, "none")[:2]) for each in (model, replace(model, keep_tokens=1.0))]
+    for name, more in runs.items():
+        if name.isdecimal():  # as if the run had been killed after that step
+            shutil.copytree(tmp_path / "whole", tmp_path / name)
+            for step in range(int(name) + 1, 6):
+                shutil.rmtree(tmp_path / name / f"checkpoints/step_{step:08d}")
+        run = train(parse(None, settings(tmp_path, *words, f"train.name={name}", *more)))
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        weights = load_file(run / "checkpoints/step_00000005/weights_rank_0000.safetensors")
+        found[name] = [(line["step"], line["loss"]) for line in lines], weights
+        per_image = [line["tflops"] * 1e12 / line["images_per_s"] for line in lines]
+        assert per_image[:3] == pytest.approx([counts[0]] * 3, rel=1e-2) and per_image[3:] == pytest.approx(
+            [counts[1]] * 2, rel=1e-2
+        )
+    losses, weights = found["whole"]
+    assert len(losses) == 5 and "raw/fusion.sparse.weight@0" in weights
+    for name, (others, same) in found.items():
+        assert others == losses and all(torch.equal(t, same[key]) for key, t in weights.items()), name
 
 
 def test_a_run_from_another_runs_checkpoint(trained, tmp_path, capsys):
