@@ -267,11 +267,27 @@ def quality_table(rows: list[Row]) -> tuple[str, str]:
     return sentence, markdown([{head: row[key] for key, head in heads.items()} for row in rows])
 
 
+def study(sentence: str) -> Callable[[list[Row]], tuple[str, str]]:
+    """Return a function of a study's rows that shows all of its own columns."""
+
+    def table(rows: list[Row]) -> tuple[str, str]:
+        own = [column for column in rows[0] if column not in results_csv.measured_on(results_csv.CPU)]
+        return f"{sentence}: {all_of(rows, 'device')}", markdown([{column: row[column] for column in own} for row in rows])
+
+    return table
+
+
 # Prefix of the names of CSVs that no suite writes -> their table and the sentence above it.
 TABLES = {
     "cuda_host": host_table, "cuda_kernels": block_table, "optimizer_step": optimizer_table, "engine_overhead": engine_table,
     "evaluate_overhead": evaluate_table, "parquet_speed": parquet_table, "plan_memory": memory_table,
     "prepare_folders": prepare_table, "quality": quality_table,
+    "decay_digits": study(
+        "**A decay phase**: a constant learning rate for 400 steps, 100 steps of decay from its checkpoint, and a cosine of 500"
+    ),
+    "finetune_digits": study(
+        "**Fine-tuning**: five of the ten digits in another order of classes, and at 64 instead of 32 pixels; samples recognised"
+    ),
 }  # fmt: skip
 
 
