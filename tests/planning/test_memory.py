@@ -18,7 +18,7 @@ from fastdit.training.optimizer import muon_share
         ["model.width=256", "train.batch_size=8"],  # mostly activations
         ["model.width=256", "train.batch_size=8", "train.recompute=full"],
         ["model.width=512", "train.batch_size=1", "train.accumulation=2"],  # mostly weights
-        ["model.width=512", "train.batch_size=1", "train.optimizer=muon"],
+        ["model.width=256", "train.batch_size=1", "train.optimizer=muon"],
         ["model.width=256", "train.batch_size=8", "model.mlp=gelu", "model.linear_bias=true", "model.positions=sincos"],
     ],
 )
