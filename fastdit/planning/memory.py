@@ -12,7 +12,7 @@ from fastdit.device import DTYPES
 from fastdit.flops import walk
 from fastdit.planning.cards import Card
 from fastdit.training.engine import deepspeed_config
-from fastdit.training.optimizer import state_bytes
+from fastdit.training.optimizer import muon_share, state_bytes, step_bytes
 
 RESERVE = 2e9  # bytes: CUDA context, cuBLAS and NCCL workspaces
 FRAGMENTATION = 0.05  # share of a card's memory that the allocator cannot use
@@ -52,9 +52,9 @@ class Memory(NamedTuple):
     """Bytes on one GPU."""
 
     weights: float
-    masters: float  # fp32, and AdamW's two moments
+    masters: float  # fp32, and the optimizer's state
     ema: float
-    gradients: float  # at the end of a backward, with the fp32 sums and ZeRO's copy of them
+    gradients: float  # at the end of a backward, with the fp32 sums, ZeRO's copy of them, and what Muon's step makes of them
     buckets: float
     activations: float  # their peak
     peak: float  # peak of the total: activations are freed while gradients appear
@@ -96,6 +96,7 @@ def memory(config: Config, gpus: int, card: Card | None = None) -> Memory:
     N = one.parameters
     share = N / gpus if stage else N
     gradients = gradients_of(stage, N, share, p, train.accumulation > 1 or (gpus > 1 and not stage))
+    gradients = gradients._replace(end=gradients.end + step_bytes(config, gpus))
     weights = share * p + min(N, ZERO_3_LIVE) * p if stage == 3 else N * p
     separate_masters = stage > 0 or p < FP32  # without ZeRO, fp32 weights are the masters
     masters = 0 if config.zero.offload else state_bytes(config, N) * share / N + FP32 * separate_masters * share
@@ -118,8 +119,11 @@ def memory(config: Config, gpus: int, card: Card | None = None) -> Memory:
 def optimizer_bytes(config: Config, N: int, gpus: int) -> float:
     """Return the bytes that a step moves on one GPU besides the model's.
 
-    They are of gradients into buckets and fp32 sums, of the gradients' norm, of AdamW and of the EMA.
+    They are of gradients into buckets and fp32 sums, of the gradients' norm, of AdamW or Muon and of the EMA. Those of Muon's
+    matmuls are left out.
     """
+    muon = muon_share(config).parameters / gpus
+    less = muon * (UPDATE - 2 * DTYPES[config.train.precision].itemsize)  # one momentum, and an update that is written and read
     p, share, micro = DTYPES[config.train.precision].itemsize, N / gpus, config.train.accumulation
     averages = (1 + len(config.train.ema_more)) / config.train.ema_every  # updates per step
     accumulate = p + UPDATE  # a micro-step's gradient is read and added to a sum
@@ -129,18 +133,18 @@ def optimizer_bytes(config: Config, N: int, gpus: int) -> float:
         norm = gradient
         adamw = gradient + 3 * UPDATE  # the master and two moments
         weights = p if p < FP32 else 0  # fp32 weights are the masters
-        return N * (sums + norm + adamw + weights + UPDATE * averages)
+        return N * (sums + norm + adamw + weights + UPDATE * averages) - less
     buckets = 4 * p * N if gpus > 1 else 0  # copied in and reduced there: each reads and writes; one GPU has none
     norm = FP32
     copy, clip = UPDATE, UPDATE
     adamw = FP32 + 3 * UPDATE  # reads the gradient
     weights = FP32 + p  # read from the masters
     ema = FP32 + UPDATE  # reads the masters
-    return micro * (buckets + accumulate * share) + share * (norm + copy + clip + adamw + weights + ema * averages)
+    return micro * (buckets + accumulate * share) + share * (norm + copy + clip + adamw + weights + ema * averages) - less
 
 
 def communication(config: Config, N: int, gpus: int) -> tuple[float, float]:
-    """Return the bytes (of gradients, of weights) that one GPU sends per step.
+    """Return the bytes (of gradients, of weights and of Muon's updates) that one GPU sends per step.
 
     Ring algorithms send (W-1)/W of a tensor to reduce-scatter or to gather it.
     """
@@ -148,7 +152,8 @@ def communication(config: Config, N: int, gpus: int) -> tuple[float, float]:
     stage = actual_stage(config, gpus)
     if stage == 0:  # all-reduces the fp32 sums once; nothing on one GPU
         return 2 * FP32 * N * others, 0.0
+    muon = 2 * p * muon_share(config).parameters / gpus * others  # its share of the updates to their owners, and those it owns back
     if stage == 1:  # all-reduces the fp32 sums once: reduce-scatter and gather
-        return 2 * FP32 * N * others, p * N * others
+        return 2 * FP32 * N * others, p * N * others + muon
     gathers = micro if stage == 3 else 1
-    return p * N * micro * others, p * N * gathers * others
+    return p * N * micro * others, p * N * gathers * others + muon

@@ -26,6 +26,7 @@ from fastdit.planning.memory import (
     op_bytes,
     optimizer_bytes,
 )
+from fastdit.training.optimizer import muon_share
 
 IMAGENET_LATENTS = ["model.in_channels=4", "model.num_classes=1000"]  # of 256-pixel images: 4x32x32
 
@@ -64,7 +65,7 @@ def rates(config: Config, gpus: int, flops: float, bandwidth: float, link: float
     executed = counted.forward + counted.backward + _recomputed(config, counted)
     matmuls = images * executed / flops
     fused, eager = (images * dtype.itemsize * op_bytes(config.model, f, train.recompute) / bandwidth for f in (True, False))
-    optimizer = optimizer_bytes(config, N, gpus) / bandwidth
+    optimizer = optimizer_bytes(config, N, gpus) / bandwidth + muon_share(config).flops / gpus / flops
     gradients, weights = (sent / link for sent in communication(config, N, gpus))
     fast = matmuls + fused + optimizer + weights
     slow = (matmuls + eager + optimizer) * PUBLISHED_OVER_SUM + gradients + weights
@@ -272,7 +273,7 @@ def _step_table(plan: dict) -> list[str]:
         ("matmuls, attention", None, seconds["matmuls"]),
         ("ops, fused", moved["ops_fused"], seconds["ops_fused"]),
         ("ops, unfused", moved["ops_unfused"], seconds["ops_eager"]),
-        ("AdamW, EMA, buckets", moved["optimizer"], seconds["optimizer"]),
+        ("update, EMA, buckets", moved["optimizer"], seconds["optimizer"]),
         ("gradients sent", moved["gradients_sent"], seconds["gradients_sent"]),
         ("weights sent", moved["weights_sent"], seconds["weights_sent"]),
     ]

@@ -20,6 +20,7 @@ ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of X, (XXᵀ)X and (XXᵀ)²X: singular values end between 0.7 and 1.2
 UPDATE_RMS = 0.2  # of AdamW's steps, over the learning rate: arXiv:2502.16982
 BATCH = 1 << 24  # elements of the matrices that one batched matmul multiplies
+NEWTON_SCHULZ_COPIES = 4  # tensors of a batch's size that exist at once: the iterate, the next one, and two of Gram matrices
 
 
 class Matrix(NamedTuple):

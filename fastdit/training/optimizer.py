@@ -6,7 +6,7 @@ Everything that depends on the choice of optimizer is here: `build` makes it, th
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from fastdit import kernels
 from fastdit.config import Config, TrainConfig
 from fastdit.device import DTYPES
 from fastdit.model import DiT
-from fastdit.training.muon import MOMENTUM, Matrix, Orthogonalizer, Span, hidden_matrices
+from fastdit.training.muon import BATCH, MOMENTUM, NEWTON_SCHULZ_COPIES, Matrix, Orthogonalizer, Span, hidden_matrices
 
 # fp32 state tensors of the shape of the master, by torch's names; checkpoints use them too
 STATE_NAMES = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -73,16 +73,37 @@ def build(config: Config, model: nn.Module, sharded: bool, ranks: int = 1) -> tu
     return groups, OneRankMuon(stepped, DTYPES[train.precision], *own, **options)
 
 
-def hidden_parameters(config: Config) -> int:
-    """Return the number of parameters that Muon steps."""
+class MuonShare(NamedTuple):
+    """What Muon steps of a model, zeros with train.optimizer=adamw."""
+
+    parameters: int
+    flops: int  # of the Newton-Schulz iterations of one step
+    of_one_shape: int  # most elements of matrices of one shape, which are multiplied together
+
+
+def muon_share(config: Config) -> MuonShare:
+    """Return what Muon steps of a config's model."""
+    if config.train.optimizer != "muon":
+        return MuonShare(0, 0, 0)
     with torch.device("meta"):
-        return sum(m.rows * m.cols for m in matrices_of(config, DiT(config.model)))
+        matrices = matrices_of(config, DiT(config.model))
+    by_shape: dict[tuple[int, int], int] = {}
+    for m in matrices:
+        by_shape[m.rows, m.cols] = by_shape.get((m.rows, m.cols), 0) + m.rows * m.cols
+    return MuonShare(sum(by_shape.values()), sum(m.flops for m in matrices), max(by_shape.values()))
 
 
 def state_bytes(config: Config, parameters: float) -> float:
-    """Return the bytes that an optimizer keeps of a model of so many parameters."""
-    hidden = hidden_parameters(config)
+    """Return the bytes that an optimizer keeps of a model of so many parameters, on all ranks together."""
+    hidden = muon_share(config).parameters
     return 4 * (len(STATE_NAMES) * (parameters - hidden) + len(MUON_STATE_NAMES) * hidden)
+
+
+def step_bytes(config: Config, ranks: int) -> float:
+    """Return the bytes of the tensors that exist on a rank only during a step, besides gradients."""
+    muon, size = muon_share(config), DTYPES[config.train.precision].itemsize
+    copies = 1 if ranks == 1 else 3  # updates to send; those received, and the matrices made of them
+    return size * (copies * muon.parameters / ranks + NEWTON_SCHULZ_COPIES * min(muon.of_one_shape / ranks, BATCH))
 
 
 class OneRankAdamW(torch.optim.Optimizer):

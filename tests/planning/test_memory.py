@@ -9,6 +9,7 @@ from fastdit.model import DiT
 from fastdit.planning import cards, memory, plan
 from fastdit.training import engine
 from fastdit.training.ema import ShardedEma
+from fastdit.training.optimizer import muon_share
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,7 @@ from fastdit.training.ema import ShardedEma
         ["model.width=256", "train.batch_size=8"],  # mostly activations
         ["model.width=256", "train.batch_size=8", "train.recompute=full"],
         ["model.width=512", "train.batch_size=1", "train.accumulation=2"],  # mostly weights
+        ["model.width=256", "train.batch_size=1", "train.optimizer=muon"],
         ["model.width=256", "train.batch_size=8", "model.mlp=gelu", "model.linear_bias=true", "model.positions=sincos"],
     ],
 )
@@ -85,6 +87,23 @@ def test_the_bytes_of_gelu_and_biases_by_hand():
 def test_the_optimizers_bytes_by_hand(words, gpus, per_parameter):
     config = parse(None, ["train.precision=bf16", *words])
     assert memory.optimizer_bytes(config, 1000, gpus) == pytest.approx(1000 * per_parameter)
+
+
+def test_muons_bytes_by_hand():
+    """Of test/4's two blocks: one momentum, not two moments; updates in bf16 during a step, sent twice on four GPUs."""
+    config, adamw = (
+        parse(None, ["model.preset=test/4", "train.precision=bf16", f"train.optimizer={o}"]) for o in ("muon", "adamw")
+    )
+    hidden, most = 2 * (4 * 64 * 64 + 3 * 64 * 128), 2 * 2 * 64 * 128  # value and gate
+    assert muon_share(config)[:2] == (hidden, 2 * 5 * (4 * 6 * 64**3 + 3 * (4 * 64 * 64 * 128 + 2 * 64**3)))
+    for gpus, copies in ((1, 1), (4, 3)):
+        ours, theirs = (memory.memory(each, gpus) for each in (config, adamw))
+        assert theirs.masters - ours.masters == 4 * hidden / gpus
+        assert ours.gradients - theirs.gradients == 2 * (copies * hidden + 4 * most) / gpus
+        ours, theirs = (memory.optimizer_bytes(each, 150_000, gpus) for each in (config, adamw))
+        assert theirs - ours == pytest.approx(hidden / gpus * (8 - 2 * 2))
+        (_, ours), (_, theirs) = (memory.communication(each, 150_000, gpus) for each in (config, adamw))
+        assert ours - theirs == pytest.approx(2 * 2 * hidden / gpus * (gpus - 1) / gpus)
 
 
 @pytest.mark.parametrize(

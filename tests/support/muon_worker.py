@@ -1,7 +1,7 @@
 """Run on two ranks by training/test_muon.py: Muon under each ZeRO stage against a dense reference, and resumed.
 
-Arguments: output folder, which holds the run parts2_1 of one rank. Exits with a non-zero code at the first failure. All is in fp32,
-Newton-Schulz too.
+Arguments: output folder, which holds the run parts_fp32_2_1 of one rank. Exits with a non-zero code at the first failure. The
+reference is compared in fp32, in which Newton-Schulz runs then.
 """
 
 import json
@@ -120,7 +120,7 @@ def run(out: Path, name: str, steps: int, *words: str) -> Path:
     """Train on 8 images per step to a step. Returns the run's folder."""
     batch = 8 // int(os.environ.get("WORLD_SIZE", 1))
     settings = [
-        "model.preset=test/4", "train.precision=fp32", "train.optimizer=muon", "train.schedule=constant", "train.lr=1e-3",
+        "model.preset=test/4", "train.optimizer=muon", "train.schedule=constant", "train.lr=1e-3",
         "train.log_steps=1", "train.save_steps=3", "train.sample_steps=0", "train.ema_more=[0.9]", f"train.batch_size={batch}",
         f"train.out={out}", f"train.name={name}", f"train.total_steps={steps}",
     ]  # fmt: skip
@@ -133,13 +133,14 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line and line["step"] > 3]
 
 
-def resumed(out: Path, stage: int, ranks: int) -> Path:
+def resumed(out: Path, stage: int, ranks: int, precision: str) -> Path:
     """Check that a run in two parts is the run in one to the last bit. Returns the folder of one of them."""
-    zero = f"zero.stage={stage}"
-    whole_run = run(out, f"whole{stage}_{ranks}", 6, zero)
-    run(out, f"parts{stage}_{ranks}", 3, zero)
-    parts = run(out, f"parts{stage}_{ranks}", 6, zero)
+    words, name = [f"zero.stage={stage}", f"train.precision={precision}"], f"{precision}_{stage}_{ranks}"
+    whole_run = run(out, f"whole_{name}", 6, *words)
+    run(out, f"parts_{name}", 3, *words)
+    parts = run(out, f"parts_{name}", 6, *words)
     assert losses(parts) == losses(whole_run), stage
+    assert "momentum_buffer" in checkpoint.open_checkpoint(parts).shards().kinds
     for rank in range(ranks):
         files = [folder / "checkpoints/step_00000006" / checkpoint.shard_file(rank) for folder in (whole_run, parts)]
         assert files[0].read_bytes() == files[1].read_bytes(), (stage, rank)
@@ -149,7 +150,7 @@ def resumed(out: Path, stage: int, ranks: int) -> Path:
 def taken_on(out: Path, before: Path, stage: int) -> None:
     """Check that a run of another stage or number of ranks is taken on at step 3 with the same losses to 1e-5, as for AdamW."""
     name = f"{before.name}_on_{stage}"
-    after = run(out, name, 6, f"zero.stage={stage}", f"train.resume={before / 'checkpoints/step_00000003'}")
+    after = run(out, name, 6, f"zero.stage={stage}", "train.precision=fp32", f"train.resume={before / 'checkpoints/step_00000003'}")
     wanted = losses(before)
     assert len(wanted) == 3 and all(abs(a - b) < 1e-5 * b for a, b in zip(losses(after), wanted, strict=True)), (name, stage)
 
@@ -160,9 +161,11 @@ def main(out: Path) -> None:
         difference = against_dense(stage, world)
         print(f"rank {world.rank} stage {stage}: {difference:.1e} off", flush=True)
         assert difference < 1e-6, (stage, difference)
-        resumed(out, stage, world.size)
-        taken_on(out, out / "parts2_1", stage)
-    taken_on(out, out / "parts1_2", 3)
+        resumed(out, stage, world.size, "bf16")
+        taken_on(out, out / "parts_fp32_2_1", stage)
+        if stage == 1:
+            of_two = resumed(out, stage, world.size, "fp32")
+    taken_on(out, of_two, 3)
     if world.rank == 0:
         print("all checks passed", flush=True)
 
