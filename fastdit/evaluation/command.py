@@ -20,6 +20,7 @@ from fastdit import files
 from fastdit.checkpoint import MANIFEST
 from fastdit.config import InputError
 from fastdit.data.imagenet import COUNTS
+from fastdit.data.index import is_index
 from fastdit.device import device_name, versions
 from fastdit.distributed import World, world_of_this_process
 from fastdit.evaluation import features, image_sets, metrics
@@ -48,6 +49,7 @@ class EvaluationRequest:
     spatial: str | None = None
     split: str = "train"
     image_size: int | None = None
+    resize: str | None = None
     samples: int | None = None
     labels: str = "balanced"
     seed: int = 0
@@ -64,6 +66,8 @@ class EvaluationRequest:
             raise InputError("--feature-sha256 '' is empty: give the hash, or leave it out")
         if self.image_size is not None and not 1 <= self.image_size <= MAX_IMAGE_SIZE:
             raise InputError(f"--image-size {self.image_size} must be between 1 and {MAX_IMAGE_SIZE}")
+        if self.resize is not None and not any(path and is_index(Path(path)) for path in (self.source, self.reference)):
+            raise InputError(f"--resize {self.resize} is for the images of an index, and none is given: leave it out")
 
     def of_a_checkpoint(self) -> str | None:
         """Return the flag of the first value that only samples of a checkpoint have, or None."""
@@ -74,7 +78,7 @@ class EvaluationRequest:
     def command(self, *more: str) -> str:
         """Return the command line of this request; more: further words."""
         words = ["fastdit", "evaluate", *([self.source] if self.source else []), "--features", self.features]
-        options = ["reference", "feature_sha256", "spatial", "image_size", "split"]
+        options = ["reference", "feature_sha256", "spatial", "image_size", "resize", "split"]
         if self.samples:  # a checkpoint
             options += ["samples", "labels", "seed", "weights", "dtype"]
         for key, value in [(key, getattr(self, key)) for key in options] + list(self.sampler.items()):
@@ -109,7 +113,7 @@ def open_source(request: EvaluationRequest, device: torch.device) -> tuple[Image
     path = Path(request.source)
     if not is_checkpoint(path):
         _refuse_values_of_a_checkpoint(request, f"{path} is none")
-        images = image_sets.open_images(request.source, request.image_size, request.split, device)
+        images = image_sets.open_images(request.source, request.image_size, request.split, device, request.resize)
         return images, replace(request, samples=None)
     samples = samples_of(Sampler(path, request.weights, device, request.dtype), request)
     return samples, replace(request, samples=samples.count, sampler=samples.about["sampler"], dtype=samples.about["dtype"])
@@ -172,7 +176,9 @@ def open_reference(request: EvaluationRequest, network: features.FeatureNetwork,
     stored = world.together(lambda: metrics.load(path)) if path.is_file() else None
     about = {"features": network.about(), "path": request.reference}
     if stored is None:
-        source = world.together(lambda: image_sets.open_images(request.reference, request.image_size, request.split, world.device))
+        source = world.together(
+            lambda: image_sets.open_images(request.reference, request.image_size, request.split, world.device, request.resize)
+        )
         world.together(lambda: network.probe(source.shape))
         summary = summarize(source, network, world, "reference", REFERENCE_FEATURES)
         return replace(summary, about={**summary.about, **about})
@@ -267,6 +273,7 @@ def _measure(request: EvaluationRequest, world: World, save_reference: Path | No
     if source is not None:
         world.together(lambda: network.probe(source.shape))
         warnings += too_few(source.count, network.widths[0], "samples") + source.warnings
+        warnings += image_sets.resized_otherwise(source.about, reference.about)
         samples = summarize(source, network, world, "evaluate")
         if world.rank == 0:
             result = {"metrics": metrics.compare(samples, reference, world.device), "samples": samples.about, **result}
@@ -310,6 +317,11 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--split", choices=tuple(COUNTS), help="Split of a reference that is an index or mnist5k (default: %(default)s).")
     add("--image-size", type=int, metavar="N", help="Height and width in pixels to which the images of an index are cut.")
+    add(
+        "--resize", choices=image_sets.RESIZES,
+        help="Resize of the images of an index: adm, as of the published ADM references (box halving, then bicubic); dali, as for "
+        "training (default: dali).",
+    )  # fmt: skip
     add(
         "--samples", type=int, metavar="N",
         help=f"Number of samples to draw from a checkpoint (default: {SAMPLES:,}; with --features digits {DIGITS}).",
