@@ -47,6 +47,7 @@ class EvaluationRequest:
     source: str | None = None
     feature_sha256: str | None = None
     spatial: str | None = None
+    preprocess: str | None = None
     split: str = "train"
     image_size: int | None = None
     resize: str | None = None
@@ -78,13 +79,18 @@ class EvaluationRequest:
     def command(self, *more: str) -> str:
         """Return the command line of this request; more: further words."""
         words = ["fastdit", "evaluate", *([self.source] if self.source else []), "--features", self.features]
-        options = ["reference", "feature_sha256", "spatial", "image_size", "resize", "split"]
+        options = ["reference", "feature_sha256", "spatial", "preprocess", "image_size", "resize", "split"]
         if self.samples:  # a checkpoint
             options += ["samples", "labels", "seed", "weights", "dtype"]
         for key, value in [(key, getattr(self, key)) for key in options] + list(self.sampler.items()):
             if value is not None:
                 words += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list | tuple) else [value])]
         return shlex.join([*words, *more])
+
+
+def load_network(request: EvaluationRequest, device: torch.device) -> features.FeatureNetwork:
+    """Return the feature network of a request. Raises InputError."""
+    return features.load(request.features, device, request.feature_sha256, request.spatial, request.preprocess)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -157,7 +163,11 @@ def _check_fits(summary: metrics.Summary, path: Path, network: features.FeatureN
             f"{path} holds statistics of features of width {width}, but {network.name} makes {network.widths[0]}: give the "
             "statistics of this network, or the network that they were made with"
         )
-    expected = summary.about.get("features", {}).get("sha256")
+    made_with = summary.about.get("features", {})
+    preprocess = made_with.get("preprocess") or features.PREPROCESSES[0]
+    if made_with and network.preprocess not in (preprocess, None):
+        raise InputError(f"{path} was made with --preprocess {preprocess}: give that, or make it again with {network.preprocess}")
+    expected = made_with.get("sha256")
     if expected and expected != network.sha256:
         raise InputError(
             f"{path} was made with another feature network (SHA-256 {expected[:12]}…, {network.name} has {network.sha256[:12]}…): "
@@ -250,7 +260,7 @@ def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference
 
 def _measure(request: EvaluationRequest, world: World, save_reference: Path | None) -> tuple[dict, list[InputError]]:
     """Return the result of a request, complete on rank 0, and the errors of writing the reference's statistics."""
-    network = world.together(lambda: features.load(request.features, world.device, request.feature_sha256, request.spatial))
+    network = world.together(lambda: load_network(request, world.device))
     source = None
     if request.source is not None:
         source, request = world.together(lambda: open_source(request, world.device))
@@ -291,10 +301,12 @@ def _measure(request: EvaluationRequest, world: World, save_reference: Path | No
 def metrics_table(result: dict) -> str:
     """Return the metrics of a result, one per line."""
     lines = []
+    network = Path(result["features"]["network"]).stem
     for name, value in result.get("metrics", {}).items():
         text = " ".join(f"{share:.1%}" for share in value) if isinstance(value, list) else f"{value:.6g}"
-        lines.append(f"{metrics.METRICS[name].label:18} {text}")
-    return "\n".join(lines)
+        lines.append((metrics.METRICS[name].label.format(network=network), text))
+    width = max((len(label) for label, _ in lines), default=0)
+    return "\n".join(f"{label:{width}} {text}" for label, text in lines)
 
 
 def add_request(parser: argparse.ArgumentParser) -> None:
@@ -309,6 +321,11 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     add(
         "--spatial", metavar="MODULE",
         help="Submodule of the feature network for sFID, from its first 7 channels, such as layers.mixed_6.conv (unverified).",
+    )  # fmt: skip
+    add(
+        "--preprocess", choices=features.PREPROCESSES,
+        help="Input of the file of --features: inception, uint8 images of any size, as of inception-2015-12-05.pt; imagenet224, "
+        "224 pixels (cubic, antialiased) normalized by ImageNet's mean and standard deviation, as of DINOv2 (default: inception).",
     )  # fmt: skip
     add(
         "--reference", metavar="PATH",

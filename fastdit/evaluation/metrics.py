@@ -282,7 +282,7 @@ def _accuracy(samples: Summary, reference: Summary) -> dict:
 class Metric(NamedTuple):
     """A distance or score of a set of samples.
 
-    label: name in tables.
+    label: name in tables; {network} stands for the name of the feature network.
     larger_is_better: whether the larger of two values is the better one.
     compute: function of the statistics of samples and of the reference. It returns values by the names of their metrics: of all
         that it computes together, without those whose statistics are missing. A value is a number, or a list of one per class.
@@ -295,9 +295,9 @@ class Metric(NamedTuple):
 
 # In the order of tables. The first decides which setting of a sweep is the best.
 METRICS = {
-    "fid": Metric("Fréchet distance", False, _fid),
+    "fid": Metric("FD ({network})", False, _fid),
     "sfid": Metric("sFID (unverified)", False, _sfid),
-    "kid": Metric("KID", False, _kid),
+    "kid": Metric("KD ({network})", False, _kid),
     "inception_score": Metric("Inception score", True, _inception_score),
     "precision": Metric("precision", True, _precision_recall),
     "recall": Metric("recall", True, _precision_recall),

@@ -148,7 +148,7 @@ def sweep(request: EvaluationRequest, axes: dict[str, list], out: Path) -> list[
 def _sweep(request: EvaluationRequest, axes: dict[str, list], out: Path, world: World) -> list[Row]:
     if request.source is None or not evaluate_command.is_checkpoint(Path(request.source)):
         raise InputError(f"{request.source} is no checkpoint: a sweep draws its samples anew under each setting")
-    network = world.together(lambda: features.load(request.features, world.device, request.feature_sha256, request.spatial))
+    network = world.together(lambda: evaluate_command.load_network(request, world.device))
     settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     path = Path(request.source)
     samples = world.together(lambda: _samples_of_settings(path, request, settings, world.device))
