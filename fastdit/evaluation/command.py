@@ -25,6 +25,7 @@ from fastdit.device import device_name, versions
 from fastdit.distributed import World, world_of_this_process
 from fastdit.evaluation import features, image_sets, metrics
 from fastdit.evaluation.image_sets import ImageSet
+from fastdit.evaluation.kept import Kept
 from fastdit.files import check_readable, path_argument, sha256
 from fastdit.progress import progress_bar, say, warn
 from fastdit.sampling.class_names import some
@@ -126,11 +127,13 @@ def open_source(request: EvaluationRequest, device: torch.device) -> tuple[Image
 
 
 def summarize(
-    source: ImageSet, network: features.FeatureNetwork, world: World, description: str, keep: int = SAMPLE_FEATURES
-) -> metrics.Summary:
+    source: ImageSet, network: features.FeatureNetwork, world: World, description: str, keep: int = SAMPLE_FEATURES,
+    kept: Kept | None = None,
+) -> metrics.Summary:  # fmt: skip
     """Return the statistics of a set of images, computed by all ranks and complete on rank 0.
 
-    description: text of the progress bar; keep: largest number of features to keep. All ranks must call it. Raises InputError.
+    description: text of the progress bar; keep: largest number of features to keep; kept: where the outputs of finished batches
+    lie. All ranks must call it. Raises InputError.
     """
     if source.count < 2:
         raise InputError(f"{source.about.get('path')} holds {source.count} image: statistics need at least 2")
@@ -141,9 +144,10 @@ def summarize(
     with progress_bar(source.count, description=description, unit="image", disable=world.rank > 0) as bar:
 
         def work() -> None:
-            for ids, images in source.batches(world):
+            fresh = ((ids, network(images)) for ids, images in source.batches(world))
+            for ids, parts in kept.outputs(source, network, world) if kept else fresh:
                 ids = torch.from_numpy(ids)
-                for part, outputs in zip(ids.split(features.BATCH), network(images), strict=True):
+                for part, outputs in zip(ids.split(features.BATCH), parts, strict=True):
                     statistics.update(part, outputs, None if labels is None else labels[part])
                 bar.update(min(len(ids) * world.size, source.count - bar.n))
 
@@ -235,14 +239,15 @@ def _reserve(stack: ExitStack, request: EvaluationRequest, out: Path | None, sav
 def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference: Path | None = None) -> dict:
     """Evaluate a request. Returns the result, complete on rank 0, which also writes it to `out` as JSON.
 
-    save_reference: path of an .npz for the reference's statistics. All ranks must call it. Raises InputError, also if a file cannot
-    be written, but after the metrics are printed; FloatingPointError if samples are not finite.
+    The outputs of finished batches of samples that are drawn are kept beside `out` until it is written: a call that was killed
+    resumes. save_reference: path of an .npz for the reference's statistics. All ranks must call it. Raises InputError, also if a
+    file cannot be written, but after the metrics are printed; FloatingPointError if samples are not finite.
     """
     began = time.perf_counter()
     world = world_of_this_process()
     with ExitStack() as stack:
         world.together(lambda: _reserve(stack, request, out, save_reference) if world.rank == 0 else None)
-        result, errors = _measure(request, world, save_reference)
+        result, errors = _measure(request, world, save_reference, Kept(out) if out else None)
         if world.rank > 0:
             return result
         result["seconds"] = round(time.perf_counter() - began, 1)
@@ -250,6 +255,7 @@ def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference
             if out is not None and "metrics" in result:
                 with files.writing(out):
                     files.write_atomically(out, json.dumps(result, indent=1))
+                Kept(out).remove()
         except InputError as error:
             errors.append(error)
         if errors:
@@ -258,7 +264,30 @@ def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference
     return result
 
 
-def _measure(request: EvaluationRequest, world: World, save_reference: Path | None) -> tuple[dict, list[InputError]]:
+def _summarize_samples(
+    source: ImageSet, request: EvaluationRequest, network: features.FeatureNetwork, world: World, kept: Kept | None
+) -> metrics.Summary:
+    """Return `summarize` of the samples of a request, resumed from what is kept of a checkpoint's. Raises InputError, and
+    FloatingPointError after which nothing is kept."""
+    if kept is None or source.drawn is None:
+        return summarize(source, network, world, "evaluate")
+    settings = {key: value for key, value in source.about.items() if key != "path"}
+    settings |= {
+        "features": network.about(), "spatial": request.spatial, "ranks": world.size, "device": device_name(world.device),
+        "versions": versions(),
+    }  # fmt: skip
+    world.together(lambda: kept.begin(settings), everywhere=False)
+    try:
+        return summarize(source, network, world, "evaluate", kept=kept)
+    except FloatingPointError:  # raised on all ranks, and again if the command were repeated
+        if world.rank == 0:
+            kept.remove()
+        raise
+
+
+def _measure(
+    request: EvaluationRequest, world: World, save_reference: Path | None, kept: Kept | None
+) -> tuple[dict, list[InputError]]:
     """Return the result of a request, complete on rank 0, and the errors of writing the reference's statistics."""
     network = world.together(lambda: load_network(request, world.device))
     source = None
@@ -284,7 +313,7 @@ def _measure(request: EvaluationRequest, world: World, save_reference: Path | No
         world.together(lambda: network.probe(source.shape))
         warnings += too_few(source.count, network.widths[0], "samples") + source.warnings
         warnings += image_sets.resized_otherwise(source.about, reference.about)
-        samples = summarize(source, network, world, "evaluate")
+        samples = _summarize_samples(source, request, network, world, kept)
         if world.rank == 0:
             result = {"metrics": metrics.compare(samples, reference, world.device), "samples": samples.about, **result}
     if world.rank == 0:

@@ -42,6 +42,7 @@ class ImageSet:
     about: where the images are from, as JSON types; measured results contain it.
     labels: classes of the images, int64 [n], or None.
     warnings: what should be known before metrics of these samples are compared.
+    drawn: `batches` of samples of a model, without the batches that a function of their ids says to skip; None for other images.
     """
 
     count: int
@@ -50,6 +51,7 @@ class ImageSet:
     about: dict
     labels: np.ndarray | None = None
     warnings: list[str] = field(default_factory=list)
+    drawn: Callable[[World, Callable[[range], bool]], Iterator[tuple[np.ndarray, np.ndarray]]] | None = None
 
 
 def of_array(images: np.ndarray, labels: np.ndarray | None, about: dict) -> ImageSet:
@@ -93,12 +95,13 @@ def evaluation_labels(balance: str, count: int, num_classes: int, seed: int) -> 
 def of_sampler(sampler: Sampler, settings: SampleConfig, labels: Tensor, seed: int, about: dict) -> ImageSet:
     """Return the samples of classes int64 [n], drawn as they are read: the same on any number of ranks, to rounding."""
 
-    def batches(world: World) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for ids, images in sampler.stream(labels, seed, settings, world=world):
+    def drawn(world: World, skip: Callable[[range], bool]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for ids, images in sampler.stream(labels, seed, settings, world=world, skip=skip):
             yield np.arange(ids.start, ids.stop), images
 
     shape = (sampler.config.data.image_size, sampler.config.data.image_size, sampler.codec.image_channels)
-    return ImageSet(len(labels), shape, batches, about, labels.numpy())
+    all_of_them = lambda world: drawn(world, lambda ids: False)
+    return ImageSet(len(labels), shape, all_of_them, about, labels.numpy(), drawn=drawn)
 
 
 def _resize_of_training(sampler: Sampler) -> str | None:
