@@ -195,14 +195,15 @@ def open_reference(request: EvaluationRequest, network: features.FeatureNetwork,
         )
         world.together(lambda: network.probe(source.shape))
         summary = summarize(source, network, world, "reference", REFERENCE_FEATURES)
-        return replace(summary, about={**summary.about, **about})
+        return replace(summary, about={**summary.about, **about, "statistics_sha256": summary.sha256()})
     world.together(lambda: _check_fits(stored, path, network))
     summary = stored
     if summary.features is None and image_sets.has_images(path):  # ADM's: 10,000 images beside the statistics of all
         source = world.together(lambda: image_sets.of_npz(path))
         world.together(lambda: network.probe(source.shape))
         summary = replace(summary, features=summarize(source, network, world, "reference", REFERENCE_FEATURES).features)
-    return replace(summary, about={"kind": "statistics", **summary.about, **about, "sha256": sha256(path)})
+    about |= {"sha256": sha256(path), "statistics_sha256": stored.sha256()}
+    return replace(summary, about={"kind": "statistics", **summary.about, **about})
 
 
 def too_few(count: int | None, width: int, kind: str) -> list[str]:

@@ -8,6 +8,7 @@ themselves at d = 512 is -4e-6 (eigenvalues of an unsymmetric product), its KID 
 neither takes statistics from a file.
 """
 
+import hashlib
 import json
 import zipfile
 import zlib
@@ -60,6 +61,10 @@ class Summary:
     inception_score: float | None = None
     hits: Tensor | None = None
     about: dict = field(default_factory=dict)
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of mean and covariance, the same wherever they lie."""
+        return hashlib.sha256(self.mu.cpu().numpy().tobytes() + self.sigma.cpu().numpy().tobytes()).hexdigest()
 
     def to(self, device: torch.device) -> "Summary":
         """Return the same statistics on a device."""
