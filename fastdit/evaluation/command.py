@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fastdit import files
@@ -23,20 +24,22 @@ from fastdit.data.imagenet import COUNTS
 from fastdit.data.index import is_index
 from fastdit.device import device_name, versions
 from fastdit.distributed import World, world_of_this_process
-from fastdit.evaluation import features, image_sets, metrics
+from fastdit.evaluation import features, image_sets, metrics, neighbours
 from fastdit.evaluation.image_sets import ImageSet
 from fastdit.evaluation.kept import Kept
 from fastdit.files import check_readable, path_argument, sha256
 from fastdit.progress import progress_bar, say, warn
 from fastdit.sampling.class_names import some
 from fastdit.sampling.command import MAX_IMAGES, add_sampler, add_weights, sampler_settings
-from fastdit.sampling.sampler import Sampler
+from fastdit.sampling.pictures import save_picture
+from fastdit.sampling.sampler import Sampler, gather
 
 SAMPLE_FEATURES = 50_000  # features kept for KID, precision and recall, at most: the ADM evaluator's numbers
 REFERENCE_FEATURES = 10_000
 SAMPLES = 50_000  # samples drawn by default, as in papers
 DIGITS = 500  # the same for the built-in digits
 MAX_IMAGE_SIZE = 16_384  # pixels
+MAX_NEIGHBOURS = 1000  # samples beside their nearest training images
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class EvaluationRequest:
     seed: int = 0
     weights: str = "ema"
     dtype: str = "auto"
+    neighbours: int | None = None
     sampler: dict = field(default_factory=dict)  # values of SampleConfig that replace the run's
 
     def __post_init__(self) -> None:
@@ -68,13 +72,17 @@ class EvaluationRequest:
             raise InputError("--feature-sha256 '' is empty: give the hash, or leave it out")
         if self.image_size is not None and not 1 <= self.image_size <= MAX_IMAGE_SIZE:
             raise InputError(f"--image-size {self.image_size} must be between 1 and {MAX_IMAGE_SIZE}")
+        if self.neighbours is not None and not 1 <= self.neighbours <= MAX_NEIGHBOURS:
+            raise InputError(f"--neighbours {self.neighbours} must be between 1 and {MAX_NEIGHBOURS}")
         if self.resize is not None and not any(path and is_index(Path(path)) for path in (self.source, self.reference)):
             raise InputError(f"--resize {self.resize} is for the images of an index, and none is given: leave it out")
 
     def of_a_checkpoint(self) -> str | None:
         """Return the flag of the first value that only samples of a checkpoint have, or None."""
         defaults = {f.name: f.default for f in fields(EvaluationRequest)}
-        given = [key for key in ("samples", "labels", "seed", "weights", "dtype") if getattr(self, key) != defaults[key]]
+        given = [
+            key for key in ("samples", "labels", "seed", "weights", "dtype", "neighbours") if getattr(self, key) != defaults[key]
+        ]
         return next(("--" + key.replace("_", "-") for key in (*given, *self.sampler)), None)
 
     def command(self, *more: str) -> str:
@@ -82,7 +90,7 @@ class EvaluationRequest:
         words = ["fastdit", "evaluate", *([self.source] if self.source else []), "--features", self.features]
         options = ["reference", "feature_sha256", "spatial", "preprocess", "image_size", "resize", "split"]
         if self.samples:  # a checkpoint
-            options += ["samples", "labels", "seed", "weights", "dtype"]
+            options += ["samples", "labels", "seed", "weights", "dtype", "neighbours"]
         for key, value in [(key, getattr(self, key)) for key in options] + list(self.sampler.items()):
             if value is not None:
                 words += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list | tuple) else [value])]
@@ -234,7 +242,13 @@ def _reserve(stack: ExitStack, request: EvaluationRequest, out: Path | None, sav
             raise InputError(f"{name} {path} is read by this command: choose another path")
     if out is not None and save_reference is not None and os.path.realpath(out) == os.path.realpath(save_reference):
         raise InputError(f"--out and --save-reference are both {out}: give two paths")
-    stack.enter_context(files.outputs(paths.values()))
+    pictures = [neighbours_picture(out)] if out is not None and request.neighbours else []
+    stack.enter_context(files.outputs([*paths.values(), *pictures]))
+
+
+def neighbours_picture(out: Path) -> Path:
+    """Return the path of the picture of --neighbours beside a result."""
+    return out.with_suffix(".neighbours.png")
 
 
 def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference: Path | None = None) -> dict:
@@ -248,7 +262,7 @@ def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference
     world = world_of_this_process()
     with ExitStack() as stack:
         world.together(lambda: _reserve(stack, request, out, save_reference) if world.rank == 0 else None)
-        result, errors = _measure(request, world, save_reference, Kept(out) if out else None)
+        result, errors = _measure(request, world, save_reference, out)
         if world.rank > 0:
             return result
         result["seconds"] = round(time.perf_counter() - began, 1)
@@ -266,16 +280,20 @@ def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference
 
 
 def _summarize_samples(
-    source: ImageSet, request: EvaluationRequest, network: features.FeatureNetwork, world: World, kept: Kept | None
-) -> metrics.Summary:
-    """Return `summarize` of the samples of a request, resumed from what is kept of a checkpoint's. Raises InputError, and
-    FloatingPointError after which nothing is kept."""
-    if kept is None or source.drawn is None:
+    source: ImageSet, request: EvaluationRequest, network: features.FeatureNetwork, world: World, out: Path | None,
+    shown: dict[int, np.ndarray],
+) -> metrics.Summary:  # fmt: skip
+    """Return `summarize` of the samples of a request, of a checkpoint's resumed from what is kept beside `out`.
+
+    shown: images that are kept too. Raises InputError, and FloatingPointError, after which nothing is kept.
+    """
+    if out is None or source.drawn is None:
         return summarize(source, network, world, "evaluate")
+    kept = Kept(out, shown)
     settings = {key: value for key, value in source.about.items() if key != "path"}
     settings |= {
-        "features": network.about(), "spatial": request.spatial, "ranks": world.size, "device": device_name(world.device),
-        "versions": versions(),
+        "features": network.about(), "spatial": request.spatial, "neighbours": request.neighbours, "ranks": world.size,
+        "device": device_name(world.device), "versions": versions(),
     }  # fmt: skip
     world.together(lambda: kept.begin(settings), everywhere=False)
     try:
@@ -286,10 +304,39 @@ def _summarize_samples(
         raise
 
 
+def _compare_samples(
+    source: ImageSet, request: EvaluationRequest, network: features.FeatureNetwork, reference: metrics.Summary, world: World,
+    out: Path | None, errors: list[InputError],
+) -> dict:  # fmt: skip
+    """Return the metrics of samples, their description and their likeness to the training images, on rank 0."""
+    shown: dict[int, np.ndarray] = {}
+    every = -(-source.count // SAMPLE_FEATURES)  # of the samples whose features are kept
+    kept = -(-source.count // every)
+    rows = np.linspace(0, kept - 1, min(request.neighbours or 0, kept)).round().astype(int).tolist()
+    source = image_sets.watched(source, {row * every for row in rows}, shown)
+    samples = _summarize_samples(source, request, network, world, out, shown)
+    result: dict = {}
+    if world.rank == 0:
+        result = {"metrics": metrics.compare(samples, reference, world.device), "samples": samples.about}
+    if rows:
+        assert source.config is not None  # --neighbours is refused for other images than a checkpoint's
+        images = {i // every: image for i, image in gather(shown, world).items()}
+        about, picture = neighbours.likeness(samples, rows, images, source.config, network, world)
+        if picture is not None:
+            result["neighbours"] = about
+            if out is not None:
+                try:
+                    with files.writing(neighbours_picture(out)):
+                        save_picture(picture, neighbours_picture(out))
+                except InputError as error:
+                    errors.append(error)
+    return result
+
+
 def _measure(
-    request: EvaluationRequest, world: World, save_reference: Path | None, kept: Kept | None
+    request: EvaluationRequest, world: World, save_reference: Path | None, out: Path | None
 ) -> tuple[dict, list[InputError]]:
-    """Return the result of a request, complete on rank 0, and the errors of writing the reference's statistics."""
+    """Return the result of a request, complete on rank 0, and the errors of writing the reference's statistics and the picture."""
     network = world.together(lambda: load_network(request, world.device))
     source = None
     if request.source is not None:
@@ -314,9 +361,9 @@ def _measure(
         world.together(lambda: network.probe(source.shape))
         warnings += too_few(source.count, network.widths[0], "samples") + source.warnings
         warnings += image_sets.resized_otherwise(source.about, reference.about)
-        samples = _summarize_samples(source, request, network, world, kept)
-        if world.rank == 0:
-            result = {"metrics": metrics.compare(samples, reference, world.device), "samples": samples.about, **result}
+        result = {**_compare_samples(source, request, network, reference, world, out, errors), **result}
+        if result.get("neighbours", {}).get("repeats"):
+            warnings.append(f"the run repeats its training images: {neighbours.sentence(result['neighbours'])}")
     if world.rank == 0:
         result |= {
             "features": network.about(), "sfid": "unverified: not run on the real Inception file" if request.spatial else None,
@@ -336,7 +383,8 @@ def metrics_table(result: dict) -> str:
         text = " ".join(f"{share:.1%}" for share in value) if isinstance(value, list) else f"{value:.6g}"
         lines.append((metrics.METRICS[name].label.format(network=network), text))
     width = max((len(label) for label, _ in lines), default=0)
-    return "\n".join(f"{label:{width}} {text}" for label, text in lines)
+    table = "\n".join(f"{label:{width}} {text}" for label, text in lines)
+    return f"{table}\n{neighbours.sentence(result['neighbours'])}" if "neighbours" in result else table
 
 
 def add_request(parser: argparse.ArgumentParser) -> None:
@@ -417,6 +465,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="File for the metrics and every choice behind them (default: %(default)s).",
     )  # fmt: skip
     parser.add_argument(
+        "--neighbours", type=int, metavar="N",
+        help="Number of samples to show beside their nearest training images, in a PNG beside --out; with it the share of samples "
+        "that are nearer to a training image than these are to each other.",
+    )  # fmt: skip
+    parser.add_argument(
         "--save-reference",
         type=path_argument,
         metavar="NPZ",
@@ -434,6 +487,8 @@ def run(arguments: argparse.Namespace) -> str:
     if "metrics" in result:
         lines.append(metrics_table(result))
         lines.append(f"result: {arguments.out} (every choice behind these numbers; again: {result['command']})")
+    if request.neighbours:
+        lines.append(f"nearest training images: {neighbours_picture(arguments.out)}")
     if arguments.save_reference:
         lines.append(f"reference: {arguments.save_reference}")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdit import files, kernels
 from fastdit.checkpoint import Checkpoint
-from fastdit.config import InputError, SampleConfig
+from fastdit.config import Config, InputError, SampleConfig
 from fastdit.data import folders, pixels
 from fastdit.data.builtin import mnist5k
 from fastdit.data.index import Index, is_index, open_index
@@ -43,6 +43,7 @@ class ImageSet:
     labels: classes of the images, int64 [n], or None.
     warnings: what should be known before metrics of these samples are compared.
     drawn: `batches` of samples of a model, without the batches that a function of their ids says to skip; None for other images.
+    config: of the run whose checkpoint draws the samples.
     """
 
     count: int
@@ -52,6 +53,23 @@ class ImageSet:
     labels: np.ndarray | None = None
     warnings: list[str] = field(default_factory=list)
     drawn: Callable[[World, Callable[[range], bool]], Iterator[tuple[np.ndarray, np.ndarray]]] | None = None
+    config: Config | None = None
+
+
+def watched(source: ImageSet, wanted: set[int], shown: dict[int, np.ndarray]) -> ImageSet:
+    """Return the same set; images of the ids `wanted` are also put into `shown` when they are read or drawn."""
+
+    def watch(batches: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for ids, images in batches:
+            shown.update({int(i): image for i, image in zip(ids, images, strict=True) if int(i) in wanted})
+            yield ids, images
+
+    drawn = source.drawn
+    return replace(
+        source,
+        batches=lambda world: watch(source.batches(world)),
+        drawn=None if drawn is None else lambda world, skip: watch(drawn(world, skip)),
+    )
 
 
 def of_array(images: np.ndarray, labels: np.ndarray | None, about: dict) -> ImageSet:
@@ -128,7 +146,7 @@ def of_checkpoint(sampler: Sampler, count: int, balance: str, overrides: dict, s
         "autoencoder_sha256": codec.sha256(),
         "autoencoder_dtype": str(codec.dtype).removeprefix("torch.") if codec.dtype else None,
     }  # fmt: skip
-    return of_sampler(sampler, settings, labels, seed, about)
+    return replace(of_sampler(sampler, settings, labels, seed, about), config=config)
 
 
 def _npy_header(file) -> tuple[tuple[int, ...], np.dtype]:

@@ -22,9 +22,10 @@ from fastdit.files import begin_or_match, replacing, resumable
 class Kept:
     """The finished batches of one evaluation of samples that are drawn."""
 
-    def __init__(self, out: Path) -> None:
-        """out: path of the result."""
+    def __init__(self, out: Path, shown: dict[int, np.ndarray] | None = None) -> None:
+        """out: path of the result; shown: images of some samples by their ids, as of `image_sets.watched`, which are kept too."""
         self.out = out
+        self.shown = {} if shown is None else shown
         self.folder = out.with_name(f".{out.name}.parts")
 
     def begin(self, settings: dict) -> None:
@@ -54,6 +55,8 @@ class Kept:
 
     def _write(self, path: Path, ids: np.ndarray, outputs: list[Outputs]) -> None:
         arrays = {key: torch.cat(parts).cpu().numpy() for key, parts in _columns(outputs).items()}
+        if shown := [int(i) for i in ids if int(i) in self.shown]:
+            arrays |= {"shown": np.array(shown), "images": np.stack([self.shown[i] for i in shown])}
         with resumable(self.folder), replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, ids=ids, **arrays)
 
@@ -62,6 +65,8 @@ class Kept:
             with np.load(path) as file:
                 arrays = {key: file[key] for key in file.files}
             ids = arrays.pop("ids")
+            if "shown" in arrays:
+                self.shown.update(zip(arrays.pop("shown").tolist(), arrays.pop("images"), strict=True))
             parts = {key: torch.from_numpy(array).to(device).split(features.BATCH) for key, array in arrays.items()}
             return ids, [Outputs(**dict(zip(parts, each, strict=True))) for each in zip(*parts.values(), strict=True)]
         except (*BAD_NPZ, TypeError) as error:

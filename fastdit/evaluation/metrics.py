@@ -245,6 +245,24 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     return inside_real.double().mean().item(), inside_fake.double().mean().item()
 
 
+def nearest_distances(x: Tensor, y: Tensor, others: bool) -> Tensor:
+    """Return the distance fp64 [n] of each of the features [n,d] to the nearest of the features [m,d].
+
+    others: row i is not compared with row i, nor with equal rows, as of a picture that is in the set twice.
+    """
+    nearest = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+    norms = [side.double().square().sum(1) for side in (x, y)]
+    with _bar("nearest", (x, y)) as bar:
+        for i, j, block in _blocks(x, y, bar):
+            sums = norms[0][i, None] + norms[1][j]
+            squares = sums - 2 * block
+            if others:
+                rows, columns = (torch.arange(len(side), device=x.device)[part] for side, part in ((x, i), (y, j)))
+                squares[(rows[:, None] == columns) | (squares <= 1e-9 * sums)] = torch.inf  # rounding of fp32 features
+            nearest[i] = torch.minimum(nearest[i], squares.amin(1))
+    return nearest.clamp(min=0).sqrt()
+
+
 def _fid(samples: Summary, reference: Summary) -> dict:
     return {"fid": frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)}
 

@@ -20,7 +20,7 @@ from fastdit import distributed, files
 from fastdit.config import InputError, SampleConfig, nearest
 from fastdit.distributed import World
 from fastdit.evaluation import command as evaluate_command
-from fastdit.evaluation import features, metrics
+from fastdit.evaluation import features, image_sets, metrics
 from fastdit.evaluation.command import EvaluationRequest
 from fastdit.evaluation.image_sets import ImageSet
 from fastdit.files import path_argument
@@ -62,18 +62,6 @@ def parse_axes(words: list[str]) -> dict[str, list]:
     if not axes:
         raise InputError("nothing to sweep over: give KEY=VALUE,VALUE, such as guidance=0,1,2 steps=8,15 weights=ema,raw")
     return axes
-
-
-def _watched(source: ImageSet, shown: dict[int, np.ndarray]) -> ImageSet:
-    """Return the same set; evenly spread samples are also put into `shown` when they are drawn."""
-    wanted = set(np.linspace(0, source.count - 1, min(SHOWN, source.count)).round().astype(int).tolist())
-
-    def batches(world: World):
-        for ids, images in source.batches(world):
-            shown.update({int(i): image for i, image in zip(ids, images, strict=True) if int(i) in wanted})
-            yield ids, images
-
-    return replace(source, batches=batches)
 
 
 def best(rows: list[Row]) -> int | None:
@@ -194,8 +182,9 @@ def _row(
 ) -> Row:
     """Return the row of a setting, complete on rank 0. name: text of the progress bar. All ranks must call it."""
     shown: dict[int, np.ndarray] = {}
+    wanted = set(np.linspace(0, images.count - 1, min(SHOWN, images.count)).round().astype(int).tolist())
     try:
-        summary = evaluate_command.summarize(_watched(images, shown), network, world, name)
+        summary = evaluate_command.summarize(image_sets.watched(images, wanted, shown), network, world, name)
     except FloatingPointError as error:  # raised on all ranks
         if world.rank == 0:
             warn(str(error))

@@ -96,7 +96,7 @@ def test_dtype_is_the_runs_where_it_is_fast(trained, reference, tmp_path, monkey
 
 @pytest.mark.slow
 def test_two_ranks_give_the_same(trained, reference, tmp_path):
-    fp32 = ["--dtype", "fp32", "--samples", "30"]  # in bf16 another batch size rounds otherwise
+    fp32 = ["--dtype", "fp32", "--samples", "30", "--neighbours", "4"]  # in bf16 another batch size rounds otherwise
     alone = run(trained, reference, tmp_path / "a.json", *fp32)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fastdit.cli"]
     words = ["--features", "digits", "--reference", str(reference), *fp32, "--out", str(tmp_path / "b.json")]
@@ -107,6 +107,9 @@ def test_two_ranks_give_the_same(trained, reference, tmp_path):
     assert done.returncode == 0, done.stderr
     both = json.loads((tmp_path / "b.json").read_text())
     assert both["ranks"] == 2 and numbers(both) == pytest.approx(numbers(alone), rel=1e-3)
+    assert both["neighbours"] == pytest.approx(alone["neighbours"], rel=1e-3)
+    pictures = [np.asarray(Image.open(tmp_path / f"{name}.neighbours.png")) for name in "ab"]
+    assert (abs(pictures[0].astype(int) - pictures[1]) > 2).mean() < 0.01  # samples are equal to rounding
     lost = ranks(tmp_path)
     assert lost.returncode != 0 and lost.stderr.count("--samples is for samples of a checkpoint") == 1
 
