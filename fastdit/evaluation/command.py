@@ -14,27 +14,32 @@ from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fastdit import files
 from fastdit.checkpoint import MANIFEST
 from fastdit.config import InputError
 from fastdit.data.imagenet import COUNTS
+from fastdit.data.index import is_index
 from fastdit.device import device_name, versions
 from fastdit.distributed import World, world_of_this_process
-from fastdit.evaluation import features, image_sets, metrics
+from fastdit.evaluation import features, image_sets, metrics, neighbours
 from fastdit.evaluation.image_sets import ImageSet
+from fastdit.evaluation.kept import Kept
 from fastdit.files import check_readable, path_argument, sha256
 from fastdit.progress import progress_bar, say, warn
 from fastdit.sampling.class_names import some
 from fastdit.sampling.command import MAX_IMAGES, add_sampler, add_weights, sampler_settings
-from fastdit.sampling.sampler import Sampler
+from fastdit.sampling.pictures import save_picture
+from fastdit.sampling.sampler import Sampler, gather
 
 SAMPLE_FEATURES = 50_000  # features kept for KID, precision and recall, at most: the ADM evaluator's numbers
 REFERENCE_FEATURES = 10_000
 SAMPLES = 50_000  # samples drawn by default, as in papers
 DIGITS = 500  # the same for the built-in digits
 MAX_IMAGE_SIZE = 16_384  # pixels
+MAX_NEIGHBOURS = 1000  # samples beside their nearest training images
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,16 @@ class EvaluationRequest:
     source: str | None = None
     feature_sha256: str | None = None
     spatial: str | None = None
+    preprocess: str | None = None
     split: str = "train"
     image_size: int | None = None
+    resize: str | None = None
     samples: int | None = None
     labels: str = "balanced"
     seed: int = 0
     weights: str = "ema"
     dtype: str = "auto"
+    neighbours: int | None = None
     sampler: dict = field(default_factory=dict)  # values of SampleConfig that replace the run's
 
     def __post_init__(self) -> None:
@@ -64,23 +72,34 @@ class EvaluationRequest:
             raise InputError("--feature-sha256 '' is empty: give the hash, or leave it out")
         if self.image_size is not None and not 1 <= self.image_size <= MAX_IMAGE_SIZE:
             raise InputError(f"--image-size {self.image_size} must be between 1 and {MAX_IMAGE_SIZE}")
+        if self.neighbours is not None and not 1 <= self.neighbours <= MAX_NEIGHBOURS:
+            raise InputError(f"--neighbours {self.neighbours} must be between 1 and {MAX_NEIGHBOURS}")
+        if self.resize is not None and not any(path and is_index(Path(path)) for path in (self.source, self.reference)):
+            raise InputError(f"--resize {self.resize} is for the images of an index, and none is given: leave it out")
 
     def of_a_checkpoint(self) -> str | None:
         """Return the flag of the first value that only samples of a checkpoint have, or None."""
         defaults = {f.name: f.default for f in fields(EvaluationRequest)}
-        given = [key for key in ("samples", "labels", "seed", "weights", "dtype") if getattr(self, key) != defaults[key]]
+        given = [
+            key for key in ("samples", "labels", "seed", "weights", "dtype", "neighbours") if getattr(self, key) != defaults[key]
+        ]
         return next(("--" + key.replace("_", "-") for key in (*given, *self.sampler)), None)
 
     def command(self, *more: str) -> str:
         """Return the command line of this request; more: further words."""
         words = ["fastdit", "evaluate", *([self.source] if self.source else []), "--features", self.features]
-        options = ["reference", "feature_sha256", "spatial", "image_size", "split"]
+        options = ["reference", "feature_sha256", "spatial", "preprocess", "image_size", "resize", "split"]
         if self.samples:  # a checkpoint
-            options += ["samples", "labels", "seed", "weights", "dtype"]
+            options += ["samples", "labels", "seed", "weights", "dtype", "neighbours"]
         for key, value in [(key, getattr(self, key)) for key in options] + list(self.sampler.items()):
             if value is not None:
                 words += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list | tuple) else [value])]
         return shlex.join([*words, *more])
+
+
+def load_network(request: EvaluationRequest, device: torch.device) -> features.FeatureNetwork:
+    """Return the feature network of a request. Raises InputError."""
+    return features.load(request.features, device, request.feature_sha256, request.spatial, request.preprocess)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -109,18 +128,20 @@ def open_source(request: EvaluationRequest, device: torch.device) -> tuple[Image
     path = Path(request.source)
     if not is_checkpoint(path):
         _refuse_values_of_a_checkpoint(request, f"{path} is none")
-        images = image_sets.open_images(request.source, request.image_size, request.split, device)
+        images = image_sets.open_images(request.source, request.image_size, request.split, device, request.resize)
         return images, replace(request, samples=None)
     samples = samples_of(Sampler(path, request.weights, device, request.dtype), request)
     return samples, replace(request, samples=samples.count, sampler=samples.about["sampler"], dtype=samples.about["dtype"])
 
 
 def summarize(
-    source: ImageSet, network: features.FeatureNetwork, world: World, description: str, keep: int = SAMPLE_FEATURES
-) -> metrics.Summary:
+    source: ImageSet, network: features.FeatureNetwork, world: World, description: str, keep: int = SAMPLE_FEATURES,
+    kept: Kept | None = None,
+) -> metrics.Summary:  # fmt: skip
     """Return the statistics of a set of images, computed by all ranks and complete on rank 0.
 
-    description: text of the progress bar; keep: largest number of features to keep. All ranks must call it. Raises InputError.
+    description: text of the progress bar; keep: largest number of features to keep; kept: where the outputs of finished batches
+    lie. All ranks must call it. Raises InputError.
     """
     if source.count < 2:
         raise InputError(f"{source.about.get('path')} holds {source.count} image: statistics need at least 2")
@@ -131,9 +152,10 @@ def summarize(
     with progress_bar(source.count, description=description, unit="image", disable=world.rank > 0) as bar:
 
         def work() -> None:
-            for ids, images in source.batches(world):
+            fresh = ((ids, network(images)) for ids, images in source.batches(world))
+            for ids, parts in kept.outputs(source, network, world) if kept else fresh:
                 ids = torch.from_numpy(ids)
-                for part, outputs in zip(ids.split(features.BATCH), network(images), strict=True):
+                for part, outputs in zip(ids.split(features.BATCH), parts, strict=True):
                     statistics.update(part, outputs, None if labels is None else labels[part])
                 bar.update(min(len(ids) * world.size, source.count - bar.n))
 
@@ -153,7 +175,11 @@ def _check_fits(summary: metrics.Summary, path: Path, network: features.FeatureN
             f"{path} holds statistics of features of width {width}, but {network.name} makes {network.widths[0]}: give the "
             "statistics of this network, or the network that they were made with"
         )
-    expected = summary.about.get("features", {}).get("sha256")
+    made_with = summary.about.get("features", {})
+    preprocess = made_with.get("preprocess") or features.PREPROCESSES[0]
+    if made_with and network.preprocess not in (preprocess, None):
+        raise InputError(f"{path} was made with --preprocess {preprocess}: give that, or make it again with {network.preprocess}")
+    expected = made_with.get("sha256")
     if expected and expected != network.sha256:
         raise InputError(
             f"{path} was made with another feature network (SHA-256 {expected[:12]}…, {network.name} has {network.sha256[:12]}…): "
@@ -172,17 +198,20 @@ def open_reference(request: EvaluationRequest, network: features.FeatureNetwork,
     stored = world.together(lambda: metrics.load(path)) if path.is_file() else None
     about = {"features": network.about(), "path": request.reference}
     if stored is None:
-        source = world.together(lambda: image_sets.open_images(request.reference, request.image_size, request.split, world.device))
+        source = world.together(
+            lambda: image_sets.open_images(request.reference, request.image_size, request.split, world.device, request.resize)
+        )
         world.together(lambda: network.probe(source.shape))
         summary = summarize(source, network, world, "reference", REFERENCE_FEATURES)
-        return replace(summary, about={**summary.about, **about})
+        return replace(summary, about={**summary.about, **about, "statistics_sha256": summary.sha256()})
     world.together(lambda: _check_fits(stored, path, network))
     summary = stored
     if summary.features is None and image_sets.has_images(path):  # ADM's: 10,000 images beside the statistics of all
         source = world.together(lambda: image_sets.of_npz(path))
         world.together(lambda: network.probe(source.shape))
         summary = replace(summary, features=summarize(source, network, world, "reference", REFERENCE_FEATURES).features)
-    return replace(summary, about={"kind": "statistics", **summary.about, **about, "sha256": sha256(path)})
+    about |= {"sha256": sha256(path), "statistics_sha256": stored.sha256()}
+    return replace(summary, about={"kind": "statistics", **summary.about, **about})
 
 
 def too_few(count: int | None, width: int, kind: str) -> list[str]:
@@ -213,20 +242,27 @@ def _reserve(stack: ExitStack, request: EvaluationRequest, out: Path | None, sav
             raise InputError(f"{name} {path} is read by this command: choose another path")
     if out is not None and save_reference is not None and os.path.realpath(out) == os.path.realpath(save_reference):
         raise InputError(f"--out and --save-reference are both {out}: give two paths")
-    stack.enter_context(files.outputs(paths.values()))
+    pictures = [neighbours_picture(out)] if out is not None and request.neighbours else []
+    stack.enter_context(files.outputs([*paths.values(), *pictures]))
+
+
+def neighbours_picture(out: Path) -> Path:
+    """Return the path of the picture of --neighbours beside a result."""
+    return out.with_suffix(".neighbours.png")
 
 
 def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference: Path | None = None) -> dict:
     """Evaluate a request. Returns the result, complete on rank 0, which also writes it to `out` as JSON.
 
-    save_reference: path of an .npz for the reference's statistics. All ranks must call it. Raises InputError, also if a file cannot
-    be written, but after the metrics are printed; FloatingPointError if samples are not finite.
+    The outputs of finished batches of samples that are drawn are kept beside `out` until it is written: a call that was killed
+    resumes. save_reference: path of an .npz for the reference's statistics. All ranks must call it. Raises InputError, also if a
+    file cannot be written, but after the metrics are printed; FloatingPointError if samples are not finite.
     """
     began = time.perf_counter()
     world = world_of_this_process()
     with ExitStack() as stack:
         world.together(lambda: _reserve(stack, request, out, save_reference) if world.rank == 0 else None)
-        result, errors = _measure(request, world, save_reference)
+        result, errors = _measure(request, world, save_reference, out)
         if world.rank > 0:
             return result
         result["seconds"] = round(time.perf_counter() - began, 1)
@@ -234,6 +270,7 @@ def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference
             if out is not None and "metrics" in result:
                 with files.writing(out):
                     files.write_atomically(out, json.dumps(result, indent=1))
+                Kept(out).remove()
         except InputError as error:
             errors.append(error)
         if errors:
@@ -242,9 +279,65 @@ def evaluate(request: EvaluationRequest, out: Path | None = None, save_reference
     return result
 
 
-def _measure(request: EvaluationRequest, world: World, save_reference: Path | None) -> tuple[dict, list[InputError]]:
-    """Return the result of a request, complete on rank 0, and the errors of writing the reference's statistics."""
-    network = world.together(lambda: features.load(request.features, world.device, request.feature_sha256, request.spatial))
+def _summarize_samples(
+    source: ImageSet, request: EvaluationRequest, network: features.FeatureNetwork, world: World, out: Path | None,
+    shown: dict[int, np.ndarray],
+) -> metrics.Summary:  # fmt: skip
+    """Return `summarize` of the samples of a request, of a checkpoint's resumed from what is kept beside `out`.
+
+    shown: images that are kept too. Raises InputError, and FloatingPointError, after which nothing is kept.
+    """
+    if out is None or source.drawn is None:
+        return summarize(source, network, world, "evaluate")
+    kept = Kept(out, shown)
+    settings = {key: value for key, value in source.about.items() if key != "path"}
+    settings |= {
+        "features": network.about(), "spatial": request.spatial, "neighbours": request.neighbours, "ranks": world.size,
+        "device": device_name(world.device), "versions": versions(),
+    }  # fmt: skip
+    world.together(lambda: kept.begin(settings), everywhere=False)
+    try:
+        return summarize(source, network, world, "evaluate", kept=kept)
+    except FloatingPointError:  # raised on all ranks, and again if the command were repeated
+        if world.rank == 0:
+            kept.remove()
+        raise
+
+
+def _compare_samples(
+    source: ImageSet, request: EvaluationRequest, network: features.FeatureNetwork, reference: metrics.Summary, world: World,
+    out: Path | None, errors: list[InputError],
+) -> dict:  # fmt: skip
+    """Return the metrics of samples, their description and their likeness to the training images, on rank 0."""
+    shown: dict[int, np.ndarray] = {}
+    every = -(-source.count // SAMPLE_FEATURES)  # of the samples whose features are kept
+    kept = -(-source.count // every)
+    rows = np.linspace(0, kept - 1, min(request.neighbours or 0, kept)).round().astype(int).tolist()
+    source = image_sets.watched(source, {row * every for row in rows}, shown)
+    samples = _summarize_samples(source, request, network, world, out, shown)
+    result: dict = {}
+    if world.rank == 0:
+        result = {"metrics": metrics.compare(samples, reference, world.device), "samples": samples.about}
+    if rows:
+        assert source.config is not None  # --neighbours is refused for other images than a checkpoint's
+        images = {i // every: image for i, image in gather(shown, world).items()}
+        about, picture = neighbours.likeness(samples, rows, images, source.config, network, world)
+        if picture is not None:
+            result["neighbours"] = about
+            if out is not None:
+                try:
+                    with files.writing(neighbours_picture(out)):
+                        save_picture(picture, neighbours_picture(out))
+                except InputError as error:
+                    errors.append(error)
+    return result
+
+
+def _measure(
+    request: EvaluationRequest, world: World, save_reference: Path | None, out: Path | None
+) -> tuple[dict, list[InputError]]:
+    """Return the result of a request, complete on rank 0, and the errors of writing the reference's statistics and the picture."""
+    network = world.together(lambda: load_network(request, world.device))
     source = None
     if request.source is not None:
         source, request = world.together(lambda: open_source(request, world.device))
@@ -267,9 +360,10 @@ def _measure(request: EvaluationRequest, world: World, save_reference: Path | No
     if source is not None:
         world.together(lambda: network.probe(source.shape))
         warnings += too_few(source.count, network.widths[0], "samples") + source.warnings
-        samples = summarize(source, network, world, "evaluate")
-        if world.rank == 0:
-            result = {"metrics": metrics.compare(samples, reference, world.device), "samples": samples.about, **result}
+        warnings += image_sets.resized_otherwise(source.about, reference.about)
+        result = {**_compare_samples(source, request, network, reference, world, out, errors), **result}
+        if result.get("neighbours", {}).get("repeats"):
+            warnings.append(f"the run repeats its training images: {neighbours.sentence(result['neighbours'])}")
     if world.rank == 0:
         result |= {
             "features": network.about(), "sfid": "unverified: not run on the real Inception file" if request.spatial else None,
@@ -284,10 +378,13 @@ def _measure(request: EvaluationRequest, world: World, save_reference: Path | No
 def metrics_table(result: dict) -> str:
     """Return the metrics of a result, one per line."""
     lines = []
+    network = Path(result["features"]["network"]).stem
     for name, value in result.get("metrics", {}).items():
         text = " ".join(f"{share:.1%}" for share in value) if isinstance(value, list) else f"{value:.6g}"
-        lines.append(f"{metrics.METRICS[name].label:18} {text}")
-    return "\n".join(lines)
+        lines.append((metrics.METRICS[name].label.format(network=network), text))
+    width = max((len(label) for label, _ in lines), default=0)
+    table = "\n".join(f"{label:{width}} {text}" for label, text in lines)
+    return f"{table}\n{neighbours.sentence(result['neighbours'])}" if "neighbours" in result else table
 
 
 def add_request(parser: argparse.ArgumentParser) -> None:
@@ -304,12 +401,22 @@ def add_request(parser: argparse.ArgumentParser) -> None:
         help="Submodule of the feature network for sFID, from its first 7 channels, such as layers.mixed_6.conv (unverified).",
     )  # fmt: skip
     add(
+        "--preprocess", choices=features.PREPROCESSES,
+        help="Input of the file of --features: inception, uint8 images of any size, as of inception-2015-12-05.pt; imagenet224, "
+        "224 pixels (cubic, antialiased) normalized by ImageNet's mean and standard deviation, as of DINOv2 (default: inception).",
+    )  # fmt: skip
+    add(
         "--reference", metavar="PATH",
         help="Reference: an .npz of statistics (ADM's: mu, sigma, mu_s, sigma_s) or of images, a folder, an index, or mnist5k "
         "(default with --features digits: mnist5k).",
     )  # fmt: skip
     add("--split", choices=tuple(COUNTS), help="Split of a reference that is an index or mnist5k (default: %(default)s).")
     add("--image-size", type=int, metavar="N", help="Height and width in pixels to which the images of an index are cut.")
+    add(
+        "--resize", choices=image_sets.RESIZES,
+        help="Resize of the images of an index: adm, as of the published ADM references (box halving, then bicubic); dali, as for "
+        "training (default: dali).",
+    )  # fmt: skip
     add(
         "--samples", type=int, metavar="N",
         help=f"Number of samples to draw from a checkpoint (default: {SAMPLES:,}; with --features digits {DIGITS}).",
@@ -358,6 +465,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="File for the metrics and every choice behind them (default: %(default)s).",
     )  # fmt: skip
     parser.add_argument(
+        "--neighbours", type=int, metavar="N",
+        help="Number of samples to show beside their nearest training images, in a PNG beside --out; with it the share of samples "
+        "that are nearer to a training image than these are to each other.",
+    )  # fmt: skip
+    parser.add_argument(
         "--save-reference",
         type=path_argument,
         metavar="NPZ",
@@ -375,6 +487,8 @@ def run(arguments: argparse.Namespace) -> str:
     if "metrics" in result:
         lines.append(metrics_table(result))
         lines.append(f"result: {arguments.out} (every choice behind these numbers; again: {result['command']})")
+    if request.neighbours:
+        lines.append(f"nearest training images: {neighbours_picture(arguments.out)}")
     if arguments.save_reference:
         lines.append(f"reference: {arguments.save_reference}")
     return "\n".join(lines)

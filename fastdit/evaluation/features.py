@@ -1,8 +1,10 @@
 """Feature networks, from images to the vectors that metrics compare. B batch size, S image size, C channels, d feature width.
 
-"digits" is the classifier of the built-in digits, anything else a TorchScript file with the interface of inception-2015-12-05.pt,
-net(images uint8 [B,3,S,S], return_features=True) -> fp32 [B,d], with its last Linear named `output`. Networks run in fp32 with TF32
-off, on batches of one shape, the last of which is filled up.
+"digits" is the classifier of the built-in digits, anything else a TorchScript file whose interface is one of PREPROCESSES:
+    inception     that of inception-2015-12-05.pt, net(images uint8 [B,3,S,S], return_features=True) -> fp32 [B,d], with its last
+                  Linear named `output`
+    imagenet224   net(images fp32 [B,3,224,224]) -> fp32 [B,d] of `imagenet224`, such as an exported DINOv2
+Networks run in fp32 with TF32 off, on batches of one shape, the last of which is filled up.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +22,9 @@ from fastdit.evaluation.metrics import Outputs
 from fastdit.files import sha256
 
 BATCH = 100  # images per call of the network
+PREPROCESSES = ("inception", "imagenet224")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of red, green and blue in [0,1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
 SPATIAL = 7  # channels of a spatial feature map that sFID uses, as in the ADM evaluator
 
 
@@ -40,15 +45,19 @@ class FeatureNetwork:
     """A network from images to features.
 
     name: "digits" or the path of the file.
+    preprocess: one of PREPROCESSES, None for digits.
     sha256: hash of the file of the weights.
     widths: widths of features, probabilities and spatial features (0: none), set by `probe`.
     knows_classes: whether the probabilities are of the classes of the samples.
     """
 
-    def __init__(self, compute: Callable[[Tensor], Outputs], path: Path, name: str, device: torch.device) -> None:
+    def __init__(
+        self, compute: Callable[[Tensor], Outputs], path: Path, name: str, device: torch.device, preprocess: str | None = None
+    ) -> None:
         """compute: function from images uint8 [BATCH,C,S,S] on `device` to Outputs; path: file of the weights."""
         self._compute = compute
         self.name = name
+        self.preprocess = preprocess
         self.sha256 = sha256(path)
         self.device = device
         self.knows_classes = False
@@ -89,7 +98,8 @@ class FeatureNetwork:
     def about(self) -> dict:
         """Return what results say of the network, as JSON types."""
         return {
-            "network": self.name, "sha256": self.sha256, "width": self.widths[0], "dtype": "fp32", "tf32": False, "batch": BATCH,
+            "network": self.name, "sha256": self.sha256, "preprocess": self.preprocess, "width": self.widths[0], "dtype": "fp32",
+            "tf32": False, "batch": BATCH,
         }  # fmt: skip
 
 
@@ -130,7 +140,20 @@ def _resized(images: Tensor) -> Tensor:
     return (resized - 128) / 128
 
 
-def _torchscript(path: Path, spatial: str | None, device: torch.device) -> FeatureNetwork:
+def imagenet224(images: Tensor) -> Tensor:
+    """Return images uint8 [B,3,S,S] as fp32 [B,3,224,224] for networks of ImageNet: cubic with antialiasing, normalized.
+
+    Rounded to 8 bits after each axis, as Pillow in the DINOv2 evaluation of arXiv:2306.04675.
+    """
+    levels = images.float()
+    for size in ((images.shape[2], 224), (224, 224)):
+        levels = F.interpolate(levels, size, mode="bicubic", antialias=True, align_corners=False)
+        levels = (levels + 0.5).floor().clamp(0, 255)
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (levels / 255 - mean) / std
+
+
+def _torchscript(path: Path, spatial: str | None, preprocess: str, device: torch.device) -> FeatureNetwork:
     try:
         net = torch.jit.load(str(path), map_location=device).eval()
     except (OSError, RuntimeError, ValueError) as error:
@@ -141,6 +164,8 @@ def _torchscript(path: Path, spatial: str | None, device: torch.device) -> Featu
 
     def compute(images: Tensor) -> Outputs:
         images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        if preprocess == "imagenet224":
+            return Outputs(net(imagenet224(images)).float())
         features = net(images, return_features=True).float()
         probabilities = None if weight is None else (features @ weight.float().T).softmax(1)  # no bias, as in the ADM evaluator
         maps = None
@@ -151,21 +176,26 @@ def _torchscript(path: Path, spatial: str | None, device: torch.device) -> Featu
             maps = maps[:, :SPATIAL].flatten(1).float()
         return Outputs(features, probabilities, maps)
 
-    return FeatureNetwork(compute, path, str(path), device)
+    return FeatureNetwork(compute, path, str(path), device, preprocess)
 
 
-def load(source: str, device: torch.device, wanted_sha256: str | None = None, spatial: str | None = None) -> FeatureNetwork:
+def load(
+    source: str, device: torch.device, wanted_sha256: str | None = None, spatial: str | None = None, preprocess: str | None = None
+) -> FeatureNetwork:
     """Return the feature network of a source, "digits" or a TorchScript file.
 
     wanted_sha256: required SHA-256 of the file; spatial: submodule whose first SPATIAL channels sFID uses (unverified: not
-    run on the real file). Raises InputError if the file does not exist, cannot be read or has another SHA-256.
+    run on the real file); preprocess: one of PREPROCESSES (default: the first). Raises InputError if the file does not exist,
+    cannot be read or has another SHA-256.
     """
-    if spatial is not None and (source == "digits" or not spatial):
-        raise InputError(f"--spatial {spatial!r} must be a submodule of a TorchScript file of --features: leave it out")
+    if spatial is not None and (source == "digits" or not spatial or preprocess == "imagenet224"):
+        raise InputError(f"--spatial {spatial!r} must be a submodule of an Inception network of --features: leave it out")
+    if preprocess is not None and source == "digits":
+        raise InputError(f"--preprocess {preprocess} is for a TorchScript file of --features, not for 'digits': leave it out")
     path = digit_classifier.WEIGHTS if source == "digits" else Path(source)
     if not path.is_file():
         raise InputError(f"--features {source} is neither 'digits' nor a file: give the path of inception-2015-12-05.pt, say")
     digest = sha256(path)
     if wanted_sha256 and digest != wanted_sha256.lower():
         raise InputError(f"--features {source} has SHA-256 {digest}, not {wanted_sha256}: it is another or a damaged file")
-    return _digits(device) if source == "digits" else _torchscript(path, spatial, device)
+    return _digits(device) if source == "digits" else _torchscript(path, spatial, preprocess or PREPROCESSES[0], device)

@@ -6,7 +6,8 @@ n images, b batch size, S height and width, C channels.
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,16 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 from fastdit import files, kernels
-from fastdit.config import InputError, SampleConfig
+from fastdit.checkpoint import Checkpoint
+from fastdit.config import Config, InputError, SampleConfig
 from fastdit.data import folders, pixels
 from fastdit.data.builtin import mnist5k
-from fastdit.data.index import is_index, open_index
+from fastdit.data.index import Index, is_index, open_index
 from fastdit.distributed import World
 from fastdit.evaluation.metrics import BAD_NPZ
 from fastdit.flow import Stream
 from fastdit.sampling.sampler import Sampler, shares
 
 BATCH = 100  # images read at a time
+RESIZES = ("adm", "dali")  # how the images of an index are cut to one size: `adm_crop`, or as for training
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class ImageSet:
     about: where the images are from, as JSON types; measured results contain it.
     labels: classes of the images, int64 [n], or None.
     warnings: what should be known before metrics of these samples are compared.
+    drawn: `batches` of samples of a model, without the batches that a function of their ids says to skip; None for other images.
+    config: of the run whose checkpoint draws the samples.
     """
 
     count: int
@@ -47,6 +52,24 @@ class ImageSet:
     about: dict
     labels: np.ndarray | None = None
     warnings: list[str] = field(default_factory=list)
+    drawn: Callable[[World, Callable[[range], bool]], Iterator[tuple[np.ndarray, np.ndarray]]] | None = None
+    config: Config | None = None
+
+
+def watched(source: ImageSet, wanted: set[int], shown: dict[int, np.ndarray]) -> ImageSet:
+    """Return the same set; images of the ids `wanted` are also put into `shown` when they are read or drawn."""
+
+    def watch(batches: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for ids, images in batches:
+            shown.update({int(i): image for i, image in zip(ids, images, strict=True) if int(i) in wanted})
+            yield ids, images
+
+    drawn = source.drawn
+    return replace(
+        source,
+        batches=lambda world: watch(source.batches(world)),
+        drawn=None if drawn is None else lambda world, skip: watch(drawn(world, skip)),
+    )
 
 
 def of_array(images: np.ndarray, labels: np.ndarray | None, about: dict) -> ImageSet:
@@ -90,12 +113,19 @@ def evaluation_labels(balance: str, count: int, num_classes: int, seed: int) -> 
 def of_sampler(sampler: Sampler, settings: SampleConfig, labels: Tensor, seed: int, about: dict) -> ImageSet:
     """Return the samples of classes int64 [n], drawn as they are read: the same on any number of ranks, to rounding."""
 
-    def batches(world: World) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for ids, images in sampler.stream(labels, seed, settings, world=world):
+    def drawn(world: World, skip: Callable[[range], bool]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for ids, images in sampler.stream(labels, seed, settings, world=world, skip=skip):
             yield np.arange(ids.start, ids.stop), images
 
     shape = (sampler.config.data.image_size, sampler.config.data.image_size, sampler.codec.image_channels)
-    return ImageSet(len(labels), shape, batches, about, labels.numpy())
+    all_of_them = lambda world: drawn(world, lambda ids: False)
+    return ImageSet(len(labels), shape, all_of_them, about, labels.numpy(), drawn=drawn)
+
+
+def _resize_of_training(sampler: Sampler) -> str | None:
+    """Return how the images that a checkpoint was trained on were resized, None if it is unknown or they were not."""
+    imported = not isinstance(sampler.source, Checkpoint) or bool(sampler.source.state.origin)
+    return None if imported or sampler.config.data.source == "mnist5k" else "dali"
 
 
 def of_checkpoint(sampler: Sampler, count: int, balance: str, overrides: dict, seed: int) -> ImageSet:
@@ -111,11 +141,12 @@ def of_checkpoint(sampler: Sampler, count: int, balance: str, overrides: dict, s
         "weights": sampler.weights, "ema_decay": sampler.ema_decay, "sampler": asdict(settings),
         "guidance_scale": 1 + settings.guidance, "guided_channels": "all", "labels": balance, "seed": seed, "images": count,
         "classes": len(learned), "left_out": sorted({*range(sampler.null)}.difference(learned)), "dtype": sampler.dtype,
+        "resize": _resize_of_training(sampler),
         "autoencoder": config.data.autoencoder,
         "autoencoder_sha256": codec.sha256(),
         "autoencoder_dtype": str(codec.dtype).removeprefix("torch.") if codec.dtype else None,
     }  # fmt: skip
-    return of_sampler(sampler, settings, labels, seed, about)
+    return replace(of_sampler(sampler, settings, labels, seed, about), config=config)
 
 
 def _npy_header(file) -> tuple[tuple[int, ...], np.dtype]:
@@ -204,7 +235,7 @@ def _header(path: Path) -> _Header:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, reason: object) -> InputError:
+def _unreadable(path: Path | str, reason: object) -> InputError:
     return InputError(f"{path} cannot be read: {reason}: remove it, or write it again")
 
 
@@ -281,10 +312,46 @@ def of_folder(folder: Path) -> ImageSet:
     return ImageSet(len(paths), shape, batches, about, warnings=warnings)
 
 
-def of_index(folder: Path, size: int, split: str, device: torch.device, at_most: int | None = None, exif: str = "auto") -> ImageSet:
-    """Return a split of an index, or at most `at_most` evenly spread images of it.
+def _columns_first(image: Image.Image, width: int, height: int, filter: Image.Resampling) -> Image.Image:
+    """Return an image resampled first along its rows, then along its columns, with 8 bits in between, as Pillow did when the
+    published references were made. Pillow 13 takes the columns of tall images first."""
+    return image.resize((width, image.height), filter).resize((width, height), filter)
 
-    They are resized (antialiased, cubic) and cut to size x size pixels as for training; exif: data.exif. Raises InputError.
+
+def adm_crop(image: Image.Image, size: int) -> Image.Image:
+    """Return the middle size x size pixels of an image, resized as for the published ADM references (guided-diffusion,
+    image_datasets.py): halved by a box filter while the short side has at least 2·size pixels, then bicubic to `size`."""
+    while min(image.size) >= 2 * size:
+        image = _columns_first(image, image.width // 2, image.height // 2, Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = _columns_first(image, round(image.width * scale), round(image.height * scale), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _adm_crops(index: Index, rows: np.ndarray, size: int, exif: bool, world: World) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield this rank's share of the images of an index by `adm_crop`, read in threads one batch ahead. Raises InputError."""
+
+    def read(i: int) -> np.ndarray:
+        try:
+            return np.asarray(adm_crop(pixels.load(index.read(rows[i]), exif).convert("RGB"), size))
+        except pixels.BadImage as error:
+            raise _unreadable(index.name(rows[i]), error) from error
+
+    with ThreadPoolExecutor() as pool:
+        begun = ((ids, pool.map(read, ids)) for ids in _shares(len(rows), world))
+        following = next(begun, None)
+        while following:
+            (ids, images), following = following, next(begun, None)
+            yield ids, np.stack(list(images))
+
+
+def of_index(
+    folder: Path, size: int, split: str, device: torch.device, at_most: int | None = None, exif: str = "auto", resize: str = "dali"
+) -> ImageSet:
+    """Return a split of an index, or at most `at_most` evenly spread images of it, cut to size x size pixels.
+
+    resize: one of RESIZES, "adm" or "dali" (antialiased, cubic, as for training); exif: data.exif. Raises InputError.
     """
     from fastdit.data.loader import applies_exif, center_crop_decoder
 
@@ -292,8 +359,12 @@ def of_index(folder: Path, size: int, split: str, device: torch.device, at_most:
     rows = index.rows(split)
     if at_most:
         rows = rows[evenly_spread(len(rows), at_most)]
+    upright = applies_exif(exif, index)
 
     def batches(world: World) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if resize == "adm":
+            yield from _adm_crops(index, rows, size, upright, world)
+            return
         shares = list(_shares(len(rows), world))
         if shares:
             decoder = center_crop_decoder(index, rows, shares, BATCH, size, device, max_bad_files=10, exif=exif)
@@ -301,20 +372,32 @@ def of_index(folder: Path, size: int, split: str, device: torch.device, at_most:
             images = ((decoder.next()[0][: len(ids)] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             yield ids, images.permute(0, 2, 3, 1).cpu().numpy()
 
-    about = {"kind": "index", "path": str(folder), "split": split, "image_size": size, "images": len(rows)}
-    about["exif"] = "applied" if applies_exif(exif, index) else "ignored"
+    about = {"kind": "index", "path": str(folder), "split": split, "image_size": size, "resize": resize, "images": len(rows)}
+    about["exif"] = "applied" if upright else "ignored"
     return ImageSet(len(rows), (size, size, 3), batches, about, np.asarray(rows["label"], np.int64))
 
 
-def open_images(path: str, size: int | None, split: str, device: torch.device) -> ImageSet:
-    """Return the images of "mnist5k", an index (in `size` pixels), an .npz or a folder. Raises InputError for anything else."""
+def resized_otherwise(samples: dict, reference: dict) -> list[str]:
+    """Return a warning if samples and reference, described by their `about`, come from images that were resized differently."""
+    resizes = [about.get("resize") or ("dali" if about.get("kind") == "index" else None) for about in (samples, reference)]
+    if None in resizes or resizes[0] == resizes[1]:
+        return []
+    subject = "the model was trained on images" if samples.get("kind") == "checkpoint" else "the samples are images"
+    return [f"{subject} resized by {resizes[0]}, the reference by {resizes[1]}: the distances contain that difference"]
+
+
+def open_images(path: str, size: int | None, split: str, device: torch.device, resize: str | None = None) -> ImageSet:
+    """Return the images of "mnist5k", an index (in `size` pixels), an .npz or a folder. Raises InputError for anything else.
+
+    resize: one of RESIZES, for an index (default: "dali").
+    """
     location = Path(path)
     if path == "mnist5k":
         return of_array(*mnist5k(split), {"kind": "builtin", "path": path, "split": split})
     if is_index(location):
         if size is None:
             raise InputError(f"{path} is an index, whose images have many sizes: say which to cut them to with --image-size")
-        return of_index(location, size, split, device)
+        return of_index(location, size, split, device, resize=resize or "dali")
     if location.is_dir():
         return of_folder(location)
     if location.is_file():

@@ -8,6 +8,7 @@ themselves at d = 512 is -4e-6 (eigenvalues of an unsymmetric product), its KID 
 neither takes statistics from a file.
 """
 
+import hashlib
 import json
 import zipfile
 import zlib
@@ -60,6 +61,10 @@ class Summary:
     inception_score: float | None = None
     hits: Tensor | None = None
     about: dict = field(default_factory=dict)
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of mean and covariance, the same wherever they lie."""
+        return hashlib.sha256(self.mu.cpu().numpy().tobytes() + self.sigma.cpu().numpy().tobytes()).hexdigest()
 
     def to(self, device: torch.device) -> "Summary":
         """Return the same statistics on a device."""
@@ -240,6 +245,24 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     return inside_real.double().mean().item(), inside_fake.double().mean().item()
 
 
+def nearest_distances(x: Tensor, y: Tensor, others: bool) -> Tensor:
+    """Return the distance fp64 [n] of each of the features [n,d] to the nearest of the features [m,d].
+
+    others: row i is not compared with row i, nor with equal rows, as of a picture that is in the set twice.
+    """
+    nearest = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+    norms = [side.double().square().sum(1) for side in (x, y)]
+    with _bar("nearest", (x, y)) as bar:
+        for i, j, block in _blocks(x, y, bar):
+            sums = norms[0][i, None] + norms[1][j]
+            squares = sums - 2 * block
+            if others:
+                rows, columns = (torch.arange(len(side), device=x.device)[part] for side, part in ((x, i), (y, j)))
+                squares[(rows[:, None] == columns) | (squares <= 1e-9 * sums)] = torch.inf  # rounding of fp32 features
+            nearest[i] = torch.minimum(nearest[i], squares.amin(1))
+    return nearest.clamp(min=0).sqrt()
+
+
 def _fid(samples: Summary, reference: Summary) -> dict:
     return {"fid": frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)}
 
@@ -282,7 +305,7 @@ def _accuracy(samples: Summary, reference: Summary) -> dict:
 class Metric(NamedTuple):
     """A distance or score of a set of samples.
 
-    label: name in tables.
+    label: name in tables; {network} stands for the name of the feature network.
     larger_is_better: whether the larger of two values is the better one.
     compute: function of the statistics of samples and of the reference. It returns values by the names of their metrics: of all
         that it computes together, without those whose statistics are missing. A value is a number, or a list of one per class.
@@ -295,9 +318,9 @@ class Metric(NamedTuple):
 
 # In the order of tables. The first decides which setting of a sweep is the best.
 METRICS = {
-    "fid": Metric("Fréchet distance", False, _fid),
+    "fid": Metric("FD ({network})", False, _fid),
     "sfid": Metric("sFID (unverified)", False, _sfid),
-    "kid": Metric("KID", False, _kid),
+    "kid": Metric("KD ({network})", False, _kid),
     "inception_score": Metric("Inception score", True, _inception_score),
     "precision": Metric("precision", True, _precision_recall),
     "recall": Metric("recall", True, _precision_recall),

@@ -9,7 +9,7 @@ import io
 import itertools
 import typing
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from fastdit import distributed, files
 from fastdit.config import InputError, SampleConfig, nearest
 from fastdit.distributed import World
 from fastdit.evaluation import command as evaluate_command
-from fastdit.evaluation import features, metrics
+from fastdit.evaluation import features, image_sets, metrics
 from fastdit.evaluation.command import EvaluationRequest
 from fastdit.evaluation.image_sets import ImageSet
 from fastdit.files import path_argument
@@ -39,6 +39,7 @@ class Row:
     setting: dict
     metrics: dict
     images: np.ndarray  # uint8 [at most SHOWN,S,S,C]
+    reference: dict = field(default_factory=dict)  # `about` of the reference
 
 
 def parse_axes(words: list[str]) -> dict[str, list]:
@@ -63,50 +64,56 @@ def parse_axes(words: list[str]) -> dict[str, list]:
     return axes
 
 
-def _watched(source: ImageSet, shown: dict[int, np.ndarray]) -> ImageSet:
-    """Return the same set; evenly spread samples are also put into `shown` when they are drawn."""
-    wanted = set(np.linspace(0, source.count - 1, min(SHOWN, source.count)).round().astype(int).tolist())
-
-    def batches(world: World):
-        for ids, images in source.batches(world):
-            shown.update({int(i): image for i, image in zip(ids, images, strict=True) if int(i) in wanted})
-            yield ids, images
-
-    return replace(source, batches=batches)
-
-
 def best(rows: list[Row]) -> int | None:
     """Return the index of the row that is the best by the first metric, None if no row has metrics."""
-    name, metric = next(iter(metrics.METRICS.items()))
-    finite = [i for i, row in enumerate(rows) if row.metrics]
-    return (max if metric.larger_is_better else min)(finite, key=lambda i: rows[i].metrics[name], default=None)
+    return next((i for i in range(len(rows)) if next(iter(metrics.METRICS)) in best_by(rows, i)), None)
 
 
-def _cells(rows: list[Row]) -> list[list[str]]:
-    """Return the table as text, the names of the columns first; the last column is 1 in the best row, else 0."""
-    shown = metrics.scalars(next((row.metrics for row in rows if row.metrics), {})) or {next(iter(metrics.METRICS)): 0}
-    lines = [[*rows[0].setting, *shown, "best"]] if rows else []
-    for i, row in enumerate(rows):
-        values = [f"{row.metrics[name]:.6g}" if row.metrics else NOT_FINITE for name in shown]
-        lines.append([*map(str, row.setting.values()), *values, str(int(i == best(rows)))])
-    return lines
+def best_by(rows: list[Row], i: int) -> list[str]:
+    """Return the metrics by which no row is better than row i."""
+    names = []
+    for name, value in metrics.scalars(rows[i].metrics).items():
+        better = max if metrics.METRICS[name].larger_is_better else min
+        if value == better(row.metrics[name] for row in rows if row.metrics):
+            names.append(name)
+    return names
+
+
+def _shown(rows: list[Row]) -> list[str]:
+    """Return the names of the metrics that are columns."""
+    return list(metrics.scalars(next((row.metrics for row in rows if row.metrics), {}))) or [next(iter(metrics.METRICS))]
 
 
 def as_csv(rows: list[Row]) -> str:
-    """Return the rows as CSV, the best of them marked by a 1 in the column `best`."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(_cells(rows))
+    """Return the rows as CSV: setting, metrics, in `best` the metrics by which no row is better, and the reference."""
+    text, names = io.StringIO(), _shown(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*rows[0].setting, *names, "best", "reference_images", "reference_sha256"])
+    for i, row in enumerate(rows):
+        values = [f"{row.metrics[name]:.6g}" if row.metrics else NOT_FINITE for name in names]
+        reference = [row.reference.get("images", ""), row.reference.get("statistics_sha256", "")]
+        writer.writerow([*row.setting.values(), *values, " ".join(best_by(rows, i)), *reference])
     return text.getvalue()
 
 
 def sweep_table(rows: list[Row]) -> str:
-    """Return the rows in aligned columns, the best of them behind a *; nothing without rows, as on other ranks than 0."""
-    lines = _cells(rows)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
-    return "\n".join(
-        ("* " if line[-1] == "1" else "  ") + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=False))
-        for line in lines
-    )
+    """Return the rows in aligned columns, a * behind the best values of each metric, and the row that is the best by the first one
+    behind a *; nothing without rows, as on other ranks than 0."""
+    names = _shown(rows)
+    lines = [[*rows[0].setting, *(f"{name} " for name in names)]] if rows else []
+    for i, row in enumerate(rows):
+        marks = {name: "*" for name in best_by(rows, i)}
+        values = [f"{row.metrics[name]:.6g}{marks.get(name, ' ')}" if row.metrics else f"{NOT_FINITE} " for name in names]
+        lines.append([*map(str, row.setting.values()), *values])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(("* " if i and i - 1 == best(rows) else "  ") + text.rstrip() for i, text in enumerate(texts))
+
+
+def _of_reference(about: dict) -> str:
+    """Return one line on the reference: its path, size and hash."""
+    images = f"{about['images']:,} images" if "images" in about else "an unknown number of images"
+    return f"reference: {about['path']}, {images}, SHA-256 of mean and covariance {about['statistics_sha256'][:16]}…"
 
 
 def picture(rows: list[Row]) -> Image.Image:
@@ -148,7 +155,7 @@ def sweep(request: EvaluationRequest, axes: dict[str, list], out: Path) -> list[
 def _sweep(request: EvaluationRequest, axes: dict[str, list], out: Path, world: World) -> list[Row]:
     if request.source is None or not evaluate_command.is_checkpoint(Path(request.source)):
         raise InputError(f"{request.source} is no checkpoint: a sweep draws its samples anew under each setting")
-    network = world.together(lambda: features.load(request.features, world.device, request.feature_sha256, request.spatial))
+    network = world.together(lambda: evaluate_command.load_network(request, world.device))
     settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     path = Path(request.source)
     samples = world.together(lambda: _samples_of_settings(path, request, settings, world.device))
@@ -175,16 +182,17 @@ def _row(
 ) -> Row:
     """Return the row of a setting, complete on rank 0. name: text of the progress bar. All ranks must call it."""
     shown: dict[int, np.ndarray] = {}
+    wanted = set(np.linspace(0, images.count - 1, min(SHOWN, images.count)).round().astype(int).tolist())
     try:
-        summary = evaluate_command.summarize(_watched(images, shown), network, world, name)
+        summary = evaluate_command.summarize(image_sets.watched(images, wanted, shown), network, world, name)
     except FloatingPointError as error:  # raised on all ranks
         if world.rank == 0:
             warn(str(error))
-        return Row(setting, {}, np.full((1, *images.shape), 255, np.uint8))
+        return Row(setting, {}, np.full((1, *images.shape), 255, np.uint8), reference.about)
     shown = gather(shown, world)
     if world.rank > 0:
         return Row(setting, {}, np.zeros((0, *images.shape), np.uint8))
-    return Row(setting, metrics.compare(summary, reference, world.device), np.stack(list(shown.values())))
+    return Row(setting, metrics.compare(summary, reference, world.device), np.stack(list(shown.values())), reference.about)
 
 
 def _samples_of_settings(path: Path, request: EvaluationRequest, settings: list[dict], device: torch.device) -> list[ImageSet]:
@@ -209,7 +217,7 @@ def _samples_of_settings(path: Path, request: EvaluationRequest, settings: list[
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `fastdit sweep`."""
     parser.description = (
-        "Evaluate a checkpoint under every combination of sampler settings and weights: a table with the best row marked, a CSV, "
+        "Evaluate a checkpoint under every combination of sampler settings and weights: a table with the best values marked, a CSV "
         "and a picture of the same seeds under each setting."
     )
     parser.epilog = (
@@ -236,4 +244,5 @@ def run(arguments: argparse.Namespace) -> str:
     rows = sweep(evaluate_command.request_of(arguments), parse_axes(arguments.axes), out)
     if rows and best(rows) is None:
         raise FloatingPointError(f"the samples of no setting are finite, as {out} says: use less guidance or other weights")
-    return f"{sweep_table(rows)}\ntable: {out}; picture: {out.with_suffix('.png')} (the same seeds under each setting)"
+    table = f"{sweep_table(rows)}\n{_of_reference(rows[0].reference)}" if rows else ""
+    return f"{table}\ntable: {out}; picture: {out.with_suffix('.png')} (the same seeds under each setting)"

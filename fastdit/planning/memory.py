@@ -96,7 +96,7 @@ def memory(config: Config, gpus: int, card: Card | None = None) -> Memory:
     N = one.parameters
     share = N / gpus if stage else N
     gradients = gradients_of(stage, N, share, p, train.accumulation > 1 or (gpus > 1 and not stage))
-    gradients = gradients._replace(end=gradients.end + step_bytes(config, gpus))
+    gradients = gradients._replace(end=gradients.end + step_bytes(config, gpus if stage else 1))
     weights = share * p + min(N, ZERO_3_LIVE) * p if stage == 3 else N * p
     separate_masters = stage > 0 or p < FP32  # without ZeRO, fp32 weights are the masters
     masters = 0 if config.zero.offload else state_bytes(config, N) * share / N + FP32 * separate_masters * share

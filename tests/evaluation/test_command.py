@@ -95,7 +95,7 @@ def test_dtype_is_the_runs_where_it_is_fast(trained, reference, tmp_path, monkey
 
 @pytest.mark.slow
 def test_two_ranks_give_the_same(trained, reference, tmp_path):
-    fp32 = ["--dtype", "fp32", "--samples", "30"]  # in bf16 another batch size rounds otherwise
+    fp32 = ["--dtype", "fp32", "--samples", "30", "--neighbours", "4"]  # in bf16 another batch size rounds otherwise
     alone = run(trained, reference, tmp_path / "a.json", *fp32)
     words = ["--features", "digits", "--reference", str(reference), *fp32, "--out", str(tmp_path / "b.json")]
     ranks = lambda source: forked_ranks.run(2, ["-m", "fastdit.cli", "evaluate", source, *words])
@@ -103,6 +103,9 @@ def test_two_ranks_give_the_same(trained, reference, tmp_path):
     assert done.returncode == 0, done.stderr
     both = json.loads((tmp_path / "b.json").read_text())
     assert both["ranks"] == 2 and numbers(both) == pytest.approx(numbers(alone), rel=1e-3)
+    assert both["neighbours"] == pytest.approx(alone["neighbours"], rel=1e-3)
+    pictures = [np.asarray(Image.open(tmp_path / f"{name}.neighbours.png")) for name in "ab"]
+    assert (abs(pictures[0].astype(int) - pictures[1]) > 2).mean() < 0.01  # samples are equal to rounding
     lost = ranks(tmp_path)
     assert lost.returncode != 0 and lost.stderr.count("--samples is for samples of a checkpoint") == 1
 
@@ -144,6 +147,28 @@ def test_a_torchscript_network_on_a_folder_and_adms_reference(inception, tmp_pat
     assert cli.main(["evaluate", str(folder), *spatial, "--out", str(tmp_path / "s.json")]) == 0
     result = json.loads((tmp_path / "s.json").read_text())
     assert result["metrics"]["sfid"] > 0 and "unverified" in result["sfid"]
+
+
+def test_rows_are_called_by_their_network(tmp_path, capsys):
+    """With the preprocessing in the result, in the repeat command, and checked against that of a saved reference."""
+    path, out = tmp_path / "tiles.pt", tmp_path / "e.json"
+    net = torch.nn.Sequential(torch.nn.AvgPool2d(112), torch.nn.Flatten())
+    torch.jit.trace(net, torch.zeros(2, 3, 224, 224)).save(str(path))
+    images = np.random.default_rng(0).integers(0, 256, (2, 20, 32, 32, 3), np.uint8)
+    for name, part in zip("ab", images, strict=True):
+        np.savez(tmp_path / f"{name}.npz", arr_0=part)
+    words = ["evaluate", str(tmp_path / "a.npz"), "--features", str(path), "--preprocess", "imagenet224", "--out", str(out)]
+    assert cli.main([*words, "--reference", str(tmp_path / "b.npz"), "--save-reference", str(tmp_path / "ref.npz")]) == 0
+    printed, result = capsys.readouterr().out, json.loads(out.read_text())
+    assert "FD (tiles) " in printed and "KD (tiles) " in printed
+    assert result["features"]["preprocess"] == "imagenet224" and "--preprocess imagenet224" in result["command"]
+    assert cli.main([*words, "--reference", str(tmp_path / "ref.npz")]) == 0
+    assert json.loads(out.read_text())["metrics"]["fid"] == pytest.approx(result["metrics"]["fid"], rel=1e-6)
+    saved = dict(np.load(tmp_path / "ref.npz"))
+    saved["about"] = str(saved["about"]).replace("imagenet224", "inception")
+    np.savez(tmp_path / "ref.npz", **saved)
+    capsys.readouterr()
+    complains(capsys, [*words, "--reference", tmp_path / "ref.npz"], "was made with --preprocess inception")
 
 
 def small_folder(path):
@@ -215,7 +240,7 @@ def test_the_metrics_are_printed_if_no_file_takes_them(reference, tmp_path, caps
         assert cli.main(["evaluate", str(tmp_path / "good.npz"), "--features", "digits", *words, *more]) == 2
         printed = capsys.readouterr()
         name = "r.npz" if more else "o.json"
-        assert "Fréchet distance" in printed.out and f"{name} cannot be written: No space left on device" in printed.err
+        assert "FD (digits)" in printed.out and f"{name} cannot be written: No space left on device" in printed.err
 
 
 def test_a_reference_of_another_shape_is_one_sentence(tmp_path, trained, capsys):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import inception as inception_net
 from fastdit.config import InputError
@@ -61,3 +62,30 @@ def test_a_torchscript_network_gives_features_probabilities_and_spatial_features
         features.load(str(path), CPU, spatial="layers.mixed_6")
     with pytest.raises(InputError, match="has SHA-256"):
         features.load(str(path), CPU, "ab" * 32)
+
+
+@pytest.mark.parametrize("size", [300, 64])
+def test_imagenet224_is_pillows_cubic_resize_normalized(size):
+    """Of noise, whose overshoot both axes cut off. Pillow's weights of 22 bits decide ties, which are frequent at 64: 224."""
+    image = np.random.default_rng(size).integers(0, 256, (size, size, 3), np.uint8)
+    found = features.imagenet224(torch.from_numpy(image).permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    wanted = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)).astype(np.float32)
+    levels = ((found * std + mean) * 255).numpy()
+    np.testing.assert_allclose(levels, wanted, rtol=0, atol=2 + 1e-3)
+    assert (abs(levels - wanted) > 0.5).mean() < 1e-2  # and 2 where both axes had one
+
+
+def test_a_network_of_imagenet224_is_called_with_its_input_only(tmp_path):
+    net = torch.nn.Sequential(torch.nn.AvgPool2d(56), torch.nn.Flatten())  # a mean per tile
+    path = tmp_path / "tiles.pt"
+    torch.jit.trace(net, torch.zeros(2, 3, 224, 224)).save(str(path))
+    network = features.load(str(path), CPU, preprocess="imagenet224")
+    images = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 1), np.uint8)
+    assert network.probe((40, 40, 1)) == (48, 0, 0) and network.about()["preprocess"] == "imagenet224"
+    (outputs,) = network(images)
+    wanted = net(features.imagenet224(torch.from_numpy(images).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)))
+    torch.testing.assert_close(outputs.features, wanted, rtol=0, atol=1e-6)
+    for source, more, message in (("digits", {}, "is for a TorchScript file"), (str(path), {"spatial": "0"}, "--spatial '0'")):
+        with pytest.raises(InputError, match=message):
+            features.load(source, CPU, preprocess="imagenet224", **more)

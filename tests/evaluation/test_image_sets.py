@@ -220,3 +220,85 @@ def test_an_index_is_a_reference(tmp_path, capsys):
     reference = ["--reference", str(index), "--save-reference", str(tmp_path / "other.npz")]
     assert cli.main(["evaluate", "--features", str(network), *reference]) == 2
     assert "--image-size" in capsys.readouterr().err
+
+
+def resampled(image, length, kernel, support):
+    """`image` uint8 [n,...] resampled along its first axis as Pillow documents it: weights rounded to 22 bits, the sum to 8."""
+    scale = len(image) / length
+    stretch = max(scale, 1)
+    out = []
+    for center in (np.arange(length) + 0.5) * scale:
+        first = max(int(center - support * stretch + 0.5), 0)
+        last = min(int(center + support * stretch + 0.5), len(image))
+        weights = kernel((np.arange(first, last) - center + 0.5) * (1 / stretch))
+        fixed = np.trunc(weights / weights.sum() * 2**22 + np.copysign(0.5, weights)).astype(np.int64)
+        out.append((np.tensordot(fixed, image[first:last].astype(np.int64), 1) + 2**21 >> 22).clip(0, 255))
+    return np.stack(out).astype(np.uint8)
+
+
+def box(x):
+    return ((x > -0.5) & (x <= 0.5)) * 1.0
+
+
+def cubic(x):  # Keys, a = -1/2
+    x = abs(x)
+    return np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
+
+
+def adm_crop(image, size):
+    """The resize of ADM's references in numpy: columns before rows, as Pillow."""
+    both = lambda image, rows, columns, *kernel: resampled(
+        resampled(image.swapaxes(0, 1), columns, *kernel).swapaxes(0, 1), rows, *kernel
+    )
+    while min(image.shape[:2]) >= 2 * size:
+        image = both(image, image.shape[0] // 2, image.shape[1] // 2, box, 0.5)
+    rows, columns = (round(length * (size / min(image.shape[:2]))) for length in image.shape[:2])
+    image = both(image, rows, columns, cubic, 2)
+    top, left = (rows - size) // 2, (columns - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+SIZES = [(40, 48), (143, 95), (131, 260), (24, 24), (17, 33), (129, 64)]  # from below 32 pixels to above four times that
+
+
+def test_adm_crops_equal_an_independent_implementation():
+    generator = np.random.default_rng(0)
+    for size in (32, 21, 64):
+        for rows, columns in SIZES:
+            image = generator.integers(0, 256, (rows, columns, 3), np.uint8)
+            assert np.array_equal(image_sets.adm_crop(Image.fromarray(image), size), adm_crop(image, size)), (rows, columns, size)
+
+
+@pytest.mark.slow
+def test_a_published_adm_reference_and_ours_agree(tmp_path, capsys):
+    """Of the same pictures, to the rounding of fp32 features, in statistics and in distances; another resize is said."""
+    pictures = [image.resize((SIZES[i % 6][1], SIZES[i % 6][0])) for i, image in enumerate(photographs.crops(36))]
+    (tmp_path / "d" / "class").mkdir(parents=True)
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / "d" / "class" / f"{i:02d}.png")
+    index = prepare.prepare([tmp_path / "d"])
+    path = inception_net.save(tmp_path / "net.pt")
+    crops = np.stack([adm_crop(np.asarray(picture), 32) for picture in pictures])
+    with torch.no_grad():
+        x = torch.jit.load(str(path))(torch.from_numpy(crops).permute(0, 3, 1, 2), return_features=True).numpy()
+    np.savez(tmp_path / "adm.npz", mu=x.mean(0), sigma=np.cov(x, rowvar=False), arr_0=crops)
+    np.savez(tmp_path / "samples.npz", arr_0=crops[::-1, ::-1] // 2)
+    words = ["evaluate", "--features", str(path), "--image-size", "32"]
+    ours = ["--reference", str(index), "--resize", "adm", "--save-reference", str(tmp_path / "ours.npz")]
+    assert cli.main([*words, *ours]) == 0
+    statistics = metrics.load(tmp_path / "ours.npz")
+    assert statistics.about["resize"] == "adm" and statistics.about["images"] == 36
+    np.testing.assert_allclose(statistics.mu, x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(statistics.sigma, np.cov(x, rowvar=False), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(statistics.features, x, rtol=1e-5)
+    found = []
+    for source, reference in (("samples.npz", "adm.npz"), ("samples.npz", "ours.npz"), (index, "ours.npz")):
+        more = [str(tmp_path / source), "--reference", str(tmp_path / reference), "--out", str(tmp_path / "e.json")]
+        assert cli.main([*words, *more]) == 0
+        found.append(json.loads((tmp_path / "e.json").read_text()))
+    assert found[0]["metrics"] == pytest.approx(found[1]["metrics"], rel=1e-4) and found[0]["metrics"]["fid"] > 0.01
+    said = [[warning for warning in result["warnings"] if "resized by" in warning] for result in found]
+    assert said[:2] == [[], []] and "samples are images resized by dali, the reference by adm" in said[2][0]
+    capsys.readouterr()
+    assert cli.main([*words, "mnist5k", "--reference", "mnist5k", "--resize", "adm"]) == 2
+    assert "--resize adm is for the images of an index" in capsys.readouterr().err

@@ -129,6 +129,17 @@ def test_precision_and_recall_equal_a_plain_loop(monkeypatch):
     assert 0.1 < found[0] < 0.99 and 0.1 < found[1] < 0.99
 
 
+def test_nearest_distances_equal_a_plain_loop(monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 32)
+    x, y = torch.from_numpy(cloud(97, 5)), torch.from_numpy(cloud(71, 5, shift=0.5, seed=1))
+    gaps = torch.cdist(x.double(), y.double())
+    torch.testing.assert_close(metrics.nearest_distances(x, y, False), gaps.amin(1), rtol=1e-6, atol=1e-6)
+    x[80] = x[3]  # twice in the set
+    gaps = torch.cdist(x.double(), x.double())
+    gaps[gaps < 1e-6] = torch.inf
+    torch.testing.assert_close(metrics.nearest_distances(x, x, True), gaps.amin(1), rtol=1e-6, atol=1e-6)
+
+
 def test_every_metric_has_a_known_value():
     """The samples are the reference, moved by 5, far more than its spread: of a Fréchet distance only |Δμ|² is left, and neither
     manifold holds a sample of the other."""

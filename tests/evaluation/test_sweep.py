@@ -7,9 +7,10 @@ from PIL import Image
 
 import fast_paths
 from fastdit import checkpoint, cli
+from fastdit.evaluation import metrics
 from fastdit.evaluation import sweep as sweep_command
 from fastdit.evaluation.command import EvaluationRequest
-from fastdit.evaluation.sweep import Row, best, sweep_table
+from fastdit.evaluation.sweep import Row, as_csv, best, sweep_table
 from runs import not_finite_run
 
 
@@ -30,14 +31,19 @@ def test_sweep(trained, reference, tmp_path, capsys, monkeypatch):
     values = [row.split(",") for row in rows[1:]]
     assert [value[:2] for value in values] == [["0.0", "ema"], ["0.0", "raw"], ["3.0", "ema"], ["3.0", "raw"]]
     fids = [float(value[2]) for value in values]
-    assert [value[-1] for value in values].index("1") == fids.index(min(fids)) and len(set(fids)) == 4
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("*")]
-    assert len(printed) == 1 and f"{min(fids):.6g}" in printed[0]
+    assert ["fid" in value[-3].split() for value in values].index(True) == fids.index(min(fids)) and len(set(fids)) == 4
+    digest = metrics.load(reference).sha256()
+    assert {(value[-2], value[-1]) for value in values} == {("500", digest)}
+    output = capsys.readouterr().out
+    assert f"reference: {reference}, 500 images, SHA-256 of mean and covariance {digest[:16]}" in output
+    printed = [line for line in output.splitlines() if line.startswith("*")]
+    assert len(printed) == 1 and f"{min(fids):.6g}*" in printed[0]
     picture = Image.open(out.with_suffix(".png"))
     assert picture.height == 4 * 36 and picture.width > 10 * 34
     single = ["--samples", "20", "--guidance", "3", "--weights", "raw", "--out", str(tmp_path / "a.json")]
     assert cli.main(["evaluate", str(trained), "--features", "digits", "--reference", str(reference), *single]) == 0
-    assert json.loads((tmp_path / "a.json").read_text())["metrics"]["fid"] == pytest.approx(fids[3], rel=1e-5)
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["metrics"]["fid"] == pytest.approx(fids[3], rel=1e-5) and result["reference"]["statistics_sha256"] == digest
     for word in ("guidance", "guidanse=1", "steps=1,x"):
         assert cli.main(["sweep", str(trained), word, *words]) == 2
 
@@ -56,10 +62,20 @@ def test_a_sweep_draws_by_the_fast_path(trained, reference, tmp_path, monkeypatc
         assert difference <= fast_paths.root_distance_bound(features[i], features[4 + i])
 
 
-def test_the_first_metric_decides_and_lists_are_no_column():
-    rows = [Row({"steps": n}, {"fid": fid, "recall": 0.5, "accuracy_by_class": [0.5]}, None) for n, fid in ((8, 3.0), (15, 2.0))]
+def test_the_best_values_of_each_metric_are_marked_and_lists_are_no_column():
+    made = ((8, 3.0, 0.5, 0.25), (15, 2.0, 0.75, 0.125), (20, 2.5, 0.75, 0.0625))
+    rows = [
+        Row({"steps": n}, {"fid": fid, "kid": kid, "recall": recall, "accuracy_by_class": [0.5]}, None, {"images": 9})
+        for n, fid, recall, kid in made
+    ]
     assert best(rows) == 1
-    assert sweep_table(rows).splitlines() == ["  steps  fid  recall", "      8    3     0.5", "*    15    2     0.5"]
+    assert sweep_table(rows).splitlines() == [
+        "  steps  fid      kid   recall",
+        "      8    3     0.25      0.5",
+        "*    15    2*   0.125     0.75*",
+        "     20  2.5   0.0625*    0.75*",
+    ]
+    assert as_csv(rows).splitlines()[2] == "15,2,0.125,0.75,fid recall,9,"
     assert sweep_table([]) == ""
 
 
@@ -69,7 +85,7 @@ def test_a_row_that_is_not_finite_says_so_and_is_never_the_best():
     assert sweep_table(rows).splitlines() == [
         "  guidance         fid",
         "         0  not finite",
-        "*        1           3",
+        "*        1           3*",
         "         2           4",
         "         3  not finite",
     ]
@@ -81,6 +97,6 @@ def test_a_sweep_of_samples_that_are_not_finite_is_an_error(reference, tmp_path,
     assert cli.main(["sweep", str(run), "steps=1,2", *words]) == 1
     error = capsys.readouterr().err
     assert "sample 0 of class 0 is not finite after 2 steps" in error and "the samples of no setting are finite" in error
-    assert (tmp_path / "s.csv").read_text() == "steps,fid,best\n1,not finite,0\n2,not finite,0\n"
+    assert (tmp_path / "s.csv").read_text().startswith("steps,fid,best,reference_images,reference_sha256\n1,not finite,,500,")
     assert cli.main(["evaluate", str(run), *words[:-1], str(tmp_path / "e.json")]) == 1
     assert not (tmp_path / "e.json").exists()
