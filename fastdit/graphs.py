@@ -108,8 +108,7 @@ def parts_by_block(model: DiT) -> list[Part]:
         if i + 1 == between.start and between:
             return (*(subset.take(t) if subset else t for t in (x, y)), *later, x)
         if i + 1 == between.stop and between:
-            *later, dense = later
-            return *model.join(dense, x, modulation, subset), *later
+            return *model.join(later[-1], x, modulation, subset), *later[:-1]
         return x, y, *later
 
     def run_output(_: Tensor, y: Tensor) -> tuple[Tensor]:

@@ -45,7 +45,7 @@ class Graphs:
         recorded.replay()
         return recorded.results[0].clone()
 
-    def _capture(self, static: tuple[Tensor, ...], deep: int | None) -> tuple[Recorded, tuple[Tensor, ...]]:
+    def _capture(self, static: tuple[Tensor, Tensor, Tensor, Tensor], deep: int | None) -> tuple[Recorded, tuple[Tensor, ...]]:
         work = lambda: [self.model.velocity(*static, deep)]
         warm_up(work)
         return Recorded(work, self.pool), static
