@@ -201,6 +201,15 @@ def optimizer_table(rows: list[Row]) -> tuple[str, str]:
     return sentence, pivot(rows, ("preset", "precision"), "provider", cell)
 
 
+def muon_table(rows: list[Row]) -> tuple[str, str]:
+    sentence = (
+        "**Muon**: CPU time of an optimizer step on one rank, ms (share of a training step), with AdamW and with Muon, median of "
+        f"{all_of(rows, 'rounds')}: {all_of(rows, 'device')}, {all_of(rows, 'threads')} threads"
+    )
+    cell = lambda row: f"{float(row['step_cpu_ms']):.0f} ({float(row['share']):.0%})"
+    return sentence, pivot(rows, ("preset", "precision", "tokens"), "optimizer", cell)
+
+
 def engine_table(rows: list[Row]) -> tuple[str, str]:
     sentence = (
         "**DeepSpeed's engine on one rank**: CPU time of a train step under it over a plain loop of the same model, median of "
@@ -280,7 +289,7 @@ def study(sentence: str) -> Callable[[list[Row]], tuple[str, str]]:
 # Prefix of the names of CSVs that no suite writes -> their table and the sentence above it.
 TABLES = {
     "cuda_host": host_table, "cuda_kernels": block_table, "optimizer_step": optimizer_table, "engine_overhead": engine_table,
-    "evaluate_overhead": evaluate_table, "parquet_speed": parquet_table, "plan_memory": memory_table,
+    "evaluate_overhead": evaluate_table, "muon_step": muon_table, "parquet_speed": parquet_table, "plan_memory": memory_table,
     "prepare_folders": prepare_table, "quality": quality_table,
     "decay_digits": study(
         "**A decay phase**: a constant learning rate for 400 steps, 100 steps of decay from its checkpoint, and a cosine of 500"

@@ -3,7 +3,8 @@
 A checkpoint is a folder <run>/checkpoints/step_NNNNNNNN:
     weights_rank_RRRR.safetensors   the fp32 fragments that a rank owned, as "<kind>/<parameter>@<first element>". Kinds of weights
                                     are raw (the masters), ema, and further averages (ema_0.9999); all other kinds are state of
-                                    the optimizer (of AdamW: exp_avg, exp_avg_sq)
+                                    the optimizer (of AdamW: exp_avg, exp_avg_sq; of Muon's matrices:
+                                    momentum_buffer)
     config.json, state.json         the settings of the run, and its RunState
     manifest.json                   names, sizes and SHA-256 of all the above, written last: a folder without it does not count
 It is written under a temporary name, flushed to disk and renamed. The newest folder that matches its manifest is loaded; a newer

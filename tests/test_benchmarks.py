@@ -173,7 +173,7 @@ def test_the_page_shows_the_committed_csvs():
 
 SCRIPTS = [
     "compare_runs", "gpu_train", "machine_code", "parity", "report", "run_on_gpu", "tune_kernels", "studies.decay_digits",
-    "studies.engine_overhead", "studies.evaluate_overhead", "studies.finetune_digits", "studies.launch_bound",
+    "studies.engine_overhead", "studies.evaluate_overhead", "studies.finetune_digits", "studies.launch_bound", "studies.muon_step",
     "studies.optimizer_step", "studies.parquet_speed", "studies.plan_memory", "studies.prepare_folders", "studies.quality",
     "studies.sparse_speed",
     "without_gpu.cuda_host", "without_gpu.cuda_kernels", "without_gpu.selftest",
