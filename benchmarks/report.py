@@ -201,6 +201,16 @@ def optimizer_table(rows: list[Row]) -> tuple[str, str]:
     return sentence, pivot(rows, ("preset", "precision"), "provider", cell)
 
 
+def sparse_table(rows: list[Row]) -> tuple[str, str]:
+    sentence = (
+        "**Sparse blocks**, a quarter of the tokens between the first and the last blocks: CPU time of a forward and backward pass "
+        f"of the dense model over the sparse one's, median of {all_of(rows, 'turns')} turns (p20 to p80; share of what the FLOPs "
+        f"allow): {hardware(rows)}"
+    )
+    cell = lambda row: f"{row['speedup']} ({row['speedup_p20']} to {row['speedup_p80']}; {float(row['share']):.0%})"
+    return sentence, pivot([row for row in rows if row["provider"] == "sparse"], ("case", "flops"), "precision", cell)
+
+
 def engine_table(rows: list[Row]) -> tuple[str, str]:
     sentence = (
         "**DeepSpeed's engine on one rank**: CPU time of a train step under it over a plain loop of the same model, median of "
@@ -271,7 +281,7 @@ def quality_table(rows: list[Row]) -> tuple[str, str]:
 TABLES = {
     "cuda_host": host_table, "cuda_kernels": block_table, "optimizer_step": optimizer_table, "engine_overhead": engine_table,
     "evaluate_overhead": evaluate_table, "parquet_speed": parquet_table, "plan_memory": memory_table,
-    "prepare_folders": prepare_table, "quality": quality_table,
+    "prepare_folders": prepare_table, "quality": quality_table, "sparse_speed": sparse_table,
 }  # fmt: skip
 
 
