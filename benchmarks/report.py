@@ -201,6 +201,7 @@ def optimizer_table(rows: list[Row]) -> tuple[str, str]:
     return sentence, pivot(rows, ("preset", "precision"), "provider", cell)
 
 
+<<<<<<< HEAD
 def muon_table(rows: list[Row]) -> tuple[str, str]:
     sentence = (
         "**Muon**: CPU time of an optimizer step on one rank, ms (share of a training step), with AdamW and with Muon, median of "
@@ -208,6 +209,16 @@ def muon_table(rows: list[Row]) -> tuple[str, str]:
     )
     cell = lambda row: f"{float(row['step_cpu_ms']):.0f} ({float(row['share']):.0%})"
     return sentence, pivot(rows, ("preset", "precision", "tokens"), "optimizer", cell)
+=======
+def sparse_table(rows: list[Row]) -> tuple[str, str]:
+    sentence = (
+        "**Sparse blocks**, a quarter of the tokens between the first and the last blocks: CPU time of a forward and backward pass "
+        f"of the dense model over the sparse one's, median of {all_of(rows, 'turns')} turns (p20 to p80; share of what the FLOPs "
+        f"allow): {hardware(rows)}"
+    )
+    cell = lambda row: f"{row['speedup']} ({row['speedup_p20']} to {row['speedup_p80']}; {float(row['share']):.0%})"
+    return sentence, pivot([row for row in rows if row["provider"] == "sparse"], ("case", "flops"), "precision", cell)
+>>>>>>> sparse
 
 
 def engine_table(rows: list[Row]) -> tuple[str, str]:
@@ -289,6 +300,7 @@ def study(sentence: str) -> Callable[[list[Row]], tuple[str, str]]:
 # Prefix of the names of CSVs that no suite writes -> their table and the sentence above it.
 TABLES = {
     "cuda_host": host_table, "cuda_kernels": block_table, "optimizer_step": optimizer_table, "engine_overhead": engine_table,
+<<<<<<< HEAD
     "evaluate_overhead": evaluate_table, "muon_step": muon_table, "parquet_speed": parquet_table, "plan_memory": memory_table,
     "prepare_folders": prepare_table, "quality": quality_table,
     "decay_digits": study(
@@ -297,6 +309,10 @@ TABLES = {
     "finetune_digits": study(
         "**Fine-tuning**: five of the ten digits in another order of classes, and at 64 instead of 32 pixels; samples recognised"
     ),
+=======
+    "evaluate_overhead": evaluate_table, "parquet_speed": parquet_table, "plan_memory": memory_table,
+    "prepare_folders": prepare_table, "quality": quality_table, "sparse_speed": sparse_table,
+>>>>>>> sparse
 }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=DTYPES, help="the only precision to measure (default: bf16, then fp32)")
     parser.add_argument("--turns", type=int, default=9, help="timed steps of each model (default: %(default)s)")
     options = results_csv.parse(parser, words)
-    rows = []
+    rows: list[dict] = []
     for case in [options.case] if options.case else CASES:
         for precision in [options.precision] if options.precision else ("bf16", "fp32"):
             rows += measure(case, precision, options.turns)
