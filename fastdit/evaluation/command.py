@@ -313,15 +313,18 @@ def _compare_samples(
     every = -(-source.count // SAMPLE_FEATURES)  # of the samples whose features are kept
     kept = -(-source.count // every)
     rows = np.linspace(0, kept - 1, min(request.neighbours or 0, kept)).round().astype(int).tolist()
+    training = None
+    if rows:
+        assert source.config is not None  # --neighbours is refused for other images than a checkpoint's
+        training = neighbours.training_images(source.config, world)  # before hours of sampling
     source = image_sets.watched(source, {row * every for row in rows}, shown)
     samples = _summarize_samples(source, request, network, world, out, shown)
     result: dict = {}
     if world.rank == 0:
         result = {"metrics": metrics.compare(samples, reference, world.device), "samples": samples.about}
-    if rows:
-        assert source.config is not None  # --neighbours is refused for other images than a checkpoint's
+    if training is not None and source.config is not None:
         images = {i // every: image for i, image in gather(shown, world).items()}
-        about, picture = neighbours.likeness(samples, rows, images, source.config, network, world)
+        about, picture = neighbours.likeness(samples, rows, images, training, source.config.data.flip, network, world)
         if picture is not None:
             result["neighbours"] = about
             if out is not None:

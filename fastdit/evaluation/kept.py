@@ -7,6 +7,7 @@ which they were computed, so that every sum is the same to the last bit as witho
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ class Kept:
             yield ids, outputs
 
     def _write(self, path: Path, ids: np.ndarray, outputs: list[Outputs]) -> None:
-        arrays = {key: torch.cat(parts).cpu().numpy() for key, parts in _columns(outputs).items()}
+        arrays: dict[str, Any] = {key: torch.cat(parts).cpu().numpy() for key, parts in _columns(outputs).items()}
         if shown := [int(i) for i in ids if int(i) in self.shown]:
             arrays |= {"shown": np.array(shown), "images": np.stack([self.shown[i] for i in shown])}
         with resumable(self.folder), replacing(path) as temporary, temporary.open("wb") as file:

@@ -51,19 +51,27 @@ def _as_grey(source: ImageSet) -> ImageSet:
     return replace(source, shape=(*source.shape[:2], 1), batches=batches)
 
 
-def training_images(config: Config, device: torch.device) -> ImageSet:
-    """Return the images that a run was trained on, at most MOST of them, center-cropped. Raises InputError if they are gone."""
-    path = data.locate(config)
+def training_images(config: Config, world: World) -> ImageSet:
+    """Return the images that a run was trained on, at most MOST of them, center-cropped. All ranks must call it.
+
+    Raises InputError if they are gone, or are fewer than two.
+    """
+    path = world.together(lambda: data.locate(config), everywhere=False)  # which may make an index
+    training = world.together(lambda: _open(config, path, world.device))
+    if training.count < 2:
+        raise InputError(f"--neighbours compares training images with each other, but there is {training.count}: leave it out")
+    return training
+
+
+def _open(config: Config, path: Path | None, device: torch.device) -> ImageSet:
     if path is None:
         return image_sets.of_array(*mnist5k("train"), {"kind": "builtin", "path": "mnist5k", "split": "train"})
     size, split = config.data.image_size, "train"
     if is_latent_set(path):
         manifest = read_manifest(path)
-        path, size, split = Path(manifest["index"]), manifest["image_size"], manifest["split"]
+        path, size, split = Path(str(manifest.get("index"))), manifest["image_size"], manifest.get("split", split)
     if not path.exists():
-        raise InputError(
-            f"--neighbours needs the training images, but their index {path} does not exist: put it back, or leave it out"
-        )
+        raise InputError(f"--neighbours needs the training images, but index {path} does not exist: put it back, or leave it out")
     images = image_sets.of_index(path, size, split, device, MOST, config.data.exif)
     return _as_grey(images) if config.data.grey else images
 
@@ -81,9 +89,11 @@ def _merge(near: list[list[_Near]], shown: Tensor, ids: np.ndarray, views: list[
         nearest[:] = sorted([*nearest, *found], key=lambda each: each[:2])[:NEAREST]
 
 
-def _read(training: ImageSet, network: features.FeatureNetwork, shown: Tensor, flip: bool, world: World) -> tuple[dict, dict]:
+def _read(
+    training: ImageSet, network: features.FeatureNetwork, shown: Tensor, flip: bool, world: World
+) -> tuple[dict[int, Tensor], list[list[_Near]]]:
     """Return, complete on rank 0, the features [1 or 2,b,d] of training images, as they are and mirrored if `flip`, by the first
-    id of their batch; and the NEAREST of each shown sample by its row. All ranks must call it. Raises InputError."""
+    id of their batch; and the NEAREST of each shown sample. All ranks must call it. Raises InputError."""
     parts: dict[int, Tensor] = {}
     near: list[list[_Near]] = [[] for _ in shown]
     with progress_bar(training.count, description="training images", unit="image", disable=world.rank > 0) as bar:
@@ -97,32 +107,30 @@ def _read(training: ImageSet, network: features.FeatureNetwork, shown: Tensor, f
                 bar.update(min(len(ids) * world.size, training.count - bar.n))
 
         world.together(work)
-    rows = gather({(row, world.rank): nearest for row, nearest in enumerate(near)}, world)
-    merged = {
-        row: sorted((each for (r, _), nearest in rows.items() if r == row for each in nearest), key=lambda each: each[:2])[:NEAREST]
+    of_ranks = gather({world.rank: near}, world).values()
+    merged = [
+        sorted((each for nearest in of_ranks for each in nearest[row]), key=lambda each: each[:2])[:NEAREST]
         for row in range(len(shown))
-    }
+    ]
     return gather(parts, world), merged
 
 
 def likeness(
-    samples: metrics.Summary, ids: list[int], images: dict[int, np.ndarray], config: Config, network: features.FeatureNetwork,
-    world: World,
+    samples: metrics.Summary, ids: list[int], images: dict[int, np.ndarray], training: ImageSet, flip: bool,
+    network: features.FeatureNetwork, world: World,
 ) -> tuple[dict, Image.Image | None]:  # fmt: skip
     """Return what a result says of the likeness of samples to the training images of their run, and the picture; on rank 0.
 
-    samples: statistics, of rank 0; ids: rows of samples.features to show; images: uint8 [S,S,C] of these rows, on rank 0; config:
-    of the run. All ranks must call it. Raises InputError.
+    samples: statistics, of rank 0; ids: rows of samples.features to show; images: uint8 [S,S,C] of these rows, on rank 0;
+    training: of `training_images`; flip: whether mirrored ones count, data.flip. All ranks must call it. Raises InputError.
     """
-    training = world.together(lambda: training_images(config, world.device))
-    if training.count < 2:
-        raise InputError(f"--neighbours compares training images with each other, but there is {training.count}: leave it out")
     world.together(lambda: network.probe(training.shape))
     shown = world.together(lambda: None if samples.features is None else samples.features[ids].double(), everywhere=False)
-    parts, near = _read(training, network, shown, config.data.flip, world)
+    assert shown is not None  # features are complete on rank 0
+    parts, near = _read(training, network, shown, flip, world)
     if world.rank > 0:
         return {}, None
-    assert samples.features is not None  # complete on rank 0
+    assert samples.features is not None
     views = torch.cat([*parts.values()], 1).to(world.device)  # [1 or 2,n,d]
     fake = samples.features.to(world.device)
     distances = lambda rows, others: torch.stack([metrics.nearest_distances(rows, view, others) for view in views]).amin(0)
@@ -130,9 +138,9 @@ def likeness(
     share = (distances(fake, False) < threshold).double().mean().item()
     about = {
         "nearer": share, "quantile": QUANTILE, "distance": threshold, "repeats": share >= REPEATED, "shown": len(ids),
-        "training": training.about, "mirrored": config.data.flip,
+        "training": training.about, "mirrored": flip,
     }  # fmt: skip
-    return about, picture([images[i] for i in ids], [[each.image for each in near[row]] for row in range(len(ids))])
+    return about, picture([images[i] for i in ids], [[each.image for each in row] for row in near])
 
 
 def sentence(about: dict) -> str:

@@ -103,7 +103,8 @@ def test_two_ranks_give_the_same(trained, reference, tmp_path):
     assert done.returncode == 0, done.stderr
     both = json.loads((tmp_path / "b.json").read_text())
     assert both["ranks"] == 2 and numbers(both) == pytest.approx(numbers(alone), rel=1e-3)
-    assert both["neighbours"] == pytest.approx(alone["neighbours"], rel=1e-3)
+    likeness = [{key: result["neighbours"][key] for key in ("nearer", "distance", "training")} for result in (both, alone)]
+    assert likeness[0] == likeness[1]  # the distance is of real digits
     pictures = [np.asarray(Image.open(tmp_path / f"{name}.neighbours.png")) for name in "ab"]
     assert (abs(pictures[0].astype(int) - pictures[1]) > 2).mean() < 0.01  # samples are equal to rounding
     lost = ranks(tmp_path)

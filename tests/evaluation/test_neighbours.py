@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from commands import complains
-from fastdit import cli
-from fastdit.config import from_dict
+from fastdit import cli, data
 from fastdit.data.builtin import mnist5k
 from fastdit.distributed import World
 from fastdit.evaluation import features, image_sets, metrics, neighbours
@@ -19,26 +18,26 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 TRAIN, VAL = mnist5k("train")[0], mnist5k("val")[0]
 
 
-def likeness(monkeypatch, samples, training, shown=3):
+def likeness(samples, training, shown=3):
     network = features.load("digits", ALONE.device)
     network.probe(training.shape[1:])
     vectors = torch.cat([each.features for each in network(samples)])
-    monkeypatch.setattr(neighbours, "training_images", lambda config, device: image_sets.of_array(training, None, {}))
     ids = list(range(shown))
     summary = metrics.Summary(vectors.mean(0), vectors.T.cov(), features=vectors)
-    return neighbours.likeness(summary, ids, {i: samples[i] for i in ids}, from_dict({}), network, ALONE)
+    training = image_sets.of_array(training, None, {})
+    return neighbours.likeness(summary, ids, {i: samples[i] for i in ids}, training, False, network, ALONE)
 
 
-def test_copies_are_flagged_and_new_pictures_are_not(monkeypatch):
+def test_copies_are_flagged_and_new_pictures_are_not():
     """Of held-out digits about the quantile's share is near; of copies with noise all, also if the set holds pictures twice."""
     few = TRAIN[::225]  # 20
     noise = np.random.default_rng(0).normal(0, 8, (60, 32, 32, 1))
     copies = (few[np.arange(60) % 20] + noise).round().clip(0, 255).astype(np.uint8)
     for training in (few, np.concatenate((few, few[:7]))):
-        about, picture = likeness(monkeypatch, copies, training)
+        about, picture = likeness(copies, training)
         assert about["repeats"] and about["nearer"] > 0.9, about
     assert picture.size == (2 * 36 + 7 * 34 + 8, 3 * 34 + 2)
-    about, _ = likeness(monkeypatch, VAL[::2], TRAIN[::15])
+    about, _ = likeness(VAL[::2], TRAIN[::15])
     assert not about["repeats"] and about["nearer"] < 0.15, about  # 5 %, of 250: a standard deviation of 2 %
 
 
@@ -55,7 +54,7 @@ def test_the_nearest_images_are_those_of_a_plain_search(monkeypatch):
     parts, near = neighbours._read(source, network, vectors(samples), True, ALONE)
     assert torch.cat([*parts.values()], 1).shape == (2, 30, 128)
     mirrored = 0
-    for row, found in near.items():
+    for row, found in enumerate(near):
         wanted = gaps.amin(0)[row].argsort()[: neighbours.NEAREST]
         assert [each.id for each in found] == wanted.tolist()
         for each in found:
@@ -68,7 +67,7 @@ def test_the_nearest_images_are_those_of_a_plain_search(monkeypatch):
 
 def test_evaluate_shows_neighbours_also_after_an_interruption(trained, reference, tmp_path, monkeypatch, capsys):
     digits = image_sets.of_array(TRAIN[::45], None, {"kind": "builtin"})
-    monkeypatch.setattr(neighbours, "training_images", lambda config, device: digits)
+    monkeypatch.setattr(neighbours, "training_images", lambda config, world: digits)
     words = [
         "evaluate",
         str(trained),
@@ -99,6 +98,9 @@ def test_evaluate_shows_neighbours_also_after_an_interruption(trained, reference
     assert json.loads((tmp_path / "e.json").read_text())["neighbours"] == about
     pictures = [np.asarray(Image.open(tmp_path / f"{name}.neighbours.png")) for name in ("whole", "e")]
     assert np.array_equal(*pictures) and pictures[0].shape == (4 * 34 + 2, 2 * 36 + 7 * 34 + 8, 3)
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "locate", lambda config: tmp_path / "gone")
+    complains(capsys, [*words, "--neighbours", "4"], f"index {tmp_path / 'gone'} does not exist")
     complains(capsys, [*words, "--neighbours", "0"], "--neighbours 0", "between 1 and 1000")
     complains(capsys, ["evaluate", "mnist5k", *words[2:6], "--neighbours", "4"], "--neighbours is for samples of a checkpoint")
 
