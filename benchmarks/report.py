@@ -201,7 +201,6 @@ def optimizer_table(rows: list[Row]) -> tuple[str, str]:
     return sentence, pivot(rows, ("preset", "precision"), "provider", cell)
 
 
-<<<<<<< HEAD
 def muon_table(rows: list[Row]) -> tuple[str, str]:
     sentence = (
         "**Muon**: CPU time of an optimizer step on one rank, ms (share of a training step), with AdamW and with Muon, median of "
@@ -209,7 +208,8 @@ def muon_table(rows: list[Row]) -> tuple[str, str]:
     )
     cell = lambda row: f"{float(row['step_cpu_ms']):.0f} ({float(row['share']):.0%})"
     return sentence, pivot(rows, ("preset", "precision", "tokens"), "optimizer", cell)
-=======
+
+
 def sparse_table(rows: list[Row]) -> tuple[str, str]:
     sentence = (
         "**Sparse blocks**, a quarter of the tokens between the first and the last blocks: CPU time of a forward and backward pass "
@@ -218,7 +218,6 @@ def sparse_table(rows: list[Row]) -> tuple[str, str]:
     )
     cell = lambda row: f"{row['speedup']} ({row['speedup_p20']} to {row['speedup_p80']}; {float(row['share']):.0%})"
     return sentence, pivot([row for row in rows if row["provider"] == "sparse"], ("case", "flops"), "precision", cell)
->>>>>>> sparse
 
 
 def engine_table(rows: list[Row]) -> tuple[str, str]:
@@ -300,19 +299,15 @@ def study(sentence: str) -> Callable[[list[Row]], tuple[str, str]]:
 # Prefix of the names of CSVs that no suite writes -> their table and the sentence above it.
 TABLES = {
     "cuda_host": host_table, "cuda_kernels": block_table, "optimizer_step": optimizer_table, "engine_overhead": engine_table,
-<<<<<<< HEAD
     "evaluate_overhead": evaluate_table, "muon_step": muon_table, "parquet_speed": parquet_table, "plan_memory": memory_table,
     "prepare_folders": prepare_table, "quality": quality_table,
+    "sparse_speed": sparse_table,
     "decay_digits": study(
         "**A decay phase**: a constant learning rate for 400 steps, 100 steps of decay from its checkpoint, and a cosine of 500"
     ),
     "finetune_digits": study(
         "**Fine-tuning**: five of the ten digits in another order of classes, and at 64 instead of 32 pixels; samples recognised"
     ),
-=======
-    "evaluate_overhead": evaluate_table, "parquet_speed": parquet_table, "plan_memory": memory_table,
-    "prepare_folders": prepare_table, "quality": quality_table, "sparse_speed": sparse_table,
->>>>>>> sparse
 }  # fmt: skip
 
 
