@@ -92,8 +92,11 @@ class EvaluationRequest:
         if self.samples:  # a checkpoint
             options += ["samples", "labels", "seed", "weights", "dtype", "neighbours"]
         for key, value in [(key, getattr(self, key)) for key in options] + list(self.sampler.items()):
-            if value is not None:
-                words += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list | tuple) else [value])]
+            flag = key.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif value is not None:
+                words += [f"--{flag}", *map(str, value if isinstance(value, list | tuple) else [value])]
         return shlex.join([*words, *more])
 
 
