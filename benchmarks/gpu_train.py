@@ -24,8 +24,8 @@ BATCHES = range(1, 7)  # more sizes than torch.compile keeps versions of one fun
 def command(name: str, out: Path, steps: int, overrides: list[str]) -> list[str]:
     """Return the command of a run of `steps` steps with a checkpoint after each third of them."""
     settings = {
-        "train.name": name, "train.out": out, "train.total_steps": steps, "train.save_steps": max(1, steps // 3),
-        "train.sample_steps": steps, "validate.steps": 0, "train.deterministic": "true",
+        "train.name": name, "train.out": out, "train.total_steps": steps, "train.decay_steps": 0,
+        "train.save_steps": max(1, steps // 3), "train.sample_steps": steps, "validate.steps": 0, "train.deterministic": "true",
     }  # fmt: skip
     given = [f"{key}={value}" for key, value in settings.items()]
     return [sys.executable, "-m", "fastdit.cli", "train", "launch/configs/quickstart.yaml", *given, *overrides]

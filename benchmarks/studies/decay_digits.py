@@ -3,7 +3,7 @@
     python -m benchmarks.studies.decay_digits [--seeds 2] [--samples 2000]
 
 "constant": 400 steps. "decay": 100 steps more from its checkpoint, with train.decay_steps=100. "cosine": 500 steps. All with the
-quickstart's other settings. Fréchet distance of unguided samples (dpm++, 10 steps) to the training digits, of raw and EMA weights.
+default settings besides. Fréchet distance of unguided samples (dpm++, 10 steps) to the training digits, of raw and EMA weights.
 The runs are kept in --out: a second call resumes them.
 """
 

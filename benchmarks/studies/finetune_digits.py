@@ -1,6 +1,6 @@
 """Fine-tuning against training from nothing: other classes and another size than the source has.
 
-    fastdit train launch/configs/quickstart.yaml
+    fastdit train train.name=digits
     python -m benchmarks.studies.finetune_digits --init runs/digits [--seeds 2]
 
 Five of the built-in digits, 9, 7, 5, 3 and 1, are written as PNG files in folders of their names ("nine", …) and indexed by

@@ -1,7 +1,7 @@
 """The metrics of samples of known quality: a run's checkpoints, early to late, EMA and raw; late samples blurred and noisy.
 
     fastdit train launch/configs/quickstart.yaml train.save_steps=200 train.keep_every=200 train.name=quality
-    python -m benchmarks.studies.quality --run runs/quality [--steps 200,600,1400] [--samples 2000] [--seeds 3]
+    python -m benchmarks.studies.quality --run runs/quality [--steps 200,600,1800] [--samples 2000] [--seeds 3]
 
 Fréchet distance, KID, precision, recall and accuracy on the features of the digits' classifier, against the 4,500 training digits.
 The held-out digits, "real", show how low the distance can get. The last checkpoint is sampled with several seeds. Samples are drawn
@@ -84,7 +84,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def main(words: list[str] | None = None) -> int:
     parser = results_csv.parser(__doc__, results_csv.path_of(CSV, None))
     parser.add_argument("--run", type=Path, default=Path("runs/quality"), help="run folder (default: %(default)s)")
-    parser.add_argument("--steps", default="200,600,1400", help="steps of checkpoints, early to late (default: %(default)s)")
+    parser.add_argument("--steps", default="200,600,1800", help="steps of checkpoints, early to late (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=2000, help="samples per checkpoint (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds for the last checkpoint (default: %(default)s)")
     options = results_csv.parse(parser, words)

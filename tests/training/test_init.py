@@ -276,7 +276,7 @@ def test_a_dense_run_begins_from_a_sparse_one():
     sparse = {"depth": 3, "dense_blocks": (1, 1)}
     source, model = source_of({**sparse, "keep_tokens": 0.25, "path_drop": 0.1}, **sparse)
     init.check(source.config.model, model.config, "runs/x")
-    init.adapt(model, source, None)
+    init.adapt(model, source, None, "v")
     weights = source.load()
     assert "fusion.mask" in weights and all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     with pytest.raises(InputError, match=r"model\.dense_blocks=null: set model\.dense_blocks=\[1,1\]"):
