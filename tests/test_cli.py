@@ -54,8 +54,10 @@ def test_the_help_starts_with_train_sample_evaluate():
 def test_every_sampler_setting_is_an_option():
     """Of sample, evaluate and sweep alike; those that are not given are the run's."""
     values = {"steps": 3, "solver": "heun", "guidance": 0.5, "guidance_low": 0.0, "guidance_high": 0.25, "time_shift": 2.0}
-    assert values.keys() == {f.name for f in fields(SampleConfig)}
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    values["path_drop_guidance"] = True
+    words.append("--path-drop-guidance")
+    assert values.keys() == {f.name for f in fields(SampleConfig)}
     for start in (["sample"], ["evaluate", "--features", "digits"], ["sweep", "run", "steps=1", "--features", "digits"]):
         assert sampler_settings(cli.make_parser(start[0]).parse_args([*start, *words])) == values
         assert sampler_settings(cli.make_parser(start[0]).parse_args(start)) == {}
